@@ -1,0 +1,294 @@
+"""Every setting of a run: default, meaning, unit and checks. default < conf file < command line.
+
+The defaults are the paper's for CIFAR. A conf file under confs/ holds only what differs.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import itertools
+import math
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from augmentations import OPS
+from models import check_model
+from utils import UserError
+
+ALL_OPS = tuple(op.name for op in OPS)
+DEFAULT_CONF = Path("confs/demo.yaml")
+DATASETS = ("shapes", "cifar10", "cifar100", "folder")
+
+
+def setting(default: Any, doc: str, *, may_change: bool = False) -> Any:
+    """A field with its one-line description. `may_change`: a resumed run may have another value."""
+    return dataclasses.field(default=default, metadata={"doc": doc, "may_change": may_change})
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run's settings. Raises ConfigError for a value that cannot be."""
+
+    # What is learned from what
+    model: str = setting("wresnet28_10", "network, by name: see models/__init__.py")
+    dropout: float = setting(0.0, "dropout probability inside the network's blocks")
+    dataset: str = setting("cifar10", "shapes (embedded), cifar10, cifar100 or folder (your images in class folders)")
+    dataroot: str = setting("./data", "where the data set lies, or is downloaded to", may_change=True)
+    image_size: int = setting(32, "folder: images are scaled and centre-cropped to this many pixels a side")
+    train_size: int | None = setting(None, "train on this many images, balanced over the classes; null: all")
+    valid_size: int = setting(0, "hold out this many training images, balanced over the classes, for the log's scores")
+    skip_unreadable: bool = setting(False, "folder: leave out unreadable images instead of refusing to start")
+    resident_gb: float = setting(
+        8.0, "folder: a split larger than this once decoded (GB) is read anew each epoch, not kept", may_change=True
+    )
+    workers: int = setting(2, "folder: processes that decode images", may_change=True)
+
+    # What every copy of an image goes through besides the policy
+    crop_padding: int = setting(4, "random crop after zero padding of this many pixels; 0: no crop")
+    flip: bool = setting(True, "horizontal flip with probability one half")
+    crop_per_copy: bool = setting(True, "draw crop and flip for each copy; false: once per image, shared by its copies")
+    cutout: int = setting(16, "side in pixels of the square that Cutout blanks last; 0: none")
+    mean: tuple[float, ...] | None = setting(
+        None, "of red, green, blue for normalisation, in 0..1; null: the data set's usual"
+    )
+    std: tuple[float, ...] | None = setting(None, "likewise the standard deviation")
+
+    # The adversary
+    policy: str = setting("controller", "source of policies: controller (learned), random (control) or none (control)")
+    M: int = setting(8, "policies in use at a time; every image of a batch is seen once per policy")
+    Q: int = setting(5, "sub-policies of a policy; every image draws one")
+    K: int = setting(2, "operations of a sub-policy, applied in order")
+    ops: tuple[str, ...] = setting(ALL_OPS, "operations that policies may use, by name")
+    levels: int = setting(10, "strengths of an operation")
+    policy_interval: int | None = setting(None, "steps between two updates of the policies; null: an epoch")
+    recurrence: str = setting(
+        "policy", "the controller's state is carried through a policy, or starts anew per subpolicy"
+    )
+    controller_lr: float = setting(0.00035, "learning rate of the controller (Adam)")
+    entropy_bonus: float = setting(0.00001, "weight of the controller's entropy in its objective")
+
+    # Optimisation of the network
+    batch_size: int = setting(128, "N, distinct images per step; a step sees M * N")
+    epochs: int = setting(200, "passes over the training images")
+    lr: float = setting(0.1, "learning rate at the start (SGD)")
+    momentum: float = setting(0.9, "momentum of SGD")
+    nesterov: bool = setting(True, "Nesterov's momentum")
+    weight_decay: float = setting(0.0005, "L2 penalty, on all parameters")
+    schedule: str = setting("cosine", "learning rate: cosine (to zero, per step) or step (at the milestones)")
+    milestones: tuple[int, ...] = setting((), "step schedule: epochs at whose start the learning rate drops")
+    gamma: float = setting(0.2, "step schedule: factor at each milestone")
+    warmup_epochs: float = setting(0.0, "epochs of linear warm-up before the schedule's full rate")
+    label_smoothing: float = setting(0.0, "share of the target spread over all classes")
+    grad_clip: float = setting(0.0, "largest norm of the gradient; 0: no clipping")
+
+    # How it runs
+    seed: int = setting(0, "of every random draw")
+    amp: bool = setting(False, "mixed precision")
+    amp_dtype: str = setting("bfloat16", "of mixed precision: bfloat16, or float16 (CUDA only, with loss scaling)")
+    deterministic: bool = setting(False, "CUDA: same seed, same bits, at some cost in speed; the CPU always is")
+    eval_every: int = setting(1, "epochs between two scorings for the log (held-out part, else test set)")
+
+    def __post_init__(self):
+        def require(ok: bool, field: str, what: str) -> None:
+            if not ok:
+                raise ConfigError(field, f"{field}: {getattr(self, field)!r} {what}")
+
+        def one_of(field: str, *choices: str) -> None:
+            require(getattr(self, field) in choices, field, f"is not one of {', '.join(choices)}")
+
+        def between(low: float, high: float, *fields: str) -> None:
+            for field in fields:
+                require(low <= getattr(self, field) <= high, field, f"is not between {low:g} and {high:g}")
+
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            numbers = value if isinstance(value, tuple) else (value,)
+            require(all(not isinstance(v, float) or math.isfinite(v) for v in numbers), field.name, "is not finite")
+
+        one_of("dataset", *DATASETS)
+        one_of("policy", "controller", "random", "none")
+        one_of("recurrence", "policy", "subpolicy")
+        one_of("schedule", "cosine", "step")
+        one_of("amp_dtype", "bfloat16", "float16")
+        for field in ("M", "Q", "K", "batch_size", "epochs", "eval_every"):
+            require(getattr(self, field) >= 1, field, "must be at least 1")
+        for field in ("train_size", "policy_interval"):
+            require(getattr(self, field) is None or getattr(self, field) >= 1, field, "must be at least 1, or null")
+        for field in ("valid_size", "workers", "crop_padding", "cutout", "weight_decay", "warmup_epochs", "grad_clip"):
+            require(getattr(self, field) >= 0, field, "must not be negative")
+        for field in ("entropy_bonus", "seed"):
+            require(getattr(self, field) >= 0, field, "must not be negative")
+        for field in ("lr", "controller_lr", "gamma", "resident_gb"):
+            require(getattr(self, field) > 0, field, "must be above 0")
+        between(0, 0.999, "dropout", "momentum", "label_smoothing")
+        between(8, 16384, "image_size")
+        require(self.levels >= 2, "levels", "must be at least 2: the first is the weakest, the last the strongest")
+        require(self.nesterov is False or self.momentum > 0, "nesterov", "needs momentum above 0")
+        require(self.warmup_epochs < self.epochs, "warmup_epochs", f"must be below epochs ({self.epochs})")
+        require(
+            all(a < b for a, b in itertools.pairwise((0, *self.milestones, self.epochs))),
+            "milestones",
+            f"must rise and lie between 0 and epochs ({self.epochs})",
+        )
+        require(self.schedule != "step" or bool(self.milestones), "milestones", "must not be empty with schedule: step")
+        for field in ("mean", "std"):
+            value = getattr(self, field)
+            require(value is None or len(value) == 3, field, "must be three numbers, for red, green and blue")
+        require(self.std is None or min(self.std) > 0, "std", "must be above 0")
+        require(bool(self.ops), "ops", "must name at least one operation; for none at all, set policy: none")
+        require(len(set(self.ops)) == len(self.ops), "ops", "names an operation twice")
+        for name in self.ops:
+            require(name in ALL_OPS, "ops", f"names an unknown operation {name!r}{did_you_mean(name, ALL_OPS)}")
+        try:
+            check_model(self.model, **self.model_options())
+        except (TypeError, ValueError) as error:
+            raise ConfigError("model", f"model: {error}") from None
+
+    def model_options(self) -> dict[str, Any]:
+        """Options for `models.build_model`: those that differ from the family's own defaults."""
+        return {"dropout": self.dropout} if self.dropout else {}
+
+
+class ConfigError(UserError):
+    """A setting that cannot be; `field` is its name."""
+
+    def __init__(self, field: str, message: str):
+        super().__init__(message)
+        self.field = field
+
+
+def load_config(conf_file: Path | None, overrides: dict[str, tuple[str, Any]]) -> Config:
+    """Defaults, then the conf file, then `overrides`: field -> (where it was said, value).
+
+    Raises UserError, naming the place, the field, the value and the remedy.
+    """
+    said = {}
+    if conf_file is not None:
+        said = {field: (str(conf_file), value) for field, value in _read_yaml(conf_file).items()}
+    said |= overrides
+    types_ = typing.get_type_hints(Config)
+    values = {}
+    for field, (where, value) in said.items():
+        if field not in types_:
+            raise UserError(f"{where}: unknown setting {field!r}{did_you_mean(field, types_)}")
+        try:
+            values[field] = _convert(value, types_[field])
+        except ValueError as error:
+            raise UserError(f"{where}: {field}: {value!r} is not {error}") from None
+    try:
+        return Config(**values)
+    except ConfigError as error:
+        where = said.get(error.field, ("defaults", None))[0]
+        raise ConfigError(error.field, f"{where}: {error}") from None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say which run is meant and where it computes."""
+    add = parser.add_argument
+    add("--load_conf", type=Path, metavar="FILE", help=f"conf file (default: {DEFAULT_CONF})")
+    add("--logdir", type=Path, default=Path("./logs"), metavar="DIR", help="where runs are kept (default: %(default)s)")
+    add("--name", help="the run's directory below logdir (default: the conf file's name and the seed)")
+    add("--seed", help="seed of every random draw")
+    add("--dataroot", metavar="DIR", help="where the data set lies")
+    add("--set", nargs="+", default=[], action="extend", metavar="SETTING=VALUE", help="any setting of config.py")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+
+
+def overrides_from(args: argparse.Namespace) -> dict[str, tuple[str, Any]]:
+    """Settings said on the command line: field -> (where, value). Raises UserError for a malformed --set."""
+    said = {}
+    for word in args.set:
+        field, equals, text = word.partition("=")
+        if not equals:
+            raise UserError(f"--set {word}: write it as setting=value")
+        try:
+            said[field] = ("--set", yaml.safe_load(text))
+        except yaml.YAMLError:
+            raise UserError(f"--set {word}: the value cannot be read") from None
+    for field in ("M", "seed", "amp", "dataroot"):
+        value = getattr(args, field, None)
+        if value not in (None, False):
+            said[field] = (f"--{field}", value)
+    return said
+
+
+def run_directory(args: argparse.Namespace, config: Config) -> Path:
+    """<logdir>/<conf name>_<seed>, or <logdir>/<name>."""
+    return args.logdir / (args.name or f"{(args.load_conf or DEFAULT_CONF).stem}_{config.seed}")
+
+
+def to_yaml(config: Config) -> str:
+    """All settings as a conf file that reads back to the same Config."""
+    return yaml.safe_dump(plain_values(config), sort_keys=False, default_flow_style=None, width=100)
+
+
+def plain_values(config: Config) -> dict[str, Any]:
+    """All settings as values that YAML, JSON and checkpoints hold: tuples become lists."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+
+
+def changed_settings(old: Config, new: Config) -> list[str]:
+    """Settings in which two configs differ and that a resumed run must share, as 'name: old -> new'."""
+    return [
+        f"{field.name}: {getattr(old, field.name)} -> {getattr(new, field.name)}"
+        for field in dataclasses.fields(Config)
+        if getattr(old, field.name) != getattr(new, field.name) and not field.metadata["may_change"]
+    ]
+
+
+def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
+    """A question to append to an error message, empty if nothing is close."""
+    close = difflib.get_close_matches(str(word), list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such conf file; those that exist are under confs/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a conf file ({error})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: is not YAML ({getattr(error, 'problem', None) or error})") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a conf file holds lines of the form 'setting: value'")
+    return content
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    """`value` as the declared type. Raises ValueError with the words for what it should have been."""
+    if isinstance(kind, types.UnionType):
+        (kind,) = (k for k in typing.get_args(kind) if k is not types.NoneType)
+        return None if value is None else _convert(value, kind)
+    if typing.get_origin(kind) is tuple:
+        (item, _) = typing.get_args(kind)
+        if not isinstance(value, (list, tuple)):
+            raise ValueError("a list")
+        return tuple(_convert(v, item) for v in value)
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        raise ValueError("true or false")
+    if kind is str:
+        if isinstance(value, str):
+            return value
+        raise ValueError("a text; put it in quotes" if value is not None else "a text")
+    # YAML reads 5e-4 as a text: numbers are taken from texts too.
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            number = kind(value)
+        except (ValueError, OverflowError):
+            number = None
+        if number is not None and (kind is float or isinstance(value, str) or number == value):
+            return number
+    raise ValueError("a whole number" if kind is int else "a number")

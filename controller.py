@@ -1,0 +1,135 @@
+"""The adversary: an LSTM that writes augmentation policies, trained by REINFORCE to raise the network's loss.
+
+Adversarial AutoAugment (Zhang et al., ICLR 2020), https://arxiv.org/abs/1912.11188
+
+    theta   parameters of the policy network (here: `Controller`)
+    w       weights of the target network, which minimises the loss that theta maximises
+    M       policies sampled per interval (8)
+    Q       sub-policies of a policy (5); every image draws one of them
+    K       operations of a sub-policy, applied in order (2)
+    p_m     probability of policy m: the product over its 2 * Q * K decisions, operation and level in turn
+    L^_m    moving average of the target network's loss under policy m, over the interval (an epoch)
+    L~_m    L^_m normalised over the M policies: the advantage
+    beta    weight of the entropy bonus (1e-5)
+
+Shape suffixes: M, Q and K as above. An operation is a row of the *controller's* list of operations, which may be a
+subset of `augmentations.OPS`; a level is 0..levels-1.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Decisions(NamedTuple):
+    """M sampled policies. op_MQK, level_MQK: int64. log_prob_M, entropy_M: float32, in nats, without gradient."""
+
+    op_MQK: Tensor
+    level_MQK: Tensor
+    log_prob_M: Tensor
+    entropy_M: Tensor
+
+
+class Controller(nn.Module):
+    """Embedding, one-layer LSTM, and a softmax over operations and over levels in turn; each decision is fed back.
+
+    `recurrence` "policy" carries the state through all decisions of a policy; "subpolicy" starts every sub-policy
+    from the zero state and the start symbol, so that the Q sub-policies are independent draws of one distribution.
+
+    It lives on the CPU in float32: it is small, and its decisions are needed there to group images by operation.
+    """
+
+    def __init__(
+        self,
+        num_ops: int = 16,
+        num_levels: int = 10,
+        Q: int = 5,
+        K: int = 2,
+        *,
+        recurrence: str = "policy",
+        embedding: int = 32,
+        hidden: int = 100,
+    ):
+        super().__init__()
+        if recurrence not in ("policy", "subpolicy"):
+            raise ValueError(f"recurrence must be 'policy' or 'subpolicy', not {recurrence!r}")
+        self.num_ops, self.num_levels, self.Q, self.K = num_ops, num_levels, Q, K
+        self.recurrence = recurrence
+        self.embedding = nn.Embedding(1 + num_ops + num_levels, embedding)  # the start symbol, operations, levels
+        self.lstm = nn.LSTMCell(embedding, hidden)
+        self.op_head = nn.Linear(hidden, num_ops)
+        self.level_head = nn.Linear(hidden, num_levels)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -0.1, 0.1)
+        nn.init.zeros_(self.op_head.bias)
+        nn.init.zeros_(self.level_head.bias)
+
+    @torch.no_grad()
+    def sample(self, M: int, generator: torch.Generator | None = None) -> Decisions:
+        """Draw M policies (Algorithm 1, line "generate M policies with the probabilities p_1..p_M")."""
+        return self._decide(M, lambda _, probability_MC: probability_MC.multinomial(1, generator=generator).squeeze(1))
+
+    def log_prob(self, op_MQK: Tensor, level_MQK: Tensor) -> tuple[Tensor, Tensor]:
+        """log p_m and the entropy along the path for given decisions, (M,) each, with gradient.
+
+        The entropy is the sum over the decisions of the softmax entropies met on the way, in nats.
+        """
+        given_MD = torch.stack((op_MQK, level_MQK), dim=-1).flatten(1)
+        decisions = self._decide(len(given_MD), lambda d, _: given_MD[:, d])
+        return decisions.log_prob_M, decisions.entropy_M
+
+    def _decide(self, M: int, choose) -> Decisions:
+        """Walk through the 2 * Q * K decisions; choose(d, probability_MC) names the d-th of each policy."""
+        log_prob_M, entropy_M = torch.zeros(M), torch.zeros(M)
+        chosen = []
+        for d in range(2 * self.Q * self.K):
+            if d == 0 or (self.recurrence == "subpolicy" and d % (2 * self.K) == 0):
+                symbol_M, state = torch.zeros(M, dtype=torch.long), None
+            is_op = d % 2 == 0
+            state = self.lstm(self.embedding(symbol_M), state)
+            log_p_MC = (self.op_head if is_op else self.level_head)(state[0]).log_softmax(1)
+            choice_M = choose(d, log_p_MC.exp())
+            log_prob_M = log_prob_M + log_p_MC.gather(1, choice_M[:, None]).squeeze(1)
+            entropy_M = entropy_M - (log_p_MC.exp() * log_p_MC).sum(1)
+            chosen.append(choice_M)
+            symbol_M = choice_M + (1 if is_op else 1 + self.num_ops)
+        op_MQK, level_MQK = torch.stack(chosen, 1).view(M, self.Q, self.K, 2).unbind(-1)
+        return Decisions(op_MQK, level_MQK, log_prob_M, entropy_M)
+
+
+def advantage(loss_M: Tensor, eps: float = 1e-5) -> Tensor:
+    """L~_m = (L^_m - mean) / std over the M policies, unbiased std; zero for a single policy, which has no rival."""
+    if len(loss_M) < 2:
+        return torch.zeros_like(loss_M)
+    return (loss_M - loss_M.mean()) / (loss_M.std() + eps)
+
+
+def policy_loss(log_prob_M: Tensor, entropy_M: Tensor, advantage_M: Tensor, entropy_bonus: float) -> Tensor:
+    """What a minimising optimizer is given so that theta *ascends* (1/M) sum_m L~_m grad log p_m.
+
+    Policies with a higher loss of the target network become more likely; `entropy_bonus` (beta) favours entropy.
+    """
+    return -(advantage_M * log_prob_M).mean() - entropy_bonus * entropy_M.mean()
+
+
+def reinforce(
+    controller: Controller,
+    optimizer: torch.optim.Optimizer,
+    op_MQK: Tensor,
+    level_MQK: Tensor,
+    loss_M: Tensor,
+    entropy_bonus: float,
+) -> tuple[Tensor, Tensor]:
+    """One step of theta for the M policies and the losses L^_m they caused (Algorithm 1, last line of the epoch).
+
+    Log-probabilities are computed anew here, so that between sampling and update nothing but the decisions has to be
+    kept. Returns (advantage_M, entropy_M), both without gradient. With M = 1 there is nothing to compare and no step.
+    """
+    advantage_M = advantage(loss_M)
+    log_prob_M, entropy_M = controller.log_prob(op_MQK, level_MQK)
+    if len(loss_M) > 1:
+        optimizer.zero_grad(set_to_none=True)
+        policy_loss(log_prob_M, entropy_M, advantage_M, entropy_bonus).backward()
+        optimizer.step()
+    return advantage_M, entropy_M.detach()

@@ -1,0 +1,93 @@
+"""What a run tells: jsonl files, TensorBoard, a line per epoch on stdout, and a progress bar on a terminal.
+
+`metrics.jsonl` and `policies.jsonl` hold no clock times, so that two equal runs write equal files; clocks are in
+`times.jsonl`. TensorBoard's horizontal axis is the step throughout.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+JSONL_FILES = ("metrics.jsonl", "policies.jsonl", "times.jsonl")
+
+
+class RunLog:
+    """Writes below `directory`. A resumed run gives the `positions` and `step` of its checkpoint: later lines go."""
+
+    def __init__(self, directory: Path, positions: dict[str, int] | None = None, step: int = 0):
+        self._files = {}
+        for name in JSONL_FILES:
+            file = (directory / name).open("ab")
+            file.truncate((positions or {}).get(name, 0))
+            self._files[name] = file
+        self._writer = SummaryWriter(str(directory), purge_step=step + 1 if positions else None)
+
+    def positions(self) -> dict[str, int]:
+        """Length of each jsonl file in bytes, for the checkpoint."""
+        return {name: file.seek(0, 2) for name, file in self._files.items()}
+
+    def epoch(
+        self, epoch: int, step: int, metrics: dict[str, float], times: dict[str, float], intervals: list[dict[str, Any]]
+    ) -> None:
+        """A line of metrics.jsonl and times.jsonl for the epoch, one of policies.jsonl for each interval it ended."""
+        for record in intervals:
+            shares = record.pop("shares")
+            self._line("policies.jsonl", record)
+            for name in ("entropy", "loss_spread"):
+                self._writer.add_scalar(f"policies/{name}", record[name], record["step"])
+            for group, values in shares.items():
+                for name, share in values.items():
+                    self._writer.add_scalar(f"{group}/{name}", share, record["step"])
+        if intervals:
+            metrics = metrics | {name: intervals[-1][name] for name in ("entropy", "loss_spread")}
+        self._line("metrics.jsonl", {"epoch": epoch, "step": step, **metrics})
+        self._line("times.jsonl", {"epoch": epoch, **times})
+        for name, value in (metrics | {"images_per_second": times["images_per_second"]}).items():
+            self._writer.add_scalar(f"epoch/{name}", value, step)
+        self._writer.flush()
+
+    def policy_images(self, rows: Tensor, captions: list[str], step: int) -> None:
+        """uint8 images (rows, columns, C, H, W), a row per policy, and each row's caption."""
+        self._writer.add_image("policies", make_grid(rows.flatten(0, 1).cpu(), nrow=rows.shape[1]), step)
+        self._writer.add_text("policies", "\n".join(f"{row + 1}. {text}" for row, text in enumerate(captions)), step)
+
+    def close(self) -> None:
+        self._writer.close()
+        for file in self._files.values():
+            file.close()
+
+    def _line(self, name: str, record: dict[str, Any]) -> None:
+        self._files[name].write((json.dumps(record) + "\n").encode())
+        self._files[name].flush()
+
+
+class Progress:
+    """A bar over all steps of a run, with loss, accuracy and time left; silent where stderr is no terminal."""
+
+    def __init__(self, steps: int, done: int):
+        self._bar = tqdm(total=steps, initial=done, unit="step", disable=None, dynamic_ncols=True)
+        self._shown = 0.0
+
+    def step(self, description: str, loss_and_correct: Tensor, images: int) -> None:
+        """Advance. The device is asked for its sums twice a second at most, and never without a bar."""
+        if not self._bar.disable and time.monotonic() - self._shown > 0.5:
+            loss, correct = (loss_and_correct / images).tolist()
+            self._bar.set_description(description, refresh=False)
+            self._bar.set_postfix_str(f"loss {loss:.3f}, accuracy {correct:.1%}", refresh=False)
+            self._shown = time.monotonic()
+        self._bar.update()
+
+    def say(self, line: str) -> None:
+        """Print to stdout without tearing the bar."""
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        self._bar.close()

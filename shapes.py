@@ -1,0 +1,107 @@
+"""The embedded data set: ten classes of shapes at 32x32, drawn from a seed, nothing to download.
+
+The test split is moved, turned, sheared, relit and recoloured more than the training split, so that augmentation has
+something to win. It is there to try the software in a minute and to test it; it says nothing about photographs.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from utils import keyed_generator
+
+CLASSES = ("disc", "ring", "square", "frame", "triangle", "star", "plus", "crescent", "bars", "dots")
+SIZE = 32
+COUNTS = {"train": 4000, "test": 2000}
+# Half-widths of the uniform draws of each split: shift in pixels, turn in degrees, shear as a slope, colour and light
+# as shares of the range of brightness. swap: bound on a draw from -1..1, so -1 never and 0 for half of the images.
+SPREAD = {
+    "train": {"shift": 2.0, "turn": 8.0, "shear": 0.05, "colour": 0.05, "swap": -1.0, "light": 0.08},
+    "test": {"shift": 6.0, "turn": 35.0, "shear": 0.30, "colour": 0.35, "swap": 0.0, "light": 0.35},
+}
+NOISE = 0.06  # standard deviation of the noise on every value, in both splits
+_OVERSAMPLING = 2
+
+
+def draw_shapes(split: str) -> tuple[Tensor, Tensor]:
+    """(images uint8 (B, 3, 32, 32), labels int64 (B,)) of the "train" or "test" split; always the same."""
+    count, spread = COUNTS[split], SPREAD[split]
+    g = keyed_generator("shapes", split)
+    label_B = torch.arange(count) % len(CLASSES)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(count, *shape, generator=g) * 2 - 1
+
+    mask_BHW = _masks(label_B, spread, uniform)
+    ink_B3, paper_B3 = _colours(spread, uniform)
+    light_BHW = _lighting(spread, uniform)
+    image_BCHW = paper_B3[:, :, None, None] + mask_BHW[:, None] * (ink_B3 - paper_B3)[:, :, None, None]
+    image_BCHW = image_BCHW + light_BHW[:, None] + NOISE * torch.randn(count, 3, SIZE, SIZE, generator=g)
+    return (image_BCHW.clamp(0, 1) * 255).round().to(torch.uint8), label_B
+
+
+def _masks(label_B: Tensor, spread: dict[str, float], uniform) -> Tensor:
+    """How much of each pixel the shape covers, (B, 32, 32) in 0..1."""
+    fine = SIZE * _OVERSAMPLING
+    line = (torch.arange(fine) + 0.5) / fine * SIZE - SIZE / 2
+    x_BHW = line[None, None, :] - spread["shift"] * uniform(1, 1)
+    y_BHW = line[None, :, None] - spread["shift"] * uniform(1, 1)
+    x_BHW = x_BHW + spread["shear"] * uniform(1, 1) * y_BHW
+    angle_B11 = math.radians(spread["turn"]) * uniform(1, 1)
+    cos, sin = angle_B11.cos(), angle_B11.sin()
+    radius_B11 = 9.5 + 1.5 * uniform(1, 1)
+    x_BHW, y_BHW = (cos * x_BHW + sin * y_BHW) / radius_B11, (cos * y_BHW - sin * x_BHW) / radius_B11
+    inside_BHW = torch.empty_like(x_BHW, dtype=torch.bool)
+    for label in range(len(CLASSES)):
+        rows = label_B == label
+        inside_BHW[rows] = _inside(CLASSES[label], x_BHW[rows], y_BHW[rows])
+    return torch.nn.functional.avg_pool2d(inside_BHW.float(), _OVERSAMPLING)
+
+
+def _inside(shape: str, x: Tensor, y: Tensor) -> Tensor:
+    """Which points belong to the shape of unit radius around the origin."""
+    r, angle, box = x.hypot(y), torch.atan2(y, x), x.abs().maximum(y.abs())
+    match shape:
+        case "disc":
+            return r < 0.9
+        case "ring":
+            return (r < 1.0) & (r > 0.55)
+        case "square":
+            return box < 0.8
+        case "frame":
+            return (box < 0.9) & (box > 0.5)
+        case "triangle":
+            return (y < 0.6) & (1.73 * x.abs() < y + 1.1)
+        case "star":
+            return r < 0.72 + 0.33 * (5 * angle).cos()
+        case "plus":
+            return (x.abs().minimum(y.abs()) < 0.3) & (box < 0.95)
+        case "crescent":
+            return (r < 1.0) & ((x - 0.45).hypot(y) > 0.75)
+        case "bars":
+            return (box < 0.95) & (y.abs() > 0.35)
+        case "dots":
+            return ((x.abs() - 0.6).hypot(y) < 0.4) | (x.hypot(y.abs() - 0.6) < 0.4)
+    raise ValueError(f"unknown shape {shape!r}")
+
+
+def _colours(spread: dict[str, float], uniform) -> tuple[Tensor, Tensor]:
+    """Colours of shape and ground, (B, 3) each in 0..1; the shape differs from the ground by at least 0.35 in grey.
+
+    Light warm shapes on dark cool ground; the more spread the more any colours, some swapped to dark on light.
+    """
+    warm, cool = torch.tensor([0.85, 0.65, 0.45]), torch.tensor([0.15, 0.25, 0.40])
+    ink_B3 = (warm + spread["colour"] * uniform(3)).clamp(0.05, 0.95)
+    paper_B3 = (cool + spread["colour"] * uniform(3)).clamp(0.05, 0.95)
+    gap_B1 = ink_B3.mean(1, keepdim=True) - paper_B3.mean(1, keepdim=True)
+    ink_B3 = ink_B3 + (0.35 - gap_B1).clamp(min=0)
+    swapped_B1 = uniform(1) < spread["swap"]
+    return torch.where(swapped_B1, paper_B3, ink_B3), torch.where(swapped_B1, ink_B3, paper_B3)
+
+
+def _lighting(spread: dict[str, float], uniform) -> Tensor:
+    """A slope of light across the image plus a change of the whole, (B, 32, 32), added to the colours."""
+    line = torch.linspace(-1, 1, SIZE)
+    slope_x, slope_y, whole = (0.5 * spread["light"] * uniform(1, 1) for _ in range(3))
+    return slope_x * line[None, None, :] + slope_y * line[None, :, None] + whole

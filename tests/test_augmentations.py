@@ -1,0 +1,244 @@
+"""Every operation against Pillow, bit for bit; plans against one operation at a time."""
+
+import platform
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
+
+from augmentations import OPS, Plan, apply, apply_op, row_of
+
+# Builds of Pillow for other machines may fuse the product and the sum of a blend: see augmentations.py.
+PILLOW_ROUNDS_TWICE = platform.machine().lower() in ("x86_64", "amd64")
+SIZES = [(32, 32), (17, 23), (23, 17), (224, 224), (1, 5), (2, 2)]  # rows, columns
+
+
+def affine(image, matrix):
+    return image.transform(image.size, Image.Transform.AFFINE, matrix)
+
+
+def pillow_cutout(image, fraction, centre):
+    if fraction == 0:
+        return image
+    width, height = image.size
+    x, y, side = centre[0] * width, centre[1] * height, fraction * width
+    x0, y0 = int(max(0, x - side / 2)), int(max(0, y - side / 2))
+    image = image.copy()
+    ImageDraw.Draw(image).rectangle((x0, y0, min(width, x0 + side), min(height, y0 + side)), (125, 123, 114))
+    return image
+
+
+PILLOW = {
+    "ShearX": lambda im, v, **_: affine(im, (1, v, 0, 0, 1, 0)),
+    "ShearY": lambda im, v, **_: affine(im, (1, 0, 0, v, 1, 0)),
+    "TranslateX": lambda im, v, **_: affine(im, (1, 0, v * im.size[0], 0, 1, 0)),
+    "TranslateY": lambda im, v, **_: affine(im, (1, 0, 0, 0, 1, v * im.size[1])),
+    "Rotate": lambda im, v, **_: im.rotate(v),
+    "AutoContrast": lambda im, v, **_: ImageOps.autocontrast(im),
+    "Invert": lambda im, v, **_: ImageOps.invert(im),
+    "Equalize": lambda im, v, **_: ImageOps.equalize(im),
+    "Solarize": lambda im, v, **_: ImageOps.solarize(im, v),
+    "Posterize": lambda im, v, **_: ImageOps.posterize(im, int(v)),
+    "Contrast": lambda im, v, **_: ImageEnhance.Contrast(im).enhance(v),
+    "Color": lambda im, v, **_: ImageEnhance.Color(im).enhance(v),
+    "Brightness": lambda im, v, **_: ImageEnhance.Brightness(im).enhance(v),
+    "Sharpness": lambda im, v, **_: ImageEnhance.Sharpness(im).enhance(v),
+    "Cutout": lambda im, v, centre, **_: pillow_cutout(im, v, centre),
+    "SamplePairing": lambda im, v, partner, **_: Image.blend(im, partner, v),
+}
+
+
+def to_pillow(image_CHW):
+    return Image.fromarray(image_CHW.permute(1, 2, 0).contiguous().numpy())
+
+
+def from_pillow(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def with_pillow(name, images_BCHW, magnitude_B, partner, centre):
+    return torch.stack(
+        [
+            from_pillow(PILLOW[name](to_pillow(i), float(v), partner=to_pillow(p), centre=c.tolist()))
+            for i, v, p, c in zip(images_BCHW, magnitude_B, partner, centre, strict=True)
+        ]
+    )
+
+
+def assert_equals_pillow(name, ours, expected):
+    difference = (ours.int() - expected.int()).abs()
+    if OPS[row_of(name)].kernel.__name__ in ("contrast", "color", "brightness", "sharpness", "sample_pairing") and (
+        not PILLOW_ROUNDS_TWICE
+    ):
+        assert difference.max() <= 1
+    else:
+        assert difference.count_nonzero() == 0, f"{name}: {difference.count_nonzero()} values differ"
+
+
+def sample_images(height, width, seed=0):
+    """Real-looking, noisy, constant, two-valued and one-pixel-outlier images, uint8 (B, 3, H, W)."""
+    g = torch.Generator().manual_seed(seed)
+    noise = torch.randint(0, 256, (3, height, width), generator=g, dtype=torch.uint8)
+    scene = from_pillow(to_pillow(noise).filter(ImageFilter.GaussianBlur(max(1, height // 12))))
+    ramp = torch.linspace(20, 230, height * width).view(1, height, width)
+    scene = (
+        ((scene.float() - 128) * 3 + ramp + torch.tensor([0.0, 15.0, -25.0])[:, None, None])
+        .clamp(5, 250)
+        .to(torch.uint8)
+    )
+    constant = torch.tensor([7, 128, 255], dtype=torch.uint8)[:, None, None].expand(3, height, width)
+    two_valued = torch.where(noise[:1] < 90, 30, 55).to(torch.uint8).expand(3, height, width)
+    outlier = constant.clone()
+    outlier[:, height // 2, width // 3] = torch.tensor([255, 0, 1], dtype=torch.uint8)
+    black, white = torch.zeros_like(noise), torch.full_like(noise, 255)
+    return torch.stack([scene, noise, constant, two_valued, outlier, black, white])
+
+
+def inputs_at(height, width, op):
+    """Every sample image at every level and both signs, with partners and centres for whom it may concern."""
+    images = sample_images(height, width)
+    signs = (1.0, -1.0) if op.signed else (1.0,)
+    values = torch.tensor([sign * op.magnitude(level) for level in range(10) for sign in signs], dtype=torch.float64)
+    g = torch.Generator().manual_seed(1)
+    centre = torch.rand(len(values) * len(images), 2, generator=g, dtype=torch.float64)
+    centre[:2] = torch.tensor([[0.0, 0.0], [0.999, 0.999]])
+    return (
+        images.repeat(len(values), 1, 1, 1),
+        values.repeat_interleave(len(images)),
+        images.roll(1, 0).repeat(len(values), 1, 1, 1),
+        centre,
+    )
+
+
+def run_op(op, images, magnitude, partner, centre):
+    return apply_op(images, op.name, magnitude, partner=partner, centre=centre)
+
+
+def test_the_order_of_operations_is_the_published_one():
+    assert [op.name for op in OPS] == list(PILLOW)
+    assert [(op.low, op.high) for op in OPS] == [
+        (0, 0.3), (0, 0.3), (0, 0.45), (0, 0.45), (0, 30), (None, None), (None, None), (None, None), (0, 256), (4, 8),
+        (0.1, 1.9), (0.1, 1.9), (0.1, 1.9), (0.1, 1.9), (0, 0.2), (0, 0.4),
+    ]  # fmt: skip
+    assert [op.signed for op in OPS] == [True] * 5 + [False] * 11
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_equals_pillow_at_every_level_and_sign(op, size):
+    images, magnitude, partner, centre = inputs_at(*size, op)
+    before = images.clone()
+    ours = run_op(op, images, magnitude, partner, centre)
+    assert_equals_pillow(op.name, ours, with_pillow(op.name, images, magnitude, partner, centre))
+    assert ours.dtype == torch.uint8
+    assert torch.equal(images, before), "the input was written to"
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_a_batch_equals_its_images_one_at_a_time(op):
+    images, magnitude, partner, centre = inputs_at(17, 23, op)
+    alone = [
+        run_op(op, images[i : i + 1], magnitude[i : i + 1], partner[i : i + 1], centre[i : i + 1])
+        for i in range(len(images))
+    ]
+    assert torch.equal(run_op(op, images, magnitude, partner, centre), torch.cat(alone))
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op.low is not None], ids=lambda op: op.name)
+@given(data=st.data())
+def test_equals_pillow_at_any_magnitude_and_size(op, data):
+    height, width = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))
+    images = sample_images(height, width, data.draw(st.integers(0, 1000)))
+    magnitudes = st.floats(-op.high if op.signed else op.low, op.high)
+    magnitude = torch.tensor(
+        data.draw(st.lists(magnitudes, min_size=len(images), max_size=len(images))), dtype=torch.float64
+    )
+    centre = torch.rand(len(images), 2, generator=torch.Generator().manual_seed(height), dtype=torch.float64)
+    partner = images.flip(0)
+    ours = run_op(op, images, magnitude, partner, centre)
+    assert_equals_pillow(op.name, ours, with_pillow(op.name, images, magnitude, partner, centre))
+
+
+@pytest.mark.parametrize("degrees", [90.0, 180.0, 270.0, 360.0, -180.0, 720.0, 1e-17])
+def test_rotate_equals_pillow_at_right_angles(degrees):
+    images = sample_images(24, 24)
+    magnitude = torch.full((len(images),), degrees, dtype=torch.float64)
+    assert_equals_pillow(
+        "Rotate",
+        apply_op(images, "Rotate", magnitude),
+        with_pillow("Rotate", images, magnitude, images, magnitude[:, None]),
+    )
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op.neutral is not None], ids=lambda op: op.name)
+def test_neutral_magnitude_changes_nothing(op):
+    images = sample_images(17, 23)
+    magnitude = torch.full((len(images),), op.neutral, dtype=torch.float64)
+    assert torch.equal(run_op(op, images, magnitude, images.flip(0), torch.full((len(images), 2), 0.5)), images)
+
+
+def random_plan(batch, positions, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    op_BK = torch.randint(-1, len(OPS), (batch, positions), generator=g)
+    levels = torch.randint(0, 10, (batch, positions), generator=g)
+    magnitude_BK = torch.tensor(
+        [
+            [OPS[o].magnitude(level) for o, level in zip(*row, strict=True)]
+            for row in zip(op_BK.tolist(), levels.tolist(), strict=True)
+        ],
+        dtype=torch.float64,
+    )
+    partner_BK = torch.randint(0, batch, (batch, positions), generator=g)
+    return Plan(op_BK, magnitude_BK, partner_BK, torch.rand(batch, positions, 2, generator=g, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("positions", [0, 1, 2, 3])
+def test_a_plan_is_its_operations_in_order(positions):
+    images = sample_images(17, 23).repeat(12, 1, 1, 1)
+    plan = random_plan(len(images), positions)
+    expected = images.clone()
+    for b in range(len(images)):
+        for k in range(positions):
+            if plan.op_BK[b, k] >= 0:
+                expected[b] = with_pillow(
+                    OPS[plan.op_BK[b, k]].name,
+                    expected[b : b + 1],
+                    plan.magnitude_BK[b : b + 1, k],
+                    images[plan.partner_BK[b : b + 1, k]],
+                    plan.centre_BK2[b : b + 1, k],
+                )[0]
+    before = images.clone()
+    ours = apply(images, plan)
+    tolerance = 0 if PILLOW_ROUNDS_TWICE else 1
+    assert (ours.int() - expected.int()).abs().max() <= tolerance
+    assert torch.equal(images, before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_equals_the_cpu():
+    images = sample_images(32, 32).repeat(64, 1, 1, 1)
+    plan = random_plan(len(images), 2)
+    assert torch.equal(apply(images.cuda(), plan).cpu(), apply(images, plan))
+
+
+def test_bad_batches_and_plans_are_refused():
+    images = sample_images(8, 8)
+    with pytest.raises(ValueError, match="uint8"):
+        apply_op(images.float(), "Invert", torch.zeros(len(images)))
+    with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):
+        apply_op(images[:, :1], "Invert", torch.zeros(len(images)))
+    with pytest.raises(ValueError, match="unknown operation 'Twirl'"):
+        apply_op(images, "Twirl", torch.zeros(len(images)))
+    with pytest.raises(ValueError, match="SamplePairing needs partner="):
+        apply_op(images, "SamplePairing", torch.zeros(len(images)))
+    with pytest.raises(ValueError, match=r"\(2,\) magnitudes"):
+        apply_op(images, "Invert", torch.zeros(2))
+    plan = random_plan(len(images) + 1, 2)
+    with pytest.raises(ValueError, match="the batch has 7 images"):
+        apply(images, plan)
+    everything = torch.full((len(images), 1), row_of("Cutout"))
+    with pytest.raises(ValueError, match="centre_BK2 is missing"):
+        apply(images, Plan(everything, torch.ones(len(images), 1)))

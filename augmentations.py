@@ -44,8 +44,8 @@ def apply(images_BCHW: Tensor, plan: Plan) -> Tensor:
     Images are sorted by operation, so that each operation present runs once per position. Which rows go where
     is known on the CPU: choosing them never waits for the device.
 
-    Raises ValueError for a batch that is not uint8 (B, 3, H, W), for a plan of another size, or for one that
-    lacks the partners or centres that its operations need.
+    Raises ValueError for a batch that is not uint8 (B, 3, H, W), for a plan of another size or with rows that are not
+    in `OPS`, and for one that lacks the partners or centres that its operations need.
     """
     _check_images(images_BCHW)
     op_BK = plan.op_BK
@@ -54,20 +54,19 @@ def apply(images_BCHW: Tensor, plan: Plan) -> Tensor:
             f"plan is for {tuple(op_BK.shape)} (images, positions) with magnitudes {tuple(plan.magnitude_BK.shape)}; "
             f"the batch has {images_BCHW.shape[0]} images"
         )
+    if op_BK.numel() and not -1 <= op_BK.min() <= op_BK.max() < len(OPS):
+        raise ValueError(f"op_BK holds {op_BK.min()}..{op_BK.max()}; rows are 0..{len(OPS) - 1}, and -1 for none")
     out_BCHW = images_BCHW.clone()
     for k in range(op_BK.shape[1]):
         order_B = op_BK[:, k].argsort(stable=True)
-        groups = (op_BK[:, k] + 1).bincount(minlength=len(OPS) + 1).tolist()
-        sorted_BCHW = out_BCHW.index_select(0, _upload(order_B, images_BCHW.device))
-        done = []
-        for row, members, group in zip(
-            range(-1, len(OPS)), order_B.split(groups), sorted_BCHW.split(groups), strict=True
-        ):
-            if len(members) and row >= 0:
-                group = OPS[row].kernel(
-                    group, plan.magnitude_BK[members, k], *_extra(OPS[row], images_BCHW, plan, members, k)
-                )
-            done.append(group)
+        counts = (op_BK[:, k] + 1).bincount(minlength=len(OPS) + 1).tolist()
+        groups = out_BCHW.index_select(0, _upload(order_B, images_BCHW.device)).split(counts)
+        members = order_B.split(counts)
+        done = [groups[0]] + [
+            _run(op, group, images_BCHW, plan, members_of_op, k)
+            for op, group, members_of_op in zip(OPS, groups[1:], members[1:], strict=True)
+            if len(members_of_op)
+        ]
         out_BCHW = torch.cat(done).index_select(0, _upload(order_B.argsort(), images_BCHW.device))
     return out_BCHW
 
@@ -117,17 +116,18 @@ def _check_images(images_BCHW: Tensor) -> None:
         raise ValueError(f"need uint8 images (B, 3, H, W), got {images_BCHW.dtype} {tuple(images_BCHW.shape)}")
 
 
-def _extra(op: "Op", images_BCHW: Tensor, plan: Plan, members: Tensor, k: int) -> tuple[Tensor, ...]:
-    """The third argument of the kernels that have one, for the images `members` at position k."""
+def _run(op: "Op", group_BCHW: Tensor, images_BCHW: Tensor, plan: Plan, members: Tensor, k: int) -> Tensor:
+    """Run `op` on the images `members` as they are at position k; images_BCHW: all, as they were before the plan."""
+    extra = []
     if op.needs == "partner":
         if plan.partner_BK is None:
             raise ValueError(f"{op.name} is in the plan, but its partner_BK is missing")
-        return (images_BCHW.index_select(0, _upload(plan.partner_BK[members, k], images_BCHW.device)),)
-    if op.needs == "centre":
+        extra = [images_BCHW.index_select(0, _upload(plan.partner_BK[members, k], images_BCHW.device))]
+    elif op.needs == "centre":
         if plan.centre_BK2 is None:
             raise ValueError(f"{op.name} is in the plan, but its centre_BK2 is missing")
-        return (plan.centre_BK2[members, k],)
-    return ()
+        extra = [plan.centre_BK2[members, k]]
+    return op.kernel(group_BCHW, plan.magnitude_BK[members, k], *extra)
 
 
 def _upload(tensor: Tensor, device: torch.device) -> Tensor:

@@ -135,7 +135,7 @@ class Config:
             "milestones",
             f"must rise and lie between 0 and epochs ({self.epochs})",
         )
-        require(self.schedule != "step" or bool(self.milestones), "milestones", "must not be empty with schedule: step")
+        require(self.schedule != "step" or bool(self.milestones), "schedule", "needs milestones, where the rate drops")
         for field in ("mean", "std"):
             value = getattr(self, field)
             require(value is None or len(value) == 3, field, "must be three numbers, for red, green and blue")
@@ -183,7 +183,7 @@ def load_config(conf_file: Path | None, overrides: dict[str, tuple[str, Any]]) -
     try:
         return Config(**values)
     except ConfigError as error:
-        where = said.get(error.field, ("defaults", None))[0]
+        where = said.get(error.field, (conf_file or "defaults", None))[0]
         raise ConfigError(error.field, f"{where}: {error}") from None
 
 

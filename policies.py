@@ -37,13 +37,13 @@ class PolicySource:
         self._signed_O = torch.tensor([op.signed for op in OPS])
         self.op_MQK = torch.full((M, Q, K), -1)
         self.level_MQK = torch.zeros(M, Q, K, dtype=torch.long)
-        self._loss_sum_M = torch.zeros(M)
+        self._loss_sum_M = torch.zeros(M, dtype=torch.float64)
         self._steps = 0
 
     def resample(self, generator: torch.Generator) -> None:
         """Begin an interval: choose the M policies and forget the losses of the last ones."""
         self._sample(generator)
-        self._loss_sum_M = torch.zeros(self.M)
+        self._loss_sum_M = torch.zeros(self.M, dtype=torch.float64)
         self._steps = 0
 
     def plan(self, N: int, generator: torch.Generator) -> Plan:
@@ -65,7 +65,7 @@ class PolicySource:
 
     def observe(self, loss_NM: Tensor) -> None:
         """Add one step's losses to the interval's mean loss of each policy, L^_m; stays on the losses' device."""
-        self._loss_sum_M = self._loss_sum_M.to(loss_NM.device) + loss_NM.detach().float().mean(0)
+        self._loss_sum_M = self._loss_sum_M.to(loss_NM.device) + loss_NM.detach().double().mean(0)
         self._steps += 1
 
     def update(self) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class PolicySource:
             "losses": loss_M.tolist(),
             "advantages": advantage_M.tolist(),
             "entropy": entropy,
-            "loss_spread": loss_M.double().std().item() if self.M > 1 else 0.0,
+            "loss_spread": loss_M.std().item() if self.M > 1 else 0.0,
             "shares": self.shares(),
         }
 

@@ -1,24 +1,87 @@
 """Shared by all tests: examples drawn by hypothesis are the same every time, and none of them races a clock."""
 
+import contextlib
+import io
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import torch
 from hypothesis import settings
+
+import evaluate
+import main
+from utils import exit_with_status
 
 settings.register_profile("project", deadline=None, derandomize=True, database=None)
 settings.load_profile("project")
 
 ROOT = Path(__file__).parent.parent
+# The smallest run that still has several steps, policies and epochs.
+TINY = ("model=wresnet10_1", "train_size=40", "batch_size=10", "M=2", "epochs=3", "eval_every=3", "workers=0")
+
+
+class Finished(NamedTuple):
+    status: int
+    out: str
+    err: str
 
 
 @pytest.fixture
-def script(tmp_path):
-    """Run a script of the project as a user would: script("main.py", "--M", 2) -> the finished process."""
+def script(monkeypatch):
+    """Run main.py or evaluate.py in this process, from the project's root: script("main.py", "--M", 2) -> Finished."""
+    monkeypatch.chdir(ROOT)
 
-    def run(name, *arguments, cwd=ROOT):
-        command = [sys.executable, str(ROOT / name), *map(str, arguments)]
-        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        entry = {"main.py": main.main, "evaluate.py": evaluate.main}[name]
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as leaving:
+            exit_with_status(entry)
+        return Finished(leaving.value.code, out.getvalue(), err.getvalue())
 
     return run
+
+
+@pytest.fixture
+def train(script, tmp_path):
+    """A tiny training run: train("name", "lr=0.2", "--resume") -> its directory; fails if the run fails."""
+
+    def run(name, *arguments):
+        settings_said = [word for word in arguments if not str(word).startswith("-")]
+        flags = [word for word in arguments if str(word).startswith("-")]
+        done = script("main.py", "--logdir", tmp_path, "--name", name, *flags, "--set", *TINY, *settings_said)
+        assert done.status == 0, done.err
+        return tmp_path / name
+
+    return run
+
+
+@pytest.fixture
+def start_process():
+    """Start a script in a process of its own, as a user would; ended with the test."""
+    processes = []
+
+    def start(name, *arguments):
+        command = [sys.executable, str(ROOT / name), *map(str, arguments)]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def same(a, b):
+    """Whether two nested states hold the same bits."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b

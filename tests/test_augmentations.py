@@ -242,3 +242,11 @@ def test_bad_batches_and_plans_are_refused():
     everything = torch.full((len(images), 1), row_of("Cutout"))
     with pytest.raises(ValueError, match="centre_BK2 is missing"):
         apply(images, Plan(everything, torch.ones(len(images), 1)))
+    with pytest.raises(ValueError, match=r"-1\.\.16; rows are 0\.\.15"):
+        apply(
+            images,
+            Plan(
+                torch.arange(-1, len(images) - 1)[:, None].where(torch.arange(len(images))[:, None] < 6, 16),
+                torch.ones(len(images), 1),
+            ),
+        )

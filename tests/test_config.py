@@ -1,0 +1,138 @@
+"""Settings: what is read from where, and what is refused in which words."""
+
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from config import DEFAULT_CONF, Config, load_config, to_yaml
+from main import learning_rate
+from models import check_model
+from utils import UserError
+
+CONFS = sorted((ROOT / "confs").rglob("*.yaml"))
+
+# Table 2 of the hyper-parameters: data set, network, N, lr, weight decay, schedule, epochs.
+PUBLISHED = {
+    "wresnet28x10_cifar10": ("cifar10", "wresnet28_10", 128, 0.1, 5e-4, "step", 200),
+    "wresnet40x2_cifar10": ("cifar10", "wresnet40_2", 128, 0.1, 5e-4, "cosine", 200),
+    "wresnet28x10_cifar100": ("cifar100", "wresnet28_10", 128, 0.1, 5e-4, "step", 200),
+}
+
+
+@pytest.fixture
+def conf(tmp_path):
+    """Write a conf file: conf("lr: 0.1") -> its path."""
+
+    def write(text):
+        path = tmp_path / "mine.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("path", CONFS, ids=lambda path: path.stem)
+def test_every_conf_loads_and_its_network_exists(path):
+    config = load_config(path, {})
+    check_model(config.model, **config.model_options())
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# ")
+    command = "python main.py" if path == ROOT / DEFAULT_CONF else f"--load_conf {path.relative_to(ROOT).as_posix()}"
+    assert command in text
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_confs_are_the_published_settings(name):
+    (path,) = (path for path in CONFS if path.stem == name)
+    c = load_config(path, {})
+    assert (c.dataset, c.model, c.batch_size, c.lr, c.weight_decay, c.schedule, c.epochs) == PUBLISHED[name]
+    assert (c.M, c.Q, c.K, c.levels, len(c.ops), c.policy, c.policy_interval) == (8, 5, 2, 10, 16, "controller", None)
+    assert (c.controller_lr, c.entropy_bonus, c.momentum, c.nesterov, c.cutout) == (0.00035, 0.00001, 0.9, True, 16)
+    if c.schedule == "step":
+        rates = [learning_rate(c, epoch, 1) for epoch in range(200)]
+        assert rates == pytest.approx([0.1] * 60 + [0.02] * 60 + [0.004] * 40 + [0.0008] * 40)
+
+
+def test_the_command_line_goes_before_the_file_and_the_file_before_the_default(conf):
+    config = load_config(conf("lr: 0.3\nepochs: 7"), {"epochs": ("--set", 9)})
+    assert (config.lr, config.epochs, config.momentum) == (0.3, 9, 0.9)
+
+
+def test_numbers_that_yaml_reads_as_texts_are_numbers(conf):
+    config = load_config(conf("weight_decay: 5e-4\nlr: 1e-1\nM: '4'\nmomentum: 0"), {"nesterov": ("--set", False)})
+    assert (config.weight_decay, config.lr, config.M, config.momentum) == (5e-4, 0.1, 4, 0.0)
+
+
+@pytest.mark.parametrize("config", [Config(), Config(ops=("Rotate", "Invert"), train_size=5, mean=(0.1, 0.2, 0.3))])
+def test_a_written_config_reads_back_equal(conf, config):
+    assert load_config(conf(to_yaml(config)), {}) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("learning_rate: 0.1", ["unknown setting 'learning_rate'"]),
+        ("epoch: 3", ["unknown setting 'epoch'", "did you mean 'epochs'?"]),
+        ("lr: abc", ["lr: 'abc' is not a number"]),
+        ("lr: .nan", ["lr: nan is not finite"]),
+        ("lr: .inf", ["lr: inf is not finite"]),
+        ("lr: [0.1]", ["lr: [0.1] is not a number"]),
+        ("lr: true", ["lr: True is not a number"]),
+        ("lr: 0", ["lr: 0.0 must be above 0"]),
+        ("lr: null", ["lr: None is not a number"]),
+        ("M: 0", ["M: 0 must be at least 1"]),
+        ("M: 2.5", ["M: 2.5 is not a whole number"]),
+        ("batch_size: 0", ["batch_size: 0 must be at least 1"]),
+        ("epochs: -1", ["epochs: -1 must be at least 1"]),
+        ("levels: 0", ["levels: 0 must be at least 2"]),
+        ("train_size: 0", ["train_size: 0 must be at least 1, or null"]),
+        ("valid_size: -5", ["valid_size: -5 must not be negative"]),
+        ("policy_interval: 0", ["policy_interval: 0 must be at least 1, or null"]),
+        ("flip: 1", ["flip: 1 is not true or false"]),
+        ("model: resnet9000", ["model: unknown model 'resnet9000'", "wresnet<depth>_<width>"]),
+        ("model: wresnet27_10", ["model: ", "6n + 4"]),
+        ("model: 3", ["model: 3 is not a text"]),
+        ("dataset: cifar11", ["dataset: 'cifar11' is not one of shapes, cifar10, cifar100, folder"]),
+        ("policy: smart", ["policy: 'smart' is not one of controller, random, none"]),
+        ("ops: [Rotat]", ["unknown operation 'Rotat'", "did you mean 'Rotate'?"]),
+        ("ops: []", ["ops: () must name at least one operation"]),
+        ("ops: [Rotate, Rotate]", ["names an operation twice"]),
+        ("ops: Rotate", ["ops: 'Rotate' is not a list"]),
+        ("schedule: step", ["schedule: 'step' needs milestones"]),
+        ("schedule: step\nmilestones: [60, 20]", ["milestones: (60, 20) must rise and lie between 0 and epochs (200)"]),
+        ("milestones: [60, 200]", ["milestones", "between 0 and epochs (200)"]),
+        ("mean: [0.5]", ["mean: (0.5,) must be three numbers"]),
+        ("std: [0, 1, 1]", ["std: (0.0, 1.0, 1.0) must be above 0"]),
+        ("warmup_epochs: 500", ["warmup_epochs: 500.0 must be below epochs (200)"]),
+        ("amp_dtype: float8", ["amp_dtype: 'float8' is not one of bfloat16, float16"]),
+        ("- a list", ["a conf file holds lines of the form 'setting: value'"]),
+        ("lr: [0.1", ["line 1: is not YAML"]),
+        ("1: 2", ["unknown setting 1"]),
+    ],
+)
+def test_bad_settings_are_named_with_their_file(conf, text, words):
+    path = conf(text)
+    with pytest.raises(UserError) as error:
+        load_config(path, {})
+    message = str(error.value)
+    assert message.startswith(str(path))
+    assert all(word in message for word in words), message
+    assert message.count("\n") <= 1
+
+
+def test_a_bad_value_on_the_command_line_is_named_as_such(conf):
+    with pytest.raises(UserError, match=r"^--M: M: '0x' is not a whole number$"):
+        load_config(conf("M: 4"), {"M": ("--M", "0x")})
+    with pytest.raises(UserError, match=r"^--set: milestones: .* must rise"):
+        load_config(conf("epochs: 4"), {"milestones": ("--set", [3, 2])})
+
+
+def test_missing_and_unreadable_confs(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere.yaml: there is no such conf file"):
+        load_config(Path("nowhere.yaml"), {})
+    with pytest.raises(UserError, match="cannot be read as a conf file"):
+        load_config(tmp_path, {})
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(UserError, match="cannot be read as a conf file"):
+        load_config(tmp_path / "binary.yaml", {})

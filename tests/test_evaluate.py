@@ -1,0 +1,187 @@
+"""Scores against counting by hand; checkpoints of ours and of others."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY
+from test_main import assert_refused
+
+import evaluate
+from checkpoint import load_tensors, sha256_of
+from config import Config
+from dataloader import Normalise, ResidentSplit, load_test
+from models import build_model
+
+CPU = torch.device("cpu")
+
+
+class Oracle(torch.nn.Module):
+    """Logits are read off the first pixel: its red value names the class that gets the highest."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.classes = classes
+
+    def forward(self, x):
+        return F.one_hot((x[:, 0, 0, 0] * 255).round().long(), self.classes).float() * 3
+
+
+def as_split(predicted, labels):
+    images = torch.zeros(len(labels), 3, 4, 4, dtype=torch.uint8)
+    images[:, 0, 0, 0] = torch.tensor(predicted, dtype=torch.uint8)
+    return ResidentSplit(images, torch.tensor(labels))
+
+
+PLAIN = Normalise(Config(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)), CPU)
+
+
+def test_counts_and_loss_by_hand():
+    predicted, labels = [0, 1, 2, 3, 4, 5, 6, 6], [0, 1, 2, 3, 0, 0, 6, 6]
+    scores = evaluate.score(Oracle(7), as_split(predicted, labels), PLAIN, CPU)
+    assert (scores.images, scores.top1_correct, scores.top1) == (8, 6, 0.75)
+    assert scores.class_images == [3, 1, 1, 1, 0, 0, 2]
+    assert scores.class_correct == [1, 1, 1, 1, 0, 0, 2]
+    logits = F.one_hot(torch.tensor(predicted), 7).double() * 3
+    assert scores.loss == pytest.approx(F.cross_entropy(logits, torch.tensor(labels)).item(), rel=1e-6)
+
+
+def test_every_image_counts_once_whatever_the_batch(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(10, (1003,), generator=g).tolist()
+    predicted = torch.randint(10, (1003,), generator=g).tolist()
+    expected = sum(a == b for a, b in zip(predicted, labels, strict=True))
+    results = []
+    for batch in (1003, 256, 17):
+        monkeypatch.setattr(evaluate, "BATCH", batch)
+        results.append(evaluate.score(Oracle(10), as_split(predicted, labels), PLAIN, CPU))
+    assert {(scores.images, scores.top1_correct) for scores in results} == {(1003, expected)}
+    assert max(scores.loss for scores in results) - min(scores.loss for scores in results) < 1e-6
+
+
+def test_top5_is_among_the_five_highest():
+    class Ranking(torch.nn.Module):
+        def forward(self, x):
+            return -torch.arange(8.0).expand(len(x), 8)  # ranks the classes 0, 1, 2, ...
+
+    scores = evaluate.score(Ranking(), as_split([0] * 8, list(range(8))), PLAIN, CPU)
+    assert (scores.top1_correct, scores.top5_correct) == (1, 5)
+    assert evaluate.score(Oracle(5), as_split([0, 1], [0, 1]), PLAIN, CPU).top5 is None
+
+
+def test_the_models_mode_is_put_back_and_its_statistics_untouched():
+    model = build_model("wresnet10_1", 10).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    evaluate.score(model, as_split([0, 1], [0, 1]), PLAIN, CPU)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.fixture
+def run(train):
+    return train("scored", "eval_every=1")
+
+
+def test_a_run_is_found_and_scored_as_in_training(script, run, tmp_path):
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    for arguments in (("--logdir", tmp_path, "--name", "scored"), ("--checkpoint", run / "model.pt")):
+        done = script("evaluate.py", *arguments)
+        assert done.status == 0, done.err
+        results = json.loads((run / "results.json").read_text())
+        assert (results["images"], results["top1"], results["loss"]) == (2000, last["test_top1"], last["test_loss"])
+        assert results["epoch"] == 3
+        assert results["sha256"] == sha256_of(run / "model.pt")
+        per_class = results["per_class"].values()
+        assert sum(row["correct"] for row in per_class) == round(results["top1"] * 2000)
+        assert all(row["top1"] == row["correct"] / 200 for row in per_class)
+        assert f"{results['top1']:.2%}" in done.out
+        assert "crescent" in done.out
+        (run / "results.json").unlink()
+
+
+def test_the_three_arguments_of_training_find_the_run(script, tmp_path):
+    (tmp_path / "my.yaml").write_text("\n".join(word.replace("=", ": ") for word in TINY) + "\ndataset: shapes\n")
+    same_three = ("--load_conf", tmp_path / "my.yaml", "--logdir", tmp_path / "logs", "--seed", 5)
+    assert script("main.py", *same_three).status == 0
+    assert script("evaluate.py", *same_three).status == 0
+    assert json.loads((tmp_path / "logs" / "my_5" / "results.json").read_text())["config"]["seed"] == 5
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda weights: weights,
+    lambda weights: {f"module.{name}": value for name, value in weights.items()},
+    lambda weights: {"state_dict": {f"module._orig_mod.{name}": value for name, value in weights.items()}, "epoch": 3},
+])  # fmt: skip
+def test_anybodys_state_dict(script, run, tmp_path, wrap):
+    weights = load_tensors(run / "model.pt")["model"]
+    torch.save(wrap(weights), tmp_path / "theirs.pth")
+    done = script(
+        "evaluate.py", "--model", "wresnet10_1", "--weights", tmp_path / "theirs.pth", "--load_conf", "confs/demo.yaml"
+    )
+    assert done.status == 0, done.err
+    results = json.loads((tmp_path / "theirs.pth.results.json").read_text())
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert results["top1"] == last["test_top1"]
+
+
+def test_output_goes_where_it_is_told(script, run, tmp_path):
+    assert script("evaluate.py", "--checkpoint", run / "model.pt", "--output", tmp_path / "mine.json").status == 0
+    assert json.loads((tmp_path / "mine.json").read_text())["images"] == 2000
+    assert not (run / "results.json").exists()
+
+
+def test_checkpoints_that_cannot_be_scored(script, run, tmp_path):
+    model = run / "model.pt"
+    assert_refused(
+        script("evaluate.py", "--logdir", tmp_path, "--name", "none"), "none/model.pt: there is no such", str(run)
+    )
+    assert_refused(script("evaluate.py", "--checkpoint", tmp_path / "x.pt"), "x.pt: there is no such checkpoint")
+    assert_refused(
+        script("evaluate.py", "--checkpoint", model, "--load_conf", "confs/cifar10/wresnet28x10_cifar10.yaml"),
+        "is a wresnet10_1 for shapes", "asks for a wresnet28_10 for cifar10",
+    )  # fmt: skip
+    (tmp_path / "broken.pt").write_bytes(model.read_bytes()[:1000])
+    assert_refused(
+        script("evaluate.py", "--checkpoint", tmp_path / "broken.pt"), "broken.pt: cannot be read as a checkpoint"
+    )
+    (tmp_path / "empty.pt").write_bytes(b"")
+    assert_refused(
+        script("evaluate.py", "--checkpoint", tmp_path / "empty.pt"), "empty.pt: cannot be read as a checkpoint"
+    )
+    torch.save(load_tensors(model)["model"], tmp_path / "plain.pt")
+    assert_refused(script("evaluate.py", "--checkpoint", tmp_path / "plain.pt"), "is no model.pt", "--weights")
+    wrong = ("--model", "wresnet16_1", "--weights", tmp_path / "plain.pt")
+    assert_refused(script("evaluate.py", *wrong), "plain.pt: does not fit wresnet16_1 with 10 classes", "is missing")
+    torch.save([1, 2], tmp_path / "list.pt")
+    assert_refused(
+        script("evaluate.py", "--model", "wresnet10_1", "--weights", tmp_path / "list.pt"), "holds no state dict"
+    )
+    assert_refused(script("evaluate.py", "--model", "wresnet10_1"), "--model and --weights go together")
+    assert_refused(script("evaluate.py", "--set", "lr=x"), "--set: lr: 'x' is not a number")
+    assert not list(tmp_path.rglob("*results.json"))
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(script, tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return (tmp_path.joinpath("trace").touch, ())
+
+    torch.save({"model": Malicious()}, tmp_path / "evil.pt")
+    assert_refused(
+        script("evaluate.py", "--checkpoint", tmp_path / "evil.pt"), "evil.pt: cannot be read as a checkpoint"
+    )
+    assert not (tmp_path / "trace").exists()
+
+
+def test_weights_of_other_classes_are_refused(script, run, tmp_path):
+    content = load_tensors(run / "model.pt")
+    content["classes"] = content["classes"][::-1]
+    torch.save(content, tmp_path / "other.pt")
+    assert_refused(script("evaluate.py", "--checkpoint", tmp_path / "other.pt"), "its classes are not those expected")
+
+
+def test_the_test_split_alone_is_read():
+    split, classes = load_test(Config(dataset="shapes"), CPU)
+    assert len(split.labels) == 2000
+    assert len(classes) == 10

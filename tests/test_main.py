@@ -1,0 +1,352 @@
+"""Whole runs: the same seed gives the same bits, a resumed run is the uninterrupted one, mistakes cost nothing."""
+
+import itertools
+import json
+import math
+import signal
+
+import pytest
+import torch
+import yaml
+from conftest import TINY, same
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import main
+from augmentations import OPS, row_of
+from checkpoint import load_newest_checkpoint, load_tensors
+from config import Config
+from dataloader import Normalise, ResidentSplit
+from models import build_model
+from policies import RandomPolicies
+from runlog import Progress
+
+# Noise in the network, and intervals that end in the middle of epochs (4 steps each): state that is easily lost.
+DEMANDING = ("dropout=0.1", "policy_interval=3", "controller_lr=0.05")
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def files(run, *names):
+    return [(run / name).read_bytes() for name in names or ("metrics.jsonl", "policies.jsonl")]
+
+
+def final_state(run):
+    state = load_newest_checkpoint(run / "checkpoints", warn=pytest.fail)
+    del state["positions"]["times.jsonl"]  # clocks have digits of their own
+    return state
+
+
+@pytest.fixture
+def reference(train):
+    return train("reference", *DEMANDING)
+
+
+def test_same_seed_same_bits_and_another_seed_others(train, reference):
+    again, other = train("again", *DEMANDING), train("other", *DEMANDING, "seed=1")
+    assert files(again) == files(reference)
+    assert same(final_state(again), final_state(reference))
+    for ours, theirs in zip(files(other), files(reference), strict=True):
+        assert ours != theirs
+    assert not same(final_state(other)["model"], final_state(reference)["model"])
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(train, reference):
+    train("resumed", *DEMANDING, "--stop_epoch=1")
+    train("resumed", *DEMANDING, "--resume", "--stop_epoch=2")
+    resumed = train("resumed", *DEMANDING, "--resume")
+    assert files(resumed) == files(reference)
+    assert same(final_state(resumed), final_state(reference))
+    assert same(load_tensors(resumed / "model.pt")["model"], final_state(reference)["model"])
+
+
+def test_lines_written_after_the_checkpoint_are_not_doubled(train, reference):
+    run = train("torn", *DEMANDING, "--stop_epoch=2")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 3, "half a li')
+    assert files(train("torn", *DEMANDING, "--resume")) == files(reference)
+
+
+def test_a_damaged_checkpoint_is_passed_over(train, reference, script, tmp_path):
+    run = train("damaged", *DEMANDING, "--stop_epoch=2")
+    newest = max((run / "checkpoints").iterdir())
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    settings = ("--logdir", tmp_path, "--name", "damaged", "--set", *TINY, *DEMANDING)
+    done = script("main.py", "--resume", *settings)
+    assert done.status == 0
+    assert f"warning: {newest}: is damaged" in done.err
+    assert files(run) == files(reference)
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_over(train, reference):
+    run = train("early", *DEMANDING, "--stop_epoch=1")
+    for checkpoint in (run / "checkpoints").iterdir():
+        checkpoint.unlink()
+    assert files(train("early", *DEMANDING, "--resume")) == files(reference)
+
+
+def test_a_finished_run_is_resumed_without_effect(train, reference):
+    before = files(reference)
+    train("reference", *DEMANDING, "--resume")
+    assert files(reference) == before
+
+
+@pytest.mark.parametrize("policy", ["controller", "random", "none"])
+def test_what_a_run_directory_holds(train, policy):
+    run = train("kept", f"policy={policy}", "eval_every=1")
+    names = {path.name for path in run.iterdir() if not path.name.startswith("events")}
+    assert names == {
+        "config.yaml", "environment.json", "metrics.jsonl", "times.jsonl", "policies.jsonl", "checkpoints", "model.pt"
+    }  # fmt: skip
+    assert len(list((run / "checkpoints").iterdir())) == 2
+    metrics, policies = lines(run / "metrics.jsonl"), lines(run / "policies.jsonl")
+    assert [line["epoch"] for line in metrics] == [1, 2, 3]
+    assert metrics[0].keys() == {
+        "epoch", "step", "lr", "train_loss", "train_top1", "test_loss", "test_top1", "test_top1_best_seen",
+        "entropy", "loss_spread",
+    }  # fmt: skip
+    best = list(itertools.accumulate((line["test_top1"] for line in metrics), max))
+    assert [line["test_top1_best_seen"] for line in metrics] == best
+    assert [line["interval"] for line in policies] == [0, 1, 2]
+    for line, interval in zip(metrics, policies, strict=True):
+        assert line["train_loss"] == pytest.approx(sum(interval["losses"]) / 2, rel=1e-5), "all steps, both policies"
+        assert len(interval["policies"]) == len(interval["losses"]) == len(interval["advantages"]) == 2
+        assert sum(interval["advantages"]) == pytest.approx(0, abs=1e-6)
+    assert {line["epoch"] for line in lines(run / "times.jsonl")} == {1, 2, 3}
+
+
+def test_tensorboard_shows_curves_shares_and_images(train):
+    run = train("board", "eval_every=1")
+    board = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
+    tags = board.Tags()
+    curves = {"train_loss", "train_top1", "test_loss", "test_top1", "lr", "images_per_second", "entropy", "loss_spread"}
+    assert {f"epoch/{name}" for name in curves} <= set(tags["scalars"])
+    shares = [board.Scalars(f"operations/{op.name}")[0].value for op in OPS]
+    assert sum(shares) == pytest.approx(1)
+    assert sum(board.Scalars(f"levels/{level}")[0].value for level in range(10)) == pytest.approx(1)
+    logged = [line["train_loss"] for line in lines(run / "metrics.jsonl")]
+    assert [event.value for event in board.Scalars("epoch/train_loss")] == pytest.approx(logged)
+    image = board.Images("policies")[0]
+    assert (image.width, image.height) == (8 * 34 + 2, 2 * 34 + 2), "two policies by eight images with their frames"
+    caption = board.Tensors("policies/text_summary")[0].tensor_proto.string_val[0].decode()
+    first = lines(run / "policies.jsonl")[0]["policies"][1][0]
+    assert f"2. {first[0][0]} {first[0][1]} then {first[1][0]} {first[1][1]} or " in caption
+
+
+def test_mixed_precision_trains(train):
+    run = train("mixed", "amp=true", "epochs=1")
+    assert math.isfinite(lines(run / "metrics.jsonl")[0]["train_loss"])
+    assert all(value.dtype != torch.bfloat16 for value in load_tensors(run / "model.pt")["model"].values())
+
+
+def state_for(config, policies, model=None):
+    torch.manual_seed(0)
+    model = model or build_model(config.model, 10)
+    optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    device = torch.device("cpu")
+    return main.TrainingState(config, device, model, optimizer, scaler, policies, Normalise(config, device))
+
+
+@pytest.mark.parametrize("destroyer", [0, 2])
+def test_rewards_belong_to_the_policies_that_caused_them(destroyer):
+    """Classes are brightnesses; one policy posterises and solarises them all to black, the others leave them be."""
+    config = Config(model="wresnet10_1", batch_size=20, M=4, epochs=12, lr=0.05, cutout=0, crop_padding=0)
+    labels = torch.arange(100) % 10
+    images = (labels * 25).to(torch.uint8)[:, None, None, None].expand(100, 3, 16, 16).contiguous()
+    policies = RandomPolicies(config.M, config.Q, config.K, ("Brightness", "Solarize"))
+    neutral = torch.tensor([row_of("Solarize"), row_of("Solarize")])
+
+    def fixed(_):
+        policies.op_MQK[:], policies.level_MQK[:] = neutral, 9
+        policies.op_MQK[destroyer], policies.level_MQK[destroyer] = row_of("Brightness"), 0
+
+    policies._sample = fixed
+    policies.op_MQK = torch.zeros_like(policies.op_MQK)
+    state = state_for(config, policies)
+    split = ResidentSplit(images, labels)
+    for epoch in range(config.epochs):
+        state.epoch = epoch
+        metrics, (record,) = main.train_one_epoch(state, split, Progress(0, 0))
+    losses = record["losses"]
+    assert losses.index(max(losses)) == destroyer
+    assert max(losses) > 1.5 * sorted(losses)[-2]
+    assert record["advantages"].index(max(record["advantages"])) == destroyer
+    assert metrics["train_loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
+
+
+def test_one_step_descends_the_mean_loss_of_all_copies():
+    """With a linear network the step is known: w - lr * gradient of the mean cross-entropy over N * M copies."""
+    config = Config(model="wresnet10_1", batch_size=8, M=2, epochs=1, lr=0.5, momentum=0.0, nesterov=False, cutout=0,
+                    crop_padding=0, flip=False, policy="none", weight_decay=0.0)  # fmt: skip
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (8, 3, 8, 8), dtype=torch.uint8, generator=g)
+    labels = torch.arange(8)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
+    weight = model[1].weight.detach().clone().requires_grad_()
+    inputs = Normalise(config, torch.device("cpu"))(images).flatten(1)
+    loss = torch.nn.functional.cross_entropy(inputs @ weight.T + model[1].bias.detach(), labels)
+    loss.backward()
+    metrics, _ = main.train_one_epoch(
+        state_for(config, main.build_policies(config), model), ResidentSplit(images, labels), Progress(0, 0)
+    )
+    assert metrics["train_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    torch.testing.assert_close(model[1].weight.detach(), weight.detach() - 0.5 * weight.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_learning_rates_follow_their_formulas():
+    cosine = Config(lr=0.4, epochs=10)
+    reference = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(reference, T_max=70)
+    for step in range(70):
+        assert main.learning_rate(cosine, step, 7) == pytest.approx(schedule.get_last_lr()[0], abs=1e-9)
+        reference.step()
+        schedule.step()
+    warm = Config(lr=0.4, epochs=10, warmup_epochs=2)
+    rates = [main.learning_rate(warm, step, 5) for step in range(50)]
+    assert rates[:10] == pytest.approx([0.04 * (step + 1) for step in range(10)])
+    assert rates[10] == pytest.approx(0.4)
+    assert rates[30] == pytest.approx(0.2)
+    assert rates == rates[:10] + sorted(rates[10:], reverse=True)
+
+
+def test_gradients_are_clipped_to_the_norm(train):
+    steps = []
+    for clip in (0.0, 1e-6):
+        run = train(f"clip{clip}", f"grad_clip={clip}", "epochs=1", "weight_decay=0", "momentum=0", "nesterov=false")
+        torch.manual_seed(main.keyed_generator(0, "network").initial_seed())
+        start = build_model("wresnet10_1", 10).state_dict()
+        end = load_tensors(run / "model.pt")["model"]
+        moved = [(end[name] - start[name]).flatten() for name in start if "weight" in name]
+        steps.append(torch.cat(moved).norm().item())
+    assert steps[0] > 0.01
+    assert 0 < steps[1] <= 4 * 0.1 * 1e-6 * 1.01, "four steps of at most lr * clip"
+
+
+# Mistakes: exit status 2, one or two lines, nothing lost
+
+
+def assert_refused(done, *words):
+    assert done.status == 2, (done.out, done.err)
+    assert "Traceback" not in done.err
+    assert 1 <= len(done.err.strip().splitlines()) <= 2, done.err
+    assert all(word in done.err for word in words), done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--", "amp"], ["did you mean --amp?"]),
+        (["--ampp"], ["unknown argument --ampp", "did you mean --amp?"]),
+        (["--load-conf", "x"], ["unknown argument --load-conf", "did you mean --load_conf?"]),
+        (["amp"], ["unknown argument amp"]),
+        (["--seed", "one"], ["--seed: seed: 'one' is not a whole number"]),
+        (["--seed", "-1"], ["--seed: seed: -1 must not be negative"]),
+        (["--M", "0"], ["--M: M: 0 must be at least 1"]),
+        (["--M"], ["argument --M: expected one argument"]),
+        (["--stop_epoch", "0"], ["--stop_epoch: 0 must be at least 1"]),
+        (["--stop_epoch", "x"], ["argument --stop_epoch: invalid int value"]),
+        (["--set", "lr"], ["--set lr: write it as setting=value"]),
+        (["--set", "lr=[1"], ["--set lr=[1: the value cannot be read"]),
+        (["--set", "leraning_rate=1"], ["--set: unknown setting 'leraning_rate'"]),
+        (["--load_conf", "confs/none.yaml"], ["confs/none.yaml: there is no such conf file", "confs/"]),
+        (["--device", "tpu"], ["--device tpu: cannot be used here"]),
+        (["--device", "meta"], ["--device meta: cannot be used here"]),
+        (["--resume", "--overwrite"], ["--resume and --overwrite exclude each other"]),
+        (["--resume"], ["there is no run to resume"]),
+        (["--set", "dataset=folder", "--dataroot", "/nowhere"], ["/nowhere: holds no folder train"]),
+        (["--set", "model=resnet9000"], ["--set: model: unknown model 'resnet9000'"]),
+        (["--set", "train_size=10"], ["batch_size: 50 is more than the 10 training images"]),
+        (["--set", "amp=true", "amp_dtype=float16", "--device", "cpu"], ["float16 needs CUDA", "bfloat16"]),
+    ],
+)  # fmt: skip
+def test_mistakes_are_refused_before_anything_is_written(script, tmp_path, arguments, words):
+    assert_refused(script("main.py", "--logdir", tmp_path / "logs", *arguments), *words)
+    assert not (tmp_path / "logs").exists()
+
+
+def test_several_processes_are_refused(script, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert_refused(script("main.py", "--logdir", tmp_path), "several processes", "--nproc_per_node 1")
+
+
+def test_a_run_is_neither_written_over_nor_resumed_as_another(script, train, tmp_path):
+    run = train("kept", "--stop_epoch=1")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    again = ("--logdir", tmp_path, "--name", "kept", "--set", *TINY)
+    assert_refused(script("main.py", *again), "holds a run already", "--resume", "--overwrite", "--name")
+    assert_refused(
+        script("main.py", "--resume", *again, "lr=0.3", "M=3"),
+        "lr: 0.1 -> 0.3",
+        "M: 2 -> 3",
+        "start another run with --name",
+    )
+    assert_refused(script("main.py", "--overwrite", *again, "dataset=folder", "dataroot=/nowhere"), "/nowhere")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_only_runs_are_deleted_by_overwrite(script, train, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.txt").write_text("years of work")
+    refused = script("main.py", "--logdir", tmp_path, "--name", "thesis", "--overwrite", "--set", *TINY)
+    assert_refused(refused, "exists and is not a run")
+    assert (tmp_path / "thesis" / "chapter1.txt").exists()
+    run = train("kept", "--stop_epoch=1")
+    (run / "results.json").write_text("{}")
+    train("kept", "--overwrite", "--stop_epoch=2")
+    assert not (run / "results.json").exists()
+    assert len(lines(run / "metrics.jsonl")) == 2
+
+
+def test_a_changed_place_of_the_data_or_number_of_workers_does_not_hinder_resuming(train):
+    train("moved", "--stop_epoch=1")
+    run = train("moved", "--resume", "dataroot=elsewhere", "workers=3")
+    assert len(lines(run / "metrics.jsonl")) == 3
+    assert yaml.safe_load((run / "config.yaml").read_text())["dataroot"] == "elsewhere"
+
+
+def test_all_checkpoints_damaged(script, train, tmp_path):
+    run = train("gone", "--stop_epoch=2")
+    for checkpoint in (run / "checkpoints").iterdir():
+        checkpoint.write_bytes(checkpoint.read_bytes()[:-1])
+    metrics = files(run)
+    refused = script("main.py", "--resume", "--logdir", tmp_path, "--name", "gone", "--set", *TINY)
+    assert refused.status == 2
+    assert "all 2 checkpoints are damaged" in refused.err
+    assert files(run) == metrics
+
+
+def test_a_directory_that_cannot_be_made(script, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused = script("main.py", "--logdir", tmp_path / "file", "--set", *TINY)
+    assert_refused(refused, "cannot be made", "--logdir")
+
+
+def test_ctrl_c_keeps_finished_epochs_and_says_how_to_go_on(start_process, tmp_path):
+    settings = ("--logdir", tmp_path, "--name", "stopped", "--set", *TINY, "epochs=500")
+    process = start_process("main.py", *settings)
+    assert process.stdout.readline().startswith("epoch 1/500")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "go on with: python main.py" in err
+    assert "--resume" in err
+    assert final_state(tmp_path / "stopped")["epoch"] >= 1
+
+
+@pytest.mark.slow
+def test_policies_beat_no_policies_on_the_embedded_data(script, tmp_path):
+    """A third of the demo's epochs on one seed; the README's table has all of them on three."""
+    accuracy = {}
+    for policy in ("random", "none"):
+        done = script(
+            "main.py", "--logdir", tmp_path, "--name", policy, "--set", f"policy={policy}", "epochs=5", "eval_every=5"
+        )
+        assert done.status == 0
+        accuracy[policy] = lines(tmp_path / policy / "metrics.jsonl")[-1]["test_top1"]
+    assert accuracy["random"] > accuracy["none"] + 0.05

@@ -1,0 +1,177 @@
+"""Plans made from policies: which operation reaches which copy, and whose loss is whose."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import same
+
+from augmentations import OPS, apply, row_of
+from config import Config
+from policies import ControllerPolicies, PolicySource, RandomPolicies, build_policies
+
+NAMES = tuple(op.name for op in OPS)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def controller_policies(M=4, ops=NAMES, **options):
+    options = {"recurrence": "policy", "lr": 0.01, "entropy_bonus": 1e-5, "seed": 0} | options
+    return ControllerPolicies(M, 5, 2, ops, 10, **options)
+
+
+SOURCES = {
+    "controller": controller_policies,
+    "random": lambda M=4, ops=NAMES: RandomPolicies(M, 5, 2, ops),
+    "none": lambda M=4, ops=NAMES: PolicySource(M),
+}
+
+
+@pytest.mark.parametrize("name", ["controller", "random"])
+def test_every_copy_gets_a_subpolicy_of_its_own_policy(name):
+    source = SOURCES[name]()
+    source.resample(generator())
+    N, M = 2000, source.M
+    plan = source.plan(N, generator(1))
+    drawn = torch.zeros(M, source.Q)
+    for m in range(M):
+        subpolicies = source.op_MQK[m] * 10 + source.level_MQK[m]  # one number per operation and level
+        for b in range(m, N * M, M):  # image-major: copy m of image n stands at n * M + m
+            op_K, magnitude_K = plan.op_BK[b], plan.magnitude_BK[b].abs()
+            fits = [
+                q
+                for q in range(source.Q)
+                if op_K.tolist() == source.op_MQK[m, q].tolist()
+                and magnitude_K.tolist()
+                == [OPS[o].magnitude(v) for o, v in zip(op_K, source.level_MQK[m, q].tolist(), strict=True)]
+            ]
+            assert fits
+            drawn[m, fits[0]] += 1
+        assert len(subpolicies.unique(dim=0)) == source.Q, "equal sub-policies would blur the counts"
+    assert (drawn / N - 1 / source.Q).abs().max() < 0.05
+
+
+def test_signs_are_a_fair_coin_for_signed_operations_alone():
+    source = RandomPolicies(8, 5, 2, NAMES)
+    source.resample(generator())
+    plan = source.plan(4000, generator(1))
+    signed = torch.tensor([op.signed for op in OPS])[plan.op_BK]
+    moved = plan.magnitude_BK != 0
+    negative = plan.magnitude_BK < 0
+    assert not negative[~signed].any()
+    assert negative[signed & moved].double().mean().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_partners_are_other_images_in_the_same_policys_copy():
+    source = RandomPolicies(3, 5, 2, ("SamplePairing",))
+    source.resample(generator())
+    N, M = 5, 3
+    plan = source.plan(N, generator(1))
+    own = torch.arange(N * M)[:, None]
+    assert (plan.partner_BK // M != own // M).all()
+    assert (plan.partner_BK % M == own % M).all()
+    assert plan.partner_BK.min() >= 0
+    assert plan.partner_BK.max() < N * M
+    alone = source.plan(1, generator(1))
+    images = torch.randint(256, (M, 3, 8, 8), dtype=torch.uint8, generator=generator(2))
+    assert torch.equal(alone.partner_BK, torch.arange(M)[:, None].expand(M, 2))
+    assert torch.equal(apply(images, alone), images), "an image without company stays as it is"
+
+
+def test_centres_lie_in_the_image():
+    source = RandomPolicies(4, 5, 2, NAMES)
+    source.resample(generator())
+    centre = source.plan(500, generator(1)).centre_BK2
+    assert 0 <= centre.min() < 0.01
+    assert 0.99 < centre.max() < 1
+
+
+def test_no_policy_leaves_images_alone():
+    source = SOURCES["none"]()
+    source.resample(generator())
+    images = torch.randint(256, (8, 3, 9, 7), dtype=torch.uint8, generator=generator())
+    assert torch.equal(apply(images, source.plan(2, generator(1))), images)
+    source.observe(torch.ones(2, 4))
+    record = source.update()
+    assert record["policies"] == [[[]] * 5] * 4
+    assert record["shares"] == {}
+
+
+@pytest.mark.parametrize("name", ["controller", "random"])
+def test_a_subset_of_operations_by_name(name):
+    source = SOURCES[name](ops=("Rotate", "Invert"))
+    source.resample(generator())
+    assert set(source.op_MQK.flatten().tolist()) == {row_of("Rotate"), row_of("Invert")}
+    source.observe(torch.rand(3, 4, generator=generator()))
+    record = source.update()
+    assert {name for policy in record["policies"] for sub in policy for name, _ in sub} == {"Rotate", "Invert"}
+    assert record["entropy"] == pytest.approx(10 * (math.log(2) + math.log(10)), abs=0.05)
+    assert sum(record["shares"]["operations"].values()) == pytest.approx(1)
+    assert sum(record["shares"]["levels"].values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_mean_of_the_policy_losses_is_the_loss_of_the_batch(name):
+    source = SOURCES[name]()
+    source.resample(generator())
+    N, M = 6, source.M
+    logits_BC = torch.randn(N * M, 10, generator=generator(1))
+    labels_B = torch.arange(N).repeat_interleave(M)
+    source.observe(F.cross_entropy(logits_BC, labels_B, reduction="none").view(N, M))
+    whole = F.cross_entropy(logits_BC, labels_B)
+    record = source.update()
+    assert sum(record["losses"]) / M == pytest.approx(whole.item(), rel=1e-6)
+    by_hand = [F.cross_entropy(logits_BC[m::M], torch.arange(N)).item() for m in range(M)]
+    assert record["losses"] == pytest.approx(by_hand, rel=1e-6)
+    assert record["loss_spread"] == pytest.approx(torch.tensor(by_hand).std().item(), rel=1e-5)
+
+
+def test_losses_are_averaged_over_the_steps_of_an_interval_and_then_forgotten():
+    source = SOURCES["random"]()
+    for start in (1.0, 5.0):
+        source.resample(generator())
+        source.observe(torch.full((2, 4), start))
+        source.observe(torch.full((3, 4), start + 1))
+        assert source.update()["losses"] == [start + 0.5] * 4
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_an_interval_goes_on_from_a_saved_state(name):
+    torch.manual_seed(5)
+    losses = torch.rand(3, 2, 4)
+    whole, first, second = SOURCES[name](), SOURCES[name](), SOURCES[name]()
+    for source in (whole, first):
+        source.resample(generator())
+        source.observe(losses[0])
+        source.update()
+        source.resample(generator(1))
+        source.observe(losses[1])
+    second.load_state_dict(first.state_dict())
+    for source in (whole, second):
+        source.observe(losses[2])
+    assert whole.update() == second.update()
+    whole.resample(generator(2))
+    second.resample(generator(2))
+    assert same(whole.state_dict(), second.state_dict())
+
+
+def test_the_controllers_start_depends_on_its_seed_alone():
+    torch.manual_seed(1)
+    a = controller_policies(seed=7).state_dict()
+    torch.manual_seed(2)
+    torch.rand(3)
+    state = torch.get_rng_state()
+    b = controller_policies(seed=7).state_dict()
+    assert torch.equal(torch.get_rng_state(), state), "others' draws must not be disturbed"
+    assert same(a["controller"], b["controller"])
+    assert not same(a["controller"], controller_policies(seed=8).state_dict()["controller"])
+
+
+@pytest.mark.parametrize(
+    ("policy", "kind"), [("controller", ControllerPolicies), ("random", RandomPolicies), ("none", PolicySource)]
+)
+def test_sources_by_name(policy, kind):
+    assert type(build_policies(Config(policy=policy))) is kind

@@ -1,0 +1,37 @@
+"""What the README shows works, and what it names exists."""
+
+import re
+
+import torch
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_operations_work_in_the_training_loop_shown():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    torch.manual_seed(0)
+    images = torch.randint(256, (32, 3, 16, 16), dtype=torch.uint8)
+    labels = torch.arange(32) % 2
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 2))
+    before = model[1].weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scope = {"loader": [(images, labels)] * 3, "model": model, "optimizer": optimizer}
+    exec(code, scope)
+    assert not torch.equal(model[1].weight, before)
+    assert torch.isfinite(scope["loss"])
+    assert scope["images"].dtype == torch.uint8
+    assert not torch.equal(scope["images"], images)
+
+
+def test_the_files_named_exist_and_every_module_is_in_the_map():
+    links = set(re.findall(r"\]\(([\w./]+)\)", README))
+    assert all((ROOT / link).exists() for link in links), links
+    assert {path.name for path in ROOT.glob("*.py")} <= links
+
+
+def test_augmentations_can_be_lifted_out():
+    """Its only imports are torch's and the standard library's."""
+    text = (ROOT / "augmentations.py").read_text(encoding="utf-8")
+    imported = set(re.findall(r"^(?:import|from) ([\w.]+)", text, re.MULTILINE))
+    assert {name.split(".")[0] for name in imported} == {"math", "collections", "typing", "torch"}

@@ -66,8 +66,10 @@ def write_atomically(path: Path, write: Callable[[Path], Any], name: Callable[[P
             os.fsync(file.fileno())
         final = name(temporary) if name else path
         temporary.replace(final)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if not isinstance(error, (OSError, RuntimeError)):  # torch.save reports a full disk as RuntimeError
+            raise
         raise UserError(f"{path.parent}: cannot be written to ({error}); what was saved before is whole") from None
     return final
 

@@ -10,6 +10,7 @@ loss; once per interval the M mean losses tell the policies which of them were h
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -75,8 +76,13 @@ def main() -> None:
     state = TrainingState(config, device, model, optimizer, scaler, build_policies(config), Normalise(config, device))
 
     positions = None
+    images = fingerprint(data.train.labels)
     if args.resume and (saved := load_newest_checkpoint(run / "checkpoints", warn)):
-        positions = saved.pop("positions")
+        if saved["images"] != images:
+            raise UserError(
+                f"{run}: cannot be resumed: the training images in {config.dataroot} are no longer the same"
+            )
+        positions = saved["positions"]
         state.load_state_dict(saved)
     elif args.overwrite:
         shutil.rmtree(run, ignore_errors=True)
@@ -98,7 +104,8 @@ def main() -> None:
             log.epoch(state.epoch, state.epoch * steps, metrics, times, intervals)
             if state.epoch in preview_epochs(config.epochs):
                 log.policy_images(*preview(state, data.train), step=state.epoch * steps)
-            save_checkpoint(run / "checkpoints", state.epoch, state.state_dict() | {"positions": log.positions()})
+            kept = state.state_dict() | {"positions": log.positions(), "images": images}
+            save_checkpoint(run / "checkpoints", state.epoch, kept)
             save_model(run / "model.pt", state, data.classes)
             progress.say(epoch_line(state, metrics, times))
     except KeyboardInterrupt:
@@ -286,6 +293,11 @@ def write_run_directory(run: Path, config: Config, device: torch.device) -> None
     write_atomically(run / "config.yaml", lambda new: new.write_text(to_yaml(config), encoding="utf-8"))
     described = json.dumps(environment(device), indent=2) + "\n"
     write_atomically(run / "environment.json", lambda new: new.write_text(described, encoding="utf-8"))
+
+
+def fingerprint(labels: Tensor) -> str:
+    """Tells one selection of training images from another by how many there are of each class, and in which order."""
+    return hashlib.sha256(labels.numpy().tobytes()).hexdigest()
 
 
 def save_model(path: Path, state: TrainingState, classes: tuple[str, ...]) -> None:

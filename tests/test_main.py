@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import TINY, same
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
@@ -134,6 +135,14 @@ def test_tensorboard_shows_curves_shares_and_images(train):
     caption = board.Tensors("policies/text_summary")[0].tensor_proto.string_val[0].decode()
     first = lines(run / "policies.jsonl")[0]["policies"][1][0]
     assert f"2. {first[0][0]} {first[0][1]} then {first[1][0]} {first[1][1]} or " in caption
+
+
+def test_a_single_policy_trains_without_a_controller_step(train):
+    run = train("single", "M=1", "controller_lr=1000")
+    for line in lines(run / "metrics.jsonl") + lines(run / "policies.jsonl"):
+        assert all(math.isfinite(value) for value in line.values() if not isinstance(value, list)), line
+    assert [line["advantages"] for line in lines(run / "policies.jsonl")] == [[0.0]] * 3
+    assert final_state(run)["policies"]["optimizer"]["state"] == {}
 
 
 def test_mixed_precision_trains(train):
@@ -307,6 +316,20 @@ def test_a_changed_place_of_the_data_or_number_of_workers_does_not_hinder_resumi
     run = train("moved", "--resume", "dataroot=elsewhere", "workers=3")
     assert len(lines(run / "metrics.jsonl")) == 3
     assert yaml.safe_load((run / "config.yaml").read_text())["dataroot"] == "elsewhere"
+
+
+def test_other_training_images_hinder_resuming(script, tmp_path):
+    rng = torch.Generator().manual_seed(0)
+    for split, name, i in itertools.product(("train", "test"), ("cats", "dogs"), range(10)):
+        path = tmp_path / "data" / split / name / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(256, (16, 16, 3), dtype=torch.uint8, generator=rng)
+        Image.fromarray(pixels.numpy()).save(path)
+    said = ("--logdir", tmp_path, "--name", "own", "--dataroot", tmp_path / "data", "--set", *TINY)
+    said += ("dataset=folder", "image_size=16", "train_size=null")
+    assert script("main.py", "--stop_epoch", 1, *said).status == 0
+    (tmp_path / "data" / "train" / "cats" / "3.png").unlink()
+    assert_refused(script("main.py", "--resume", *said), "training images in", "are no longer the same")
 
 
 def test_all_checkpoints_damaged(script, train, tmp_path):

@@ -79,9 +79,7 @@ def main() -> None:
     images = fingerprint(data.train.labels)
     if args.resume and (saved := load_newest_checkpoint(run / "checkpoints", warn)):
         if saved["images"] != images:
-            raise UserError(
-                f"{run}: cannot be resumed: the training images in {config.dataroot} are no longer the same"
-            )
+            raise UserError(f"{run}: cannot be resumed, the training images in {config.dataroot} have changed")
         positions = saved["positions"]
         state.load_state_dict(saved)
     elif args.overwrite:
@@ -227,14 +225,10 @@ def preview_epochs(epochs: int) -> set[int]:
 
 @torch.no_grad()
 def preview(state: TrainingState, split: Split) -> tuple[Tensor, list[str]]:
-    """Up to eight training images under each policy in use, (M, images, C, H, W), and the policies in words."""
+    """Up to eight training images under each policy in use, (M, images, C, H, W), and those policies in words."""
     images_NCHW, _ = next(iter(split.batches([torch.arange(min(8, len(split.labels)))])))
     copies_BCHW = augment(state, images_NCHW, "preview", state.epoch)
-    captions = [
-        " or ".join(" then ".join(f"{name} {level}" for name, level in subpolicy) or "as it is" for subpolicy in policy)
-        for policy in state.policies.by_name()
-    ]
-    return copies_BCHW.unflatten(0, (-1, state.config.M)).transpose(0, 1), captions
+    return copies_BCHW.unflatten(0, (-1, state.config.M)).transpose(0, 1), state.policies.in_words()
 
 
 def parse_arguments() -> argparse.Namespace:

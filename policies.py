@@ -95,6 +95,20 @@ class PolicySource:
             for ops_QK, levels_QK in zip(self.op_MQK.tolist(), self.level_MQK.tolist(), strict=True)
         ]
 
+    def in_words(self) -> list[str]:
+        """The M policies as texts with magnitudes, such as "Rotate ±6.67 then Invert or ..."."""
+
+        def operation(name: str, level: int) -> str:
+            op = OPS[row_of(name)]
+            sign = "±" if op.signed else ""
+            return name if op.low is None else f"{name} {sign}{op.magnitude(level, self.levels):.3g}"
+
+        def words(policy: list[list[tuple[str, int]]]) -> str:
+            subpolicies = (" then ".join(operation(*choice) for choice in subpolicy) for subpolicy in policy)
+            return " or ".join(filter(None, subpolicies)) or "as it is"
+
+        return [words(policy) for policy in self.by_name()]
+
     def shares(self) -> dict[str, dict[Any, float]]:
         """Share of each operation, and of each level, in the M policies in use; empty where there are none."""
         if not len(self.rows):

@@ -45,17 +45,18 @@ class RunLog:
             for group, values in shares.items():
                 for name, share in values.items():
                     self._writer.add_scalar(f"{group}/{name}", share, record["step"])
-        if intervals:
-            metrics = metrics | {name: intervals[-1][name] for name in ("entropy", "loss_spread")}
-        self._line("metrics.jsonl", {"epoch": epoch, "step": step, **metrics})
+        last = {name: intervals[-1][name] for name in ("entropy", "loss_spread")} if intervals else {}
+        self._line("metrics.jsonl", {"epoch": epoch, "step": step, **metrics, **last})
         self._line("times.jsonl", {"epoch": epoch, **times})
         for name, value in (metrics | {"images_per_second": times["images_per_second"]}).items():
             self._writer.add_scalar(f"epoch/{name}", value, step)
         self._writer.flush()
 
     def policy_images(self, rows: Tensor, captions: list[str], step: int) -> None:
-        """uint8 images (rows, columns, C, H, W), a row per policy, and each row's caption."""
-        self._writer.add_image("policies", make_grid(rows.flatten(0, 1).cpu(), nrow=rows.shape[1]), step)
+        """uint8 images (rows, columns, C, H, W), a row per policy, and each row's caption. Small ones are enlarged."""
+        scale = max(1, 96 // rows.shape[-1])
+        images = rows.flatten(0, 1).repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+        self._writer.add_image("policies", make_grid(images.cpu(), nrow=rows.shape[1]), step)
         self._writer.add_text("policies", "\n".join(f"{row + 1}. {text}" for row, text in enumerate(captions)), step)
 
     def close(self) -> None:

@@ -113,6 +113,15 @@ def test_a_subset_of_operations_by_name(name):
     assert sum(record["shares"]["levels"].values()) == pytest.approx(1)
 
 
+def test_policies_in_words_give_magnitudes_where_there_are_any():
+    source = RandomPolicies(1, 2, 2, NAMES)
+    source.op_MQK = torch.tensor([[[row_of("Rotate"), row_of("Invert")], [row_of("Solarize"), row_of("Contrast")]]])
+    source.level_MQK = torch.tensor([[[2, 7], [9, 0]]])
+    assert source.in_words() == ["Rotate ±6.67 then Invert or Solarize 256 then Contrast 0.1"]
+    assert source.by_name() == [[[("Rotate", 2), ("Invert", 7)], [("Solarize", 9), ("Contrast", 0)]]]
+    assert PolicySource(1, 2).in_words() == ["as it is"]
+
+
 @pytest.mark.parametrize("name", SOURCES)
 def test_the_mean_of_the_policy_losses_is_the_loss_of_the_batch(name):
     source = SOURCES[name]()

@@ -76,15 +76,9 @@ def score(
     was_training = model.training
     model.eval()
     indices = torch.arange(len(split.labels)).split(BATCH)
-    loss, first, fifth, guesses = [], [], [], None
-    for images_BCHW, labels_B in tqdm(
-        split.batches(indices),
-        total=len(indices),
-        desc="scoring",
-        unit="batch",
-        leave=False,
-        disable=None if progress else True,
-    ):
+    batches = tqdm(split.batches(indices), "scoring", len(indices), leave=False, disable=None if progress else True)
+    loss, first, fifth = [], [], []
+    for images_BCHW, labels_B in batches:
         logits_BC = model(normalise(images_BCHW).contiguous(memory_format=torch.channels_last)).float()
         guesses = logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices == labels_B[:, None]
         loss.append(F.cross_entropy(logits_BC, labels_B, reduction="none"))

@@ -12,6 +12,8 @@ Shape suffixes:
     C   channels, 3 (red, green, blue)
     H, W   rows and columns of an image
     K   positions of a plan, executed in order
+    P   pixels of an image, H * W
+Digits are sizes: BC256 is a table of 256 entries per image and channel, 6B six numbers per image.
 """
 
 import math
@@ -60,14 +62,14 @@ def apply(images_BCHW: Tensor, plan: Plan) -> Tensor:
     for k in range(op_BK.shape[1]):
         order_B = op_BK[:, k].argsort(stable=True)
         counts = (op_BK[:, k] + 1).bincount(minlength=len(OPS) + 1).tolist()
-        groups = out_BCHW.index_select(0, _upload(order_B, images_BCHW.device)).split(counts)
+        groups = out_BCHW.index_select(0, upload(order_B, images_BCHW.device)).split(counts)
         members = order_B.split(counts)
         done = [groups[0]] + [
             _run(op, group, images_BCHW, plan, members_of_op, k)
             for op, group, members_of_op in zip(OPS, groups[1:], members[1:], strict=True)
             if len(members_of_op)
         ]
-        out_BCHW = torch.cat(done).index_select(0, _upload(order_B.argsort(), images_BCHW.device))
+        out_BCHW = torch.cat(done).index_select(0, upload(order_B.argsort(), images_BCHW.device))
     return out_BCHW
 
 
@@ -111,6 +113,11 @@ def gather_pixels(images_BCHW: Tensor, x_BHW: Tensor, y_BHW: Tensor) -> Tensor:
     return pixels_BCHW * inside_BHW.unsqueeze(1)
 
 
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a small CPU tensor to the device, from pinned memory, without waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def _check_images(images_BCHW: Tensor) -> None:
     if images_BCHW.dtype != torch.uint8 or images_BCHW.ndim != 4 or images_BCHW.shape[1] != 3:
         raise ValueError(f"need uint8 images (B, 3, H, W), got {images_BCHW.dtype} {tuple(images_BCHW.shape)}")
@@ -122,7 +129,7 @@ def _run(op: "Op", group_BCHW: Tensor, images_BCHW: Tensor, plan: Plan, members:
     if op.needs == "partner":
         if plan.partner_BK is None:
             raise ValueError(f"{op.name} is in the plan, but its partner_BK is missing")
-        extra = [images_BCHW.index_select(0, _upload(plan.partner_BK[members, k], images_BCHW.device))]
+        extra = [images_BCHW.index_select(0, upload(plan.partner_BK[members, k], images_BCHW.device))]
     elif op.needs == "centre":
         if plan.centre_BK2 is None:
             raise ValueError(f"{op.name} is in the plan, but its centre_BK2 is missing")
@@ -130,14 +137,9 @@ def _run(op: "Op", group_BCHW: Tensor, images_BCHW: Tensor, plan: Plan, members:
     return op.kernel(group_BCHW, plan.magnitude_BK[members, k], *extra)
 
 
-def _upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a small CPU tensor to the device without waiting for it."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
 def _per_image(values_B: Tensor, like_BCHW: Tensor, dtype: torch.dtype) -> Tensor:
     """One value per image, on the images' device, shaped to broadcast against (B, C, H, W)."""
-    return _upload(values_B.to(dtype), like_BCHW.device).view(-1, 1, 1, 1)
+    return upload(values_B.to(dtype), like_BCHW.device).view(-1, 1, 1, 1)
 
 
 # Geometry. Pillow maps output pixels to input pixels and takes the nearest; outside is black.
@@ -158,14 +160,14 @@ def shear_y(images_BCHW: Tensor, slope_B: Tensor) -> Tensor:
 def translate_x(images_BCHW: Tensor, fraction_B: Tensor) -> Tensor:
     """`Image.transform(size, AFFINE, (1, 0, fraction * width, 0, 1, 0))`: positive moves the content left."""
     height, width = images_BCHW.shape[-2:]
-    x_BW = _upload(_translated(fraction_B * width, width), images_BCHW.device)
+    x_BW = upload(_translated(fraction_B * width, width), images_BCHW.device)
     return gather_pixels(images_BCHW, x_BW[:, None, :], torch.arange(height, device=images_BCHW.device)[None, :, None])
 
 
 def translate_y(images_BCHW: Tensor, fraction_B: Tensor) -> Tensor:
     """`Image.transform(size, AFFINE, (1, 0, 0, 0, 1, fraction * height))`: positive moves the content up."""
     height, width = images_BCHW.shape[-2:]
-    y_BH = _upload(_translated(fraction_B * height, height), images_BCHW.device)
+    y_BH = upload(_translated(fraction_B * height, height), images_BCHW.device)
     return gather_pixels(images_BCHW, torch.arange(width, device=images_BCHW.device)[None, None, :], y_BH[:, :, None])
 
 
@@ -191,7 +193,7 @@ def _affine(images_BCHW: Tensor, matrix_6B: Tensor) -> Tensor:
     height, width = images_BCHW.shape[-2:]
     a, b, c, d, e, f = matrix_6B
     starts_and_steps = torch.stack((c + a * 0.5 + b * 0.5, a, b, f + d * 0.5 + e * 0.5, d, e))
-    fixed_6B = _upload((starts_and_steps * 65536.0 + 0.5).floor().long(), images_BCHW.device)
+    fixed_6B = upload((starts_and_steps * 65536.0 + 0.5).floor().long(), images_BCHW.device)
     x0, x_per_x, x_per_y, y0, y_per_x, y_per_y = fixed_6B[:, :, None, None]
     column = torch.arange(width, device=images_BCHW.device)
     row = torch.arange(height, device=images_BCHW.device)[:, None]
@@ -298,7 +300,7 @@ def cutout(images_BCHW: Tensor, fraction_B: Tensor, centre_B2: Tensor) -> Tensor
     column = torch.arange(width, device=images_BCHW.device)
     row = torch.arange(height, device=images_BCHW.device)[:, None]
     inside_B1HW = (column >= x0) & (column <= x1) & (row >= y0) & (row <= y1)
-    fill_C11 = _upload(torch.tensor([125, 123, 114], dtype=torch.uint8), images_BCHW.device)[:, None, None]
+    fill_C11 = upload(torch.tensor([125, 123, 114], dtype=torch.uint8), images_BCHW.device)[:, None, None]
     return torch.where(inside_B1HW, fill_C11, images_BCHW)
 
 

@@ -1,8 +1,8 @@
 """Files that carry a run on: written whole or not at all, named by their own hash, and loaded without running code."""
 
+import contextlib
 import hashlib
 import os
-import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +52,7 @@ def load_tensors(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # damage shows in many ways: RuntimeError, EOFError, UnpicklingError, KeyError, ...
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: cannot be read as a checkpoint ({reason[:160]})") from None
 
@@ -67,11 +67,17 @@ def write_atomically(path: Path, write: Callable[[Path], Any], name: Callable[[P
         final = name(temporary) if name else path
         temporary.replace(final)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         if not isinstance(error, (OSError, RuntimeError)):  # torch.save reports a full disk as RuntimeError
             raise
         raise UserError(f"{path.parent}: cannot be written to ({error}); what was saved before is whole") from None
     return final
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, whole or not at all."""
+    write_atomically(path, lambda new: new.write_text(text, encoding="utf-8"))
 
 
 def sha256_of(path: Path) -> str:

@@ -5,7 +5,6 @@ The defaults are the paper's for CIFAR. A conf file under confs/ holds only what
 
 import argparse
 import dataclasses
-import difflib
 import itertools
 import math
 import types
@@ -18,10 +17,10 @@ import yaml
 
 from augmentations import OPS
 from models import check_model
-from utils import UserError
+from utils import UserError, did_you_mean
 
 ALL_OPS = tuple(op.name for op in OPS)
-DEFAULT_CONF = Path("confs/demo.yaml")
+DEFAULT_CONF = Path(__file__).parent / "confs" / "demo.yaml"
 DATASETS = ("shapes", "cifar10", "cifar100", "folder")
 
 
@@ -146,8 +145,8 @@ class Config:
             require(name in ALL_OPS, "ops", f"names an unknown operation {name!r}{did_you_mean(name, ALL_OPS)}")
         try:
             check_model(self.model, **self.model_options())
-        except (TypeError, ValueError) as error:
-            raise ConfigError("model", f"model: {error}") from None
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # the last two: too large to exist
+            raise ConfigError("model", f"model: {str(error).splitlines()[0]}") from None
 
     def model_options(self) -> dict[str, Any]:
         """Options for `models.build_model`: those that differ from the family's own defaults."""
@@ -190,7 +189,10 @@ def load_config(conf_file: Path | None, overrides: dict[str, tuple[str, Any]]) -
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that say which run is meant and where it computes."""
     add = parser.add_argument
-    add("--load_conf", type=Path, metavar="FILE", help=f"conf file (default: {DEFAULT_CONF})")
+    fields = dataclasses.fields(Config)
+    settings = (f"  {f.name} = {_as_yaml(f.default)}\n      {f.metadata['doc']}" for f in fields)
+    parser.epilog = "\n".join(("settings, in conf files and for --set:", *settings))
+    add("--load_conf", type=Path, metavar="FILE", help="conf file (default: confs/demo.yaml)")
     add("--logdir", type=Path, default=Path("./logs"), metavar="DIR", help="where runs are kept (default: %(default)s)")
     add("--name", help="the run's directory below logdir (default: the conf file's name and the seed)")
     add("--seed", help="seed of every random draw")
@@ -241,10 +243,9 @@ def changed_settings(old: Config, new: Config) -> list[str]:
     ]
 
 
-def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
-    """A question to append to an error message, empty if nothing is close."""
-    close = difflib.get_close_matches(str(word), list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+def _as_yaml(value: Any) -> str:
+    plain = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(plain, default_flow_style=True, width=1000).splitlines()[0]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

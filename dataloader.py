@@ -7,7 +7,9 @@ Shape suffixes: N distinct images of a batch, M copies of each; B = N * M, image
 n * M + m); C channels, H rows, W columns.
 """
 
+import hashlib
 import os
+import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +20,14 @@ import torch
 import torchvision
 from PIL import Image, ImageOps
 from torch import Tensor
+from torchvision.datasets.utils import download_url
 from tqdm import tqdm
 
-from augmentations import gather_pixels
+from augmentations import gather_pixels, upload
 from config import Config
 from shapes import CLASSES as SHAPE_CLASSES
 from shapes import draw_shapes
-from utils import UserError, keyed_generator
+from utils import UserError, keyed_generator, warn
 
 # Mean and standard deviation of red, green and blue. CIFAR's are those that the paper's line of work uses.
 CIFAR_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
@@ -41,6 +44,10 @@ class Split(Protocol):
         """(images uint8 (N, 3, H, W), labels int64 (N,)) on the device, for each index tensor in turn."""
         ...
 
+    def fingerprint(self) -> str:
+        """A hash that tells this split from one with other images, labels or order."""
+        ...
+
 
 @dataclass
 class ResidentSplit:
@@ -52,8 +59,11 @@ class ResidentSplit:
     def batches(self, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         labels_on_device = self.labels.to(self.images.device)
         for index in indices:
-            index = index.to(self.images.device, non_blocking=True)
+            index = upload(index, self.images.device)
             yield self.images.index_select(0, index), labels_on_device.index_select(0, index)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.images.cpu().numpy().tobytes() + self.labels.numpy().tobytes()).hexdigest()
 
 
 @dataclass
@@ -77,7 +87,11 @@ class StreamedSplit:
         for index, (images, reasons) in zip(indices, loader, strict=True):
             if any(reasons):
                 raise UserError(f"an image became unreadable during the run: {next(filter(None, reasons))}")
-            yield images.to(self.device, non_blocking=True), self.labels[index].to(self.device, non_blocking=True)
+            yield images.to(self.device, non_blocking=True), upload(self.labels[index], self.device)
+
+    def fingerprint(self) -> str:
+        files = [(path.parent.name, path.name, path.stat().st_size) for path in self.files.paths]
+        return hashlib.sha256(repr(files).encode() + self.labels.numpy().tobytes()).hexdigest()
 
 
 class Data(NamedTuple):
@@ -87,6 +101,11 @@ class Data(NamedTuple):
     valid: Split | None
     test: Split
     classes: tuple[str, ...]
+
+    def fingerprint(self) -> str:
+        """A hash that tells these data from any others, wherever they lie."""
+        splits = [split and split.fingerprint() for split in (self.train, self.valid, self.test)]
+        return hashlib.sha256(repr((self.classes, splits)).encode()).hexdigest()
 
 
 def load_data(config: Config, device: torch.device) -> Data:
@@ -100,7 +119,15 @@ def load_data(config: Config, device: torch.device) -> Data:
             f"ask for more than its {len(order)} training images"
         )
     end = None if config.train_size is None else config.valid_size + config.train_size
-    train = source.take(order[config.valid_size : end].sort().values, device)
+    chosen = order[config.valid_size : end].sort().values
+    counts = source.labels[chosen].bincount(minlength=len(source.classes))
+    if not counts.all():
+        name = source.classes[int(counts.argmin())]
+        raise UserError(
+            f"{config.dataset}: train_size {config.train_size} and valid_size {config.valid_size} "
+            f"leave class {name!r} without training images"
+        )
+    train = source.take(chosen, device)
     if len(train.labels) < config.batch_size:
         raise UserError(f"batch_size: {config.batch_size} is more than the {len(train.labels)} training images")
     valid = source.take(order[: config.valid_size].sort().values, device) if config.valid_size else None
@@ -148,7 +175,7 @@ def crop_and_flip(images_BCHW: Tensor, padding: int, flip: bool, generator: torc
     column_W = torch.arange(width)
     x_BW = torch.where(flipped_B1, width - 1 - column_W, column_W) + shift_B2[:, :1]
     y_BH = torch.arange(height) + shift_B2[:, 1:]
-    x_BW, y_BH = (index.to(images_BCHW.device, non_blocking=True) for index in (x_BW, y_BH))
+    x_BW, y_BH = (upload(index, images_BCHW.device) for index in (x_BW, y_BH))
     return gather_pixels(images_BCHW, x_BW[:, None, :], y_BH[:, :, None])
 
 
@@ -174,7 +201,7 @@ def cutout(inputs_BCHW: Tensor, side: int, generator: torch.Generator) -> Tensor
     y_B1 = torch.randint(height, (batch, 1), generator=generator)
     column_BW = (torch.arange(width) >= x_B1 - side // 2) & (torch.arange(width) < x_B1 + (side + 1) // 2)
     row_BH = (torch.arange(height) >= y_B1 - side // 2) & (torch.arange(height) < y_B1 + (side + 1) // 2)
-    column_BW, row_BH = (inside.to(inputs_BCHW.device, non_blocking=True) for inside in (column_BW, row_BH))
+    column_BW, row_BH = (upload(inside, inputs_BCHW.device) for inside in (column_BW, row_BH))
     return inputs_BCHW.masked_fill((row_BH[:, :, None] & column_BW[:, None, :])[:, None], 0.0)
 
 
@@ -199,7 +226,12 @@ class ImageFiles(torch.utils.data.Dataset):
 def read_image(path: Path, size: int) -> Tensor:
     """Decode to uint8 RGB (3, size, size): upright, scaled (bicubic) until it covers the square, cut at the centre."""
     with Image.open(path) as image:
-        upright = ImageOps.exif_transpose(image).convert("RGB")
+        upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):  # 16 bits a channel: convert() would clip at 255
+        upright = Image.fromarray((np.asarray(upright) / 257).round().clip(0, 255).astype(np.uint8))
+    if upright.mode == "F":
+        raise ValueError("floating-point values without a known range")
+    upright = upright.convert("RGB")
     if upright.size != (size, size):
         upright = ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
@@ -250,6 +282,8 @@ class _FolderSource:
             )
         if not readable.any():
             raise UserError(f"{config.dataroot}: none of the {len(files)} images can be read")
+        if not readable.all():
+            warn(f"left out {(~readable).sum()} of {len(files)} images, first {next(filter(None, reasons))}")
         labels = self.labels[indices][readable]
         if keep:
             return ResidentSplit(kept[readable].to(device), labels)
@@ -273,13 +307,20 @@ def _open(config: Config, split: str, classes: tuple[str, ...] | None = None) ->
 
 
 def _open_cifar(config: Config, split: str) -> _ArraySource:
-    dataset_class = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[config.dataset]
+    kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[config.dataset]
+    root = Path(config.dataroot)
     try:
-        dataset = dataset_class(config.dataroot, train=split == "train", download=True)
-    except (OSError, RuntimeError) as error:  # no network, refused, cut short, wrong md5
+        try:
+            dataset = kind(root, train=split == "train")  # checks the md5 of every file
+        except RuntimeError:  # not there, or not whole
+            download_url(kind.url, root, kind.filename, kind.tgz_md5)
+            with tarfile.open(root / kind.filename) as archive:
+                archive.extractall(root, filter="data")
+            dataset = kind(root, train=split == "train")
+    except (OSError, RuntimeError, tarfile.TarError) as error:  # no network, cut short, wrong md5
         raise UserError(
-            f"{config.dataset}: cannot be downloaded to {config.dataroot} ({str(error).splitlines()[0]})\n"
-            f"fetch {dataset_class.url} by hand and put {dataset_class.filename} into {config.dataroot}"
+            f"{config.dataset}: is not in {root} and cannot be fetched ({str(error).splitlines()[0]})\n"
+            f"fetch {kind.url} by hand and put it into {root}, or name its place with --dataroot"
         ) from None
     images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
     return _ArraySource(images, torch.tensor(dataset.targets), tuple(dataset.classes))

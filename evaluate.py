@@ -10,6 +10,7 @@ The run is found by the arguments it was trained with. Writes results.json besid
 
 import argparse
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import load_tensors, sha256_of, write_atomically
+from checkpoint import load_tensors, sha256_of, write_text
 from config import DEFAULT_CONF, Config, add_arguments, load_config, overrides_from, plain_values, run_directory
 from dataloader import Normalise, Split, load_test
 from models import build_model
@@ -60,10 +61,9 @@ def main() -> None:
     scores = score(model, split, Normalise(config, device), device, progress=True)
 
     results = report(subject, config, scores, classes) | {"environment": environment(device)}
-    output = args.output or subject.file.parent / (
-        "results.json" if args.weights is None else f"{subject.file.name}.results.json"
-    )
-    write_atomically(output, lambda new: new.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8"))
+    beside = "results.json" if args.weights is None else f"{subject.file.name}.results.json"
+    output = args.output or subject.file.parent / beside
+    write_text(output, json.dumps(results, indent=2) + "\n")
     print(table(subject, config, scores, classes))
     print(f"\nwritten to {output}")
 
@@ -72,14 +72,18 @@ def main() -> None:
 def score(
     model: nn.Module, split: Split, normalise: Normalise, device: torch.device, *, progress: bool = False
 ) -> Scores:
-    """Score `model`, in evaluation mode and float32, on every image of `split`; the model's mode is put back."""
+    """Score `model`, in evaluation mode and float32, on every image of `split`; the model's mode is put back.
+
+    Shape suffixes: B images of a batch; C, H, W as usual, but for logits_BC, where C counts classes.
+    """
     was_training = model.training
     model.eval()
     indices = torch.arange(len(split.labels)).split(BATCH)
     batches = tqdm(split.batches(indices), "scoring", len(indices), leave=False, disable=None if progress else True)
     loss, first, fifth = [], [], []
     for images_BCHW, labels_B in batches:
-        logits_BC = model(normalise(images_BCHW).contiguous(memory_format=torch.channels_last)).float()
+        with torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=False):
+            logits_BC = model(normalise(images_BCHW).contiguous(memory_format=torch.channels_last)).float()
         guesses = logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices == labels_B[:, None]
         loss.append(F.cross_entropy(logits_BC, labels_B, reduction="none"))
         first.append(guesses[:, 0])
@@ -125,7 +129,8 @@ def trained_here(args: argparse.Namespace) -> Subject:
     if not isinstance(content, dict) or not {"model", "classes", "config", "epoch"} <= content.keys():
         raise UserError(f"{file}: is no model.pt of main.py; score a plain state dict with --model NAME --weights FILE")
     config = load_config(None, {field: (str(file), value) for field, value in content["config"].items()} | overrides)
-    if args.checkpoint and asked and (asked.model, asked.dataset) != (config.model, config.dataset):
+    named = args.checkpoint or args.name
+    if named and args.load_conf and (asked.model, asked.dataset) != (config.model, config.dataset):
         raise UserError(
             f"{file}: is a {config.model} for {config.dataset}, but {args.load_conf} asks for "
             f"a {asked.model} for {asked.dataset}; leave out --load_conf, or name another checkpoint"
@@ -142,7 +147,7 @@ def plain_state_dict(args: argparse.Namespace) -> Subject:
             content = content[key]
     if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise UserError(f"{args.weights}: holds no state dict (names with tensors)")
-    weights = {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in content.items()}
+    weights = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in content.items()}
     return Subject(args.weights, weights, load_config(args.load_conf or DEFAULT_CONF, said), None, None)
 
 
@@ -214,6 +219,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, metavar="FILE", help="a plain state dict")
     parser.add_argument("--output", type=Path, metavar="FILE", help="results.json (default: beside the checkpoint)")
     args = parser.parse_args()
+    if args.output and not args.output.parent.is_dir():
+        parser.error(f"--output {args.output}: there is no directory {args.output.parent}")
     if (args.model is None) != (args.weights is None):
         parser.error("--model and --weights go together")
     if args.weights and args.checkpoint:

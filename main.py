@@ -7,10 +7,12 @@
 
 A batch of N images becomes N * M copies, each image once per policy, in one forward pass. The network descends the mean
 loss; once per interval the M mean losses tell the policies which of them were hard.
+
+Shape suffixes: N distinct images of a batch, M policies, B = N * M copies (image-major: copy m of image n stands at
+n * M + m); C, H, W as usual, but for logits_BC, where C counts classes.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -27,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from augmentations import apply
-from checkpoint import load_newest_checkpoint, save_checkpoint, write_atomically
+from checkpoint import load_newest_checkpoint, save_checkpoint, write_atomically, write_text
 from config import (
     DEFAULT_CONF,
     Config,
@@ -39,7 +41,7 @@ from config import (
     run_directory,
     to_yaml,
 )
-from dataloader import Data, Normalise, Split, cutout, epoch_batches, load_data, make_copies
+from dataloader import Data, Normalise, Split, balanced_order, cutout, epoch_batches, load_data, make_copies
 from evaluate import score
 from models import build_model
 from policies import PolicySource, build_policies
@@ -54,6 +56,7 @@ from utils import (
     random_state,
     seed_everything,
     set_random_state,
+    warn,
 )
 
 
@@ -69,22 +72,15 @@ def main() -> None:
     seed_everything(config.seed, device, config.deterministic)
     model = build_model(config.model, len(data.classes), **config.model_options())
     model = model.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov
-    )
-    scaler = torch.amp.GradScaler(device.type, enabled=config.amp and config.amp_dtype == "float16")
-    state = TrainingState(config, device, model, optimizer, scaler, build_policies(config), Normalise(config, device))
+    state = TrainingState.start(config, device, model)
 
-    positions = None
-    images = fingerprint(data.train.labels)
+    fingerprint, positions = data.fingerprint(), None
     if args.resume and (saved := load_newest_checkpoint(run / "checkpoints", warn)):
-        if saved["images"] != images:
-            raise UserError(f"{run}: cannot be resumed, the training images in {config.dataroot} have changed")
+        if saved["data"] != fingerprint:
+            raise UserError(f"{run}: cannot be resumed, the images in {config.dataroot} are not those it began with")
         positions = saved["positions"]
         state.load_state_dict(saved)
-    elif args.overwrite:
-        shutil.rmtree(run, ignore_errors=True)
-    write_run_directory(run, config, device)
+    write_run_directory(run, config, device, afresh=args.overwrite)
 
     steps = len(data.train.labels) // config.batch_size
     log = RunLog(run, positions, step=state.epoch * steps)
@@ -102,10 +98,15 @@ def main() -> None:
             log.epoch(state.epoch, state.epoch * steps, metrics, times, intervals)
             if state.epoch in preview_epochs(config.epochs):
                 log.policy_images(*preview(state, data.train), step=state.epoch * steps)
-            kept = state.state_dict() | {"positions": log.positions(), "images": images}
-            save_checkpoint(run / "checkpoints", state.epoch, kept)
             save_model(run / "model.pt", state, data.classes)
+            kept = state.state_dict() | {"positions": log.positions(), "data": fingerprint}
+            save_checkpoint(run / "checkpoints", state.epoch, kept)
             progress.say(epoch_line(state, metrics, times))
+    except FloatingPointError as error:
+        raise UserError(
+            f"{run}: {error} in epoch {state.epoch + 1}; the epochs before it are kept\n"
+            "start another run with a lower lr, or with grad_clip or warmup_epochs set"
+        ) from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"finished epochs are kept; go on with: {resume_command()}") from None
     finally:
@@ -128,6 +129,14 @@ class TrainingState:
     epoch: int = 0  # finished epochs
     best: float = 0.0  # best top-1 seen on the split that is scored during training; nothing is chosen by it
 
+    @classmethod
+    def start(cls, config: Config, device: torch.device, model: nn.Module) -> "TrainingState":
+        optimizer = torch.optim.SGD(
+            model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov
+        )
+        scaler = torch.amp.GradScaler(device.type, enabled=config.amp and config.amp_dtype == "float16")
+        return cls(config, device, model, optimizer, scaler, build_policies(config), Normalise(config, device))
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "epoch": self.epoch,
@@ -149,7 +158,10 @@ class TrainingState:
 
 
 def train_one_epoch(state: TrainingState, split: Split, progress: Progress) -> tuple[dict[str, float], list[dict]]:
-    """Algorithm 1, one epoch. Returns loss and accuracy over all copies, and the records of the intervals it ended."""
+    """Algorithm 1, one epoch. Returns loss and accuracy over all copies, and the records of the intervals it ended.
+
+    Raises FloatingPointError when the loss is no longer finite.
+    """
     config, model, optimizer, policies = state.config, state.model, state.optimizer, state.policies
     batches = epoch_batches(len(split.labels), config.batch_size, config.seed, state.epoch)
     interval = config.policy_interval or len(batches)
@@ -171,12 +183,14 @@ def train_one_epoch(state: TrainingState, split: Split, progress: Progress) -> t
         descend(state, learning_rate(config, step, len(batches)))
 
         policies.observe(loss_B.view(-1, config.M))
-        if (step + 1) % interval == 0:
+        if (step + 1) % interval == 0 or step + 1 == config.epochs * len(batches):
             intervals.append({"interval": step // interval, "step": step + 1, **policies.update()})
         loss_and_correct += torch.stack((loss_B.detach().sum(), (logits_BC.argmax(1) == labels_B).sum()))
         seen += len(labels_B)
         progress.step(f"epoch {state.epoch + 1}/{config.epochs}", loss_and_correct, seen)
     loss, correct = (loss_and_correct / seen).tolist()
+    if not math.isfinite(loss):
+        raise FloatingPointError("the loss is no longer finite")
     return {"lr": optimizer.param_groups[0]["lr"], "train_loss": loss, "train_top1": correct}, intervals
 
 
@@ -226,7 +240,7 @@ def preview_epochs(epochs: int) -> set[int]:
 @torch.no_grad()
 def preview(state: TrainingState, split: Split) -> tuple[Tensor, list[str]]:
     """Up to eight training images under each policy in use, (M, images, C, H, W), and those policies in words."""
-    images_NCHW, _ = next(iter(split.batches([torch.arange(min(8, len(split.labels)))])))
+    images_NCHW, _ = next(iter(split.batches([balanced_order(split.labels)[:8]])))
     copies_BCHW = augment(state, images_NCHW, "preview", state.epoch)
     return copies_BCHW.unflatten(0, (-1, state.config.M)).transpose(0, 1), state.policies.in_words()
 
@@ -279,19 +293,23 @@ def check_run_directory(run: Path, config: Config, args: argparse.Namespace) -> 
             )
 
 
-def write_run_directory(run: Path, config: Config, device: torch.device) -> None:
+def write_run_directory(run: Path, config: Config, device: torch.device, *, afresh: bool) -> None:
+    """Make the directory, or empty it if `afresh`; write the settings, and where and with what this start computes."""
     try:
         run.mkdir(parents=True, exist_ok=True)
+        for old in run.iterdir() if afresh else ():
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
     except OSError as error:
-        raise UserError(f"{run}: cannot be made ({error.strerror}); choose another place with --logdir") from None
-    write_atomically(run / "config.yaml", lambda new: new.write_text(to_yaml(config), encoding="utf-8"))
-    described = json.dumps(environment(device), indent=2) + "\n"
-    write_atomically(run / "environment.json", lambda new: new.write_text(described, encoding="utf-8"))
-
-
-def fingerprint(labels: Tensor) -> str:
-    """Tells one selection of training images from another by how many there are of each class, and in which order."""
-    return hashlib.sha256(labels.numpy().tobytes()).hexdigest()
+        raise UserError(f"{run}: cannot be made or emptied ({error}); choose another place with --logdir") from None
+    path = run / "environment.json"
+    starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    starts.append(environment(device))
+    first, now = starts[0], starts[-1]
+    for name in ("torch", "device", "threads"):
+        if first[name] != now[name]:
+            warn(f"{run}: began with {name} {first[name]}, goes on with {now[name]}: not bit for bit the same")
+    write_text(path, json.dumps(starts, indent=2) + "\n")
+    write_text(run / "config.yaml", to_yaml(config))
 
 
 def save_model(path: Path, state: TrainingState, classes: tuple[str, ...]) -> None:
@@ -347,10 +365,6 @@ def resume_command() -> str:
             words.append(word)
         left_out = max(0, left_out - 1)
     return shlex.join(["python", "main.py", *words, "--resume"])
-
-
-def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

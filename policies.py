@@ -7,7 +7,7 @@ Every source has the same four calls, in this order: `resample` at the start of 
 step, `update` at the end of the interval.
 
 Shape suffixes: M, Q, K as above; N distinct images of a batch; B = N * M copies, image-major: copy m of image n stands
-at n * M + m, so that any run of whole images holds all their copies.
+at n * M + m, so that any run of whole images holds all their copies; O rows of OPS; L levels.
 """
 
 import math
@@ -72,9 +72,12 @@ class PolicySource:
         """End an interval: learn from the losses. Returns the interval's record.
 
         It holds the policies by name, their mean losses, advantages, mean entropy (nats), the losses' spread (unbiased
-        standard deviation), and the shares of operations and levels.
+        standard deviation), and the shares of operations and levels. Raises FloatingPointError, before anything is
+        learned, if a loss is not finite.
         """
         loss_M = (self._loss_sum_M / max(1, self._steps)).cpu()
+        if not loss_M.isfinite().all():
+            raise FloatingPointError("the loss is no longer finite")
         advantage_M, entropy = self._learn(loss_M)
         return {
             "policies": self.by_name(),
@@ -172,7 +175,7 @@ class ControllerPolicies(PolicySource):
     ):
         super().__init__(M, Q, K, ops, levels)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach other devices too
             self.controller = Controller(len(ops), levels, Q, K, recurrence=recurrence)
         self.optimizer = torch.optim.Adam(self.controller.parameters(), lr=lr)
         self.entropy_bonus = entropy_bonus

@@ -5,6 +5,7 @@
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+from utils import UserError
+
 JSONL_FILES = ("metrics.jsonl", "policies.jsonl", "times.jsonl")
 
 
@@ -24,25 +27,28 @@ class RunLog:
     def __init__(self, directory: Path, positions: dict[str, int] | None = None, step: int = 0):
         self._files = {}
         for name in JSONL_FILES:
-            file = (directory / name).open("ab")
-            file.truncate((positions or {}).get(name, 0))
-            self._files[name] = file
+            file = self._files[name] = (directory / name).open("ab")
+            position = (positions or {}).get(name, 0)
+            if file.seek(0, os.SEEK_END) < position:
+                raise UserError(f"{directory / name}: lacks lines that the checkpoint counts on; put a copy back")
+            file.truncate(position)
         self._writer = SummaryWriter(str(directory), purge_step=step + 1 if positions else None)
 
     def positions(self) -> dict[str, int]:
-        """Length of each jsonl file in bytes, for the checkpoint."""
-        return {name: file.seek(0, 2) for name, file in self._files.items()}
+        """Length of each jsonl file in bytes, for the checkpoint; so much is on the disk then."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
+        return {name: file.seek(0, os.SEEK_END) for name, file in self._files.items()}
 
     def epoch(
         self, epoch: int, step: int, metrics: dict[str, float], times: dict[str, float], intervals: list[dict[str, Any]]
     ) -> None:
         """A line of metrics.jsonl and times.jsonl for the epoch, one of policies.jsonl for each interval it ended."""
         for record in intervals:
-            shares = record.pop("shares")
-            self._line("policies.jsonl", record)
+            self._line("policies.jsonl", {name: value for name, value in record.items() if name != "shares"})
             for name in ("entropy", "loss_spread"):
                 self._writer.add_scalar(f"policies/{name}", record[name], record["step"])
-            for group, values in shares.items():
+            for group, values in record["shares"].items():
                 for name, share in values.items():
                     self._writer.add_scalar(f"{group}/{name}", share, record["step"])
         last = {name: intervals[-1][name] for name in ("entropy", "loss_spread")} if intervals else {}

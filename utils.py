@@ -48,13 +48,22 @@ class CommandLine(argparse.ArgumentParser):
         known, unknown = self.parse_known_args(words, namespace)
         if unknown:
             flag = unknown[0].split("=")[0]
-            close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-            self.error(f"unknown argument {unknown[0]}{f'; did you mean {close[0]}?' if close else ''}")
+            self.error(f"unknown argument {unknown[0]}{did_you_mean(flag, self._option_string_actions)}")
         return known
 
     def error(self, message: str) -> NoReturn:
         print(f"error: {message} (python {self.prog} --help lists the arguments)", file=sys.stderr)
         sys.exit(2)
+
+
+def did_you_mean(word: Any, known: Iterable[str]) -> str:
+    """A question to append to an error message, empty if nothing known is close."""
+    close = difflib.get_close_matches(str(word), list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def keyed_seed(*key: Any) -> int:

@@ -76,6 +76,14 @@ def start_process():
         process.communicate()
 
 
+def assert_refused(done, *words):
+    """Exit status 2 and one or two lines without a traceback, holding `words`."""
+    assert done.status == 2, (done.out, done.err)
+    assert "Traceback" not in done.err
+    assert 1 <= len(done.err.strip().splitlines()) <= 2, done.err
+    assert all(word in done.err for word in words), done.err
+
+
 def same(a, b):
     """Whether two nested states hold the same bits."""
     if isinstance(a, torch.Tensor):

@@ -209,6 +209,20 @@ def test_folder_images_are_scaled_and_centre_cropped_by_pillow(folder):
             assert np.array_equal(ours, np.array(image.resize((16, 16), Image.Resampling.BICUBIC, box=box)))
 
 
+def test_sixteen_bit_images_are_scaled_to_eight(folder):
+    ramp = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    Image.fromarray(ramp).save(folder / "train" / "cats" / "0.png")
+    image = load_data(folder_config(folder), CPU).train.images[0]
+    assert np.array_equal(image.numpy(), np.broadcast_to((ramp // 257).astype(np.uint8), (3, 16, 16)))
+
+
+def test_a_class_is_never_held_out_whole(folder):
+    for image in sorted((folder / "train" / "dogs").glob("*.png"))[1:]:
+        image.unlink()
+    with pytest.raises(UserError, match="valid_size 2 leave class 'dogs' without training images"):
+        load_data(folder_config(folder, valid_size=2), CPU)
+
+
 def test_photographs_taken_sideways_are_turned_upright(folder):
     path = folder / "train" / "cats" / "0.jpg"
     picture = Image.new("RGB", (16, 16))
@@ -221,9 +235,11 @@ def test_photographs_taken_sideways_are_turned_upright(folder):
     assert image[:, :, :6].max() < 50
 
 
-def test_streamed_and_resident_splits_give_the_same_batches(folder):
-    resident = load_data(folder_config(folder), CPU)
-    streamed = load_data(folder_config(folder, resident_gb=1e-9), CPU)
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # torch's own forks
+def test_streamed_and_resident_splits_give_the_same_batches(folder, workers):
+    resident = load_data(folder_config(folder, workers=workers), CPU)
+    streamed = load_data(folder_config(folder, workers=workers, resident_gb=1e-9), CPU)
     assert isinstance(resident.train, ResidentSplit)
     assert isinstance(streamed.train, StreamedSplit)
     indices = [torch.tensor([3, 1, 8]), torch.tensor([0, 11])]
@@ -235,7 +251,7 @@ def test_streamed_and_resident_splits_give_the_same_batches(folder):
 
 
 @pytest.mark.parametrize("resident_gb", [1.0, 1e-9])
-def test_unreadable_images_are_named_counted_and_left_out_only_when_told(folder, resident_gb):
+def test_unreadable_images_are_named_counted_and_left_out_only_when_told(folder, resident_gb, capsys):
     (folder / "train" / "cats" / "1.png").write_bytes(b"not an image")
     whole = (folder / "train" / "dogs" / "3.png").read_bytes()
     (folder / "train" / "dogs" / "3.png").write_bytes(whole[: len(whole) // 2])
@@ -245,6 +261,7 @@ def test_unreadable_images_are_named_counted_and_left_out_only_when_told(folder,
         load_data(folder_config(folder, resident_gb=resident_gb), CPU)
     data = load_data(folder_config(folder, resident_gb=resident_gb, skip_unreadable=True), CPU)
     assert data.train.labels.tolist() == [0] * 5 + [1] * 5
+    assert "warning: left out 2 of 12 images, first " in capsys.readouterr().err
     ((images, labels),) = data.train.batches([torch.arange(10)])
     assert len(images) == len(labels) == 10
     assert torch.equal(images[1], load_data(folder_config(folder, skip_unreadable=True), CPU).train.images[1])
@@ -327,6 +344,7 @@ def cifar_root(tmp_path, monkeypatch):
 
 def test_cifar_is_fetched_checked_and_read_in_colour_planes(cifar_root):
     config = Config(dataset="cifar10", dataroot=str(cifar_root / "data"), batch_size=10)
+    (cifar_root / "data" / "cifar-10-batches-py").mkdir(parents=True)  # left by an extraction cut short
     data = load_data(config, CPU)
     assert data.classes == tuple(f"class{i}" for i in range(10))
     stored = pickle.loads((cifar_root / "made" / "cifar-10-batches-py" / "test_batch").read_bytes())
@@ -344,5 +362,5 @@ def test_cifar_that_is_there_is_read_without_a_network(cifar_root, monkeypatch):
 
 def test_a_cifar_archive_with_wrong_content_is_refused(cifar_root, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.CIFAR10.tgz_md5", "0" * 32)
-    with pytest.raises(UserError, match=r"cifar10: cannot be downloaded to .*\nfetch .* by hand and put .* into"):
+    with pytest.raises(UserError, match=r"cifar10: is not in .* and cannot be fetched .*\nfetch .* by hand"):
         load_data(Config(dataset="cifar10", dataroot=str(cifar_root / "data")), CPU)

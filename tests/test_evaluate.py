@@ -1,18 +1,24 @@
 """Scores against counting by hand; checkpoints of ours and of others."""
 
+import contextlib
+import io
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY
-from test_main import assert_refused
+from conftest import TINY, assert_refused
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import evaluate
 from checkpoint import load_tensors, sha256_of
 from config import Config
 from dataloader import Normalise, ResidentSplit, load_test
 from models import build_model
+from utils import UserError
 
 CPU = torch.device("cpu")
 
@@ -111,7 +117,7 @@ def test_the_three_arguments_of_training_find_the_run(script, tmp_path):
 @pytest.mark.parametrize("wrap", [
     lambda weights: weights,
     lambda weights: {f"module.{name}": value for name, value in weights.items()},
-    lambda weights: {"state_dict": {f"module._orig_mod.{name}": value for name, value in weights.items()}, "epoch": 3},
+    lambda weights: {"state_dict": {f"_orig_mod.module.{name}": value for name, value in weights.items()}, "epoch": 3},
 ])  # fmt: skip
 def test_anybodys_state_dict(script, run, tmp_path, wrap):
     weights = load_tensors(run / "model.pt")["model"]
@@ -141,6 +147,10 @@ def test_checkpoints_that_cannot_be_scored(script, run, tmp_path):
         script("evaluate.py", "--checkpoint", model, "--load_conf", "confs/cifar10/wresnet28x10_cifar10.yaml"),
         "is a wresnet10_1 for shapes", "asks for a wresnet28_10 for cifar10",
     )  # fmt: skip
+    named = ("--logdir", tmp_path, "--name", "scored", "--load_conf", "confs/cifar10/wresnet28x10_cifar10.yaml")
+    assert_refused(script("evaluate.py", *named), "is a wresnet10_1 for shapes", "asks for a wresnet28_10 for cifar10")
+    lost = ("--checkpoint", model, "--output", tmp_path / "missing" / "results.json")
+    assert_refused(script("evaluate.py", *lost), "missing/results.json: there is no directory")
     (tmp_path / "broken.pt").write_bytes(model.read_bytes()[:1000])
     assert_refused(
         script("evaluate.py", "--checkpoint", tmp_path / "broken.pt"), "broken.pt: cannot be read as a checkpoint"
@@ -160,6 +170,20 @@ def test_checkpoints_that_cannot_be_scored(script, run, tmp_path):
     assert_refused(script("evaluate.py", "--model", "wresnet10_1"), "--model and --weights go together")
     assert_refused(script("evaluate.py", "--set", "lr=x"), "--set: lr: 'x' is not a number")
     assert not list(tmp_path.rglob("*results.json"))
+
+
+@given(st.data())
+@settings(max_examples=300)
+def test_damage_of_any_kind_is_a_message(data):
+    content = io.BytesIO()
+    torch.save({"model": {"weight": torch.arange(6.0)}, "classes": ["a", "b"], "epoch": 1, "config": {}}, content)
+    damaged = bytearray(content.getvalue())
+    for position in data.draw(st.lists(st.integers(0, len(damaged) - 1), max_size=8)):
+        damaged[position] = data.draw(st.integers(0, 255))
+    with tempfile.NamedTemporaryFile(suffix=".pt") as file:
+        Path(file.name).write_bytes(damaged[: data.draw(st.integers(0, len(damaged)))])
+        with contextlib.suppress(UserError):
+            load_tensors(Path(file.name))
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(script, tmp_path):

@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 import yaml
-from conftest import TINY, same
+from conftest import ROOT, TINY, assert_refused, same
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -16,10 +16,11 @@ import main
 from augmentations import OPS, row_of
 from checkpoint import load_newest_checkpoint, load_tensors
 from config import Config
-from dataloader import Normalise, ResidentSplit
+from dataloader import Normalise, ResidentSplit, epoch_batches
 from models import build_model
 from policies import RandomPolicies
 from runlog import Progress
+from utils import environment
 
 # Noise in the network, and intervals that end in the middle of epochs (4 steps each): state that is easily lost.
 DEMANDING = ("dropout=0.1", "policy_interval=3", "controller_lr=0.05")
@@ -148,24 +149,16 @@ def test_a_single_policy_trains_without_a_controller_step(train):
     assert final_state(run)["policies"]["optimizer"]["state"] == {}
 
 
-def test_mixed_precision_trains(train):
-    run = train("mixed", "amp=true", "epochs=1")
-    assert math.isfinite(lines(run / "metrics.jsonl")[0]["train_loss"])
-    assert all(value.dtype != torch.bfloat16 for value in load_tensors(run / "model.pt")["model"].values())
-
-
-def state_for(config, policies, model=None):
+def state_for(config, policies=None, model=None):
     torch.manual_seed(0)
-    model = model or build_model(config.model, 10)
-    optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    device = torch.device("cpu")
-    return main.TrainingState(config, device, model, optimizer, scaler, policies, Normalise(config, device))
+    state = main.TrainingState.start(config, torch.device("cpu"), model or build_model(config.model, 10))
+    state.policies = policies or state.policies
+    return state
 
 
 @pytest.mark.parametrize("destroyer", [0, 2])
 def test_rewards_belong_to_the_policies_that_caused_them(destroyer):
-    """Classes are brightnesses; one policy posterises and solarises them all to black, the others leave them be."""
+    """Classes are brightnesses; one policy dims them to a tenth, twice, the others leave them be."""
     config = Config(model="wresnet10_1", batch_size=20, M=4, epochs=12, lr=0.05, cutout=0, crop_padding=0)
     labels = torch.arange(100) % 10
     images = (labels * 25).to(torch.uint8)[:, None, None, None].expand(100, 3, 16, 16).contiguous()
@@ -190,24 +183,111 @@ def test_rewards_belong_to_the_policies_that_caused_them(destroyer):
     assert metrics["train_loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
 
 
-def test_one_step_descends_the_mean_loss_of_all_copies():
-    """With a linear network the step is known: w - lr * gradient of the mean cross-entropy over N * M copies."""
-    config = Config(model="wresnet10_1", batch_size=8, M=2, epochs=1, lr=0.5, momentum=0.0, nesterov=False, cutout=0,
-                    crop_padding=0, flip=False, policy="none", weight_decay=0.0)  # fmt: skip
-    g = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (8, 3, 8, 8), dtype=torch.uint8, generator=g)
-    labels = torch.arange(8)
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
-    weight = model[1].weight.detach().clone().requires_grad_()
-    inputs = Normalise(config, torch.device("cpu"))(images).flatten(1)
-    loss = torch.nn.functional.cross_entropy(inputs @ weight.T + model[1].bias.detach(), labels)
-    loss.backward()
-    metrics, _ = main.train_one_epoch(
-        state_for(config, main.build_policies(config), model), ResidentSplit(images, labels), Progress(0, 0)
+class Recorder(torch.nn.Module):
+    """A linear network that keeps what it is shown and what it answers."""
+
+    def __init__(self, pixels):
+        super().__init__()
+        self.linear = torch.nn.Linear(pixels, 10)
+        self.seen, self.answers = [], []
+
+    def forward(self, x):
+        self.seen.append(x.detach().clone())
+        self.answers.append(self.linear(x.flatten(1)))
+        return self.answers[-1]
+
+
+PLAIN = {"model": "wresnet10_1", "epochs": 1, "cutout": 0, "crop_padding": 0, "flip": False, "policy": "none"}
+
+
+def small_set(count, seed=0, side=8):
+    g = torch.Generator().manual_seed(seed)
+    images = torch.randint(1, 256, (count, 3, side, side), dtype=torch.uint8, generator=g)
+    return ResidentSplit(images, torch.arange(count) % 10)
+
+
+def test_steps_are_those_of_sgd_on_the_mean_loss_of_all_copies():
+    """Two steps by hand: Nesterov's momentum, weight decay, smoothed labels, the schedule, M equal copies."""
+    config = Config(**PLAIN, batch_size=8, M=2, lr=0.5, momentum=0.8, weight_decay=0.01, label_smoothing=0.2)
+    split = small_set(16)
+    model = Recorder(192)
+    weight, bias = (p.detach().clone().double() for p in model.linear.parameters())
+    metrics, _ = main.train_one_epoch(state_for(config, model=model), split, Progress(0, 0))
+
+    losses, momenta = [], None
+    for step, index in enumerate(epoch_batches(16, 8, config.seed, 0)):
+        weight.requires_grad_()
+        bias.requires_grad_()
+        inputs = Normalise(config, torch.device("cpu"))(split.images[index]).double().flatten(1)
+        log_p = (inputs @ weight.T + bias).log_softmax(1)
+        target = torch.full((8, 10), 0.02, dtype=torch.float64)
+        target[torch.arange(8), split.labels[index]] += 0.8
+        loss = -(target * log_p).sum(1).mean()
+        gradients = torch.autograd.grad(loss, (weight, bias))
+        losses.append(loss.item())
+        with torch.no_grad():
+            gradients = [g + 0.01 * p for g, p in zip(gradients, (weight, bias), strict=True)]
+            momenta = [0.8 * v + g for v, g in zip(momenta, gradients, strict=True)] if momenta else gradients
+            lr = 0.5 * 0.5 * (1 + math.cos(math.pi * step / 2))
+            moves = [lr * (g + 0.8 * v) for g, v in zip(gradients, momenta, strict=True)]
+            weight, bias = (p - move for p, move in zip((weight, bias), moves, strict=True))
+    assert metrics["train_loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
+    torch.testing.assert_close(model.linear.weight.detach().double(), weight, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model.linear.bias.detach().double(), bias, atol=1e-5, rtol=1e-4)
+
+
+def test_the_network_sees_every_image_once_per_policy_with_its_own_cutout():
+    config = Config(**PLAIN | {"cutout": 4}, batch_size=10, M=3)
+    split, model = small_set(10), Recorder(192)
+    main.train_one_epoch(state_for(config, model=model), split, Progress(0, 0))
+    (seen,) = model.seen
+    (order,) = epoch_batches(10, 10, config.seed, 0)
+    plain = Normalise(config, torch.device("cpu"))(split.images[order]).repeat_interleave(3, 0)
+    blank = (seen == 0).all(1)
+    assert torch.equal(seen, plain.masked_fill(blank[:, None], 0))
+    sizes = blank.sum((1, 2))
+    assert sizes.min() > 0
+    assert sizes.max() == 16
+    assert len({mask.numpy().tobytes() for mask in blank}) > 15, "drawn for each copy"
+
+
+@pytest.mark.parametrize(("amp", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_mixed_precision_is_that_of_the_forward_pass(amp, dtype):
+    config = Config(**PLAIN, batch_size=10, M=2, amp=amp)
+    model = Recorder(192)
+    metrics, _ = main.train_one_epoch(state_for(config, model=model), small_set(10), Progress(0, 0))
+    assert {answer.dtype for answer in model.answers} == {dtype}
+    assert model.linear.weight.dtype == torch.float32
+    assert math.isfinite(metrics["train_loss"])
+
+
+def test_float16_is_trained_with_a_scaled_loss():
+    config = Config(**PLAIN, amp=True, amp_dtype="float16")
+    scaler = main.TrainingState.start(config, torch.device("cpu"), Recorder(192)).scaler
+    assert scaler.is_enabled()
+    assert not state_for(Config(**PLAIN, amp=True), model=Recorder(192)).scaler.is_enabled()
+
+
+@pytest.mark.parametrize("policy", ["controller", "random", "none"])
+@pytest.mark.parametrize("interval", ["null", "3"])
+def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_good_state_kept(script, tmp_path, policy, interval):
+    said = (
+        "--logdir",
+        tmp_path,
+        "--name",
+        "diverged",
+        "--set",
+        *TINY,
+        f"policy={policy}",
+        f"policy_interval={interval}",
     )
-    assert metrics["train_loss"] == pytest.approx(loss.item(), rel=1e-5)
-    torch.testing.assert_close(model[1].weight.detach(), weight.detach() - 0.5 * weight.grad, atol=1e-5, rtol=1e-4)
+    exploding = ("schedule=step", "milestones=[2]", "gamma=1e30")
+    words = ("diverged: the loss is no longer finite in epoch 3", "lower lr")
+    assert_refused(script("main.py", *said, *exploding), *words)
+    run = tmp_path / "diverged"
+    assert final_state(run)["epoch"] == len(lines(run / "metrics.jsonl")) == 2
+    assert all(value.isfinite().all() for value in final_state(run)["model"].values())
+    assert_refused(script("main.py", "--resume", *said, *exploding), *words)
 
 
 def test_learning_rates_follow_their_formulas():
@@ -240,13 +320,6 @@ def test_gradients_are_clipped_to_the_norm(train):
 
 
 # Mistakes: exit status 2, one or two lines, nothing lost
-
-
-def assert_refused(done, *words):
-    assert done.status == 2, (done.out, done.err)
-    assert "Traceback" not in done.err
-    assert 1 <= len(done.err.strip().splitlines()) <= 2, done.err
-    assert all(word in done.err for word in words), done.err
 
 
 @pytest.mark.parametrize(
@@ -321,18 +394,89 @@ def test_a_changed_place_of_the_data_or_number_of_workers_does_not_hinder_resumi
     assert yaml.safe_load((run / "config.yaml").read_text())["dataroot"] == "elsewhere"
 
 
-def test_other_training_images_hinder_resuming(script, tmp_path):
-    rng = torch.Generator().manual_seed(0)
+@pytest.fixture
+def own_images(tmp_path):
+    """A folder data set of two classes with ten images each, for training and for testing."""
+    g = torch.Generator().manual_seed(0)
     for split, name, i in itertools.product(("train", "test"), ("cats", "dogs"), range(10)):
         path = tmp_path / "data" / split / name / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = torch.randint(256, (16, 16, 3), dtype=torch.uint8, generator=rng)
-        Image.fromarray(pixels.numpy()).save(path)
-    said = ("--logdir", tmp_path, "--name", "own", "--dataroot", tmp_path / "data", "--set", *TINY)
-    said += ("dataset=folder", "image_size=16", "train_size=null")
+        Image.fromarray(torch.randint(256, (16, 16, 3), dtype=torch.uint8, generator=g).numpy()).save(path)
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("change", ["image removed", "image replaced", "class renamed", "test image removed"])
+@pytest.mark.parametrize("resident_gb", [1, 1e-9])
+def test_other_images_hinder_resuming(script, own_images, tmp_path, change, resident_gb):
+    said = ("--logdir", tmp_path, "--name", "own", "--dataroot", own_images, "--set", *TINY)
+    said += ("dataset=folder", "image_size=16", "train_size=18", f"resident_gb={resident_gb}")
     assert script("main.py", "--stop_epoch", 1, *said).status == 0
-    (tmp_path / "data" / "train" / "cats" / "3.png").unlink()
-    assert_refused(script("main.py", "--resume", *said), "training images in", "have changed")
+    cats = own_images / "train" / "cats"
+    if change == "image removed":
+        (cats / "3.png").unlink()
+    elif change == "image replaced":
+        for image in cats.iterdir():
+            Image.new("RGB", (16, 16)).save(image)
+    elif change == "class renamed":
+        for split in ("train", "test"):
+            (own_images / split / "cats").rename(own_images / split / "birds")
+    else:
+        (own_images / "test" / "dogs" / "0.png").unlink()
+    assert_refused(script("main.py", "--resume", *said), "cannot be resumed", "not those it began with")
+
+
+def test_the_same_images_elsewhere_do_not_hinder_resuming(script, own_images, tmp_path):
+    said = ("--logdir", tmp_path, "--name", "own", "--set", *TINY, "dataset=folder", "image_size=16", "train_size=18")
+    assert script("main.py", "--dataroot", own_images, "--stop_epoch", 1, *said).status == 0
+    own_images.rename(tmp_path / "moved")
+    assert script("main.py", "--dataroot", tmp_path / "moved", "--resume", *said).status == 0
+    assert len(lines(tmp_path / "own" / "metrics.jsonl")) == 3
+
+
+def test_ones_own_images_train_with_the_command_of_the_readme(script, own_images, tmp_path):
+    command = "python main.py --load_conf confs/folder.yaml --dataroot mydata"
+    assert command in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    arguments = command.replace("mydata", str(own_images)).split()[2:]
+    smaller = ("--logdir", tmp_path, "--set", "model=wresnet10_1", "batch_size=10", "epochs=1", "workers=0")
+    done = script("main.py", *arguments, *smaller)
+    assert done.status == 0, done.err
+    assert (tmp_path / "folder_0" / "model.pt").exists()
+
+
+def test_the_last_interval_may_be_shorter_and_is_logged(train):
+    run = train("intervals", "policy_interval=5")
+    assert [line["step"] for line in lines(run / "policies.jsonl")] == [5, 10, 12]
+    run = train("long", "policy_interval=1000")
+    (line,) = lines(run / "policies.jsonl")
+    assert (line["step"], len(line["losses"])) == (12, 2)
+
+
+def test_every_start_is_noted_and_another_machine_is_warned_of(train, script, tmp_path, monkeypatch):
+    run = train("noted", "--stop_epoch=1")
+    monkeypatch.setattr(main, "environment", lambda device: environment(device) | {"threads": 77})
+    done = script("main.py", "--resume", "--logdir", tmp_path, "--name", "noted", "--set", *TINY)
+    assert done.status == 0
+    assert "warning: " in done.err
+    assert "goes on with 77: not bit for bit the same" in done.err
+    first, second = json.loads((run / "environment.json").read_text())
+    assert first["torch"] == torch.__version__.split("+")[0] or first["torch"] == torch.__version__
+    assert second["threads"] == 77
+    assert "--resume" in second["command"]
+
+
+def test_a_log_that_lost_lines_is_not_filled_with_nothing(train, script, tmp_path):
+    run = train("lost", "--stop_epoch=2")
+    (run / "metrics.jsonl").write_text("")
+    refused = script("main.py", "--resume", "--logdir", tmp_path, "--name", "lost", "--set", *TINY)
+    assert_refused(refused, "metrics.jsonl: lacks lines that the checkpoint counts on")
+
+
+def test_overwriting_through_a_link_leaves_nothing_of_the_old_run(train, tmp_path):
+    run = train("target", "seed=1")
+    (tmp_path / "link").symlink_to(run)
+    train("link", "--overwrite", "--stop_epoch=1")
+    assert [path.name[:10] for path in (run / "checkpoints").iterdir()] == ["epoch-0001"]
+    assert len(lines(run / "metrics.jsonl")) == 1
 
 
 def test_all_checkpoints_damaged(script, train, tmp_path):

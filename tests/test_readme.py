@@ -30,6 +30,10 @@ def test_the_files_named_exist_and_every_module_is_in_the_map():
     assert {path.name for path in ROOT.glob("*.py")} <= links
 
 
+def test_nothing_is_left_to_fill_in():
+    assert not re.findall(r"^[A-Z]{4,}$|TODO|TBD", README, re.MULTILINE)
+
+
 def test_augmentations_can_be_lifted_out():
     """Its only imports are torch's and the standard library's."""
     text = (ROOT / "augmentations.py").read_text(encoding="utf-8")

@@ -12,6 +12,8 @@ import torch
 
 from utils import UserError
 
+CONTENT = frozenset({"epoch", "model", "optimizer", "policies", "positions", "data", "random"})
+
 
 def save_checkpoint(folder: Path, epoch: int, state: dict[str, Any], keep: int = 2) -> Path:
     """Write the state after `epoch` finished epochs; older files beyond the newest `keep` are deleted.
@@ -37,7 +39,10 @@ def load_newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> dict[st
     files = _newest_first(folder)
     for path in files:
         if sha256_of(path)[:16] == path.stem.rsplit("-", 1)[1]:
-            return load_tensors(path)
+            content = load_tensors(path)
+            if isinstance(content, dict) and content.keys() >= CONTENT:
+                return content
+            raise UserError(f"{path}: is no checkpoint of a run; remove it")
         warn(f"{path}: is damaged (its content does not match the hash in its name); trying the one before")
     if files:
         raise UserError(
@@ -87,5 +92,5 @@ def sha256_of(path: Path) -> str:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    files = [p for p in folder.glob("*.pt") if re.fullmatch(r"epoch-\d+-[0-9a-f]{16}", p.stem)]
+    files = [p for p in folder.glob("*.pt") if p.is_file() and re.fullmatch(r"epoch-\d+-[0-9a-f]{16}", p.stem)]
     return sorted(files, key=lambda p: int(p.stem.split("-")[1]), reverse=True)

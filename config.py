@@ -126,6 +126,14 @@ class Config:
             require(getattr(self, field) > 0, field, "must be above 0")
         between(0, 0.999, "dropout", "momentum", "label_smoothing")
         between(8, 16384, "image_size")
+        for field, value in vars(self).items():  # far beyond any use, and before anything overflows
+            numbers = value if isinstance(value, tuple) else (value,)
+            require(all(isinstance(v, str) or abs(v or 0) <= 1e9 for v in numbers), field, "is larger than 1e9")
+        between(1, 1000, "Q", "K")
+        between(1, 10000, "M")
+        between(0, 1024, "workers")
+        between(0, 16384, "crop_padding", "cutout")
+        require(self.levels <= 1000, "levels", "must be at most 1000")
         require(self.levels >= 2, "levels", "must be at least 2: the first is the weakest, the last the strongest")
         require(self.nesterov is False or self.momentum > 0, "nesterov", "needs momentum above 0")
         require(self.warmup_epochs < self.epochs, "warmup_epochs", f"must be below epochs ({self.epochs})")
@@ -138,7 +146,7 @@ class Config:
         for field in ("mean", "std"):
             value = getattr(self, field)
             require(value is None or len(value) == 3, field, "must be three numbers, for red, green and blue")
-        require(self.std is None or min(self.std) > 0, "std", "must be above 0")
+        require(self.std is None or min(self.std) >= 1e-6, "std", "must be above 0 (at least 1e-6)")
         require(bool(self.ops), "ops", "must name at least one operation; for none at all, set policy: none")
         require(len(set(self.ops)) == len(self.ops), "ops", "names an operation twice")
         for name in self.ops:
@@ -210,7 +218,7 @@ def overrides_from(args: argparse.Namespace) -> dict[str, tuple[str, Any]]:
             raise UserError(f"--set {word}: write it as setting=value")
         try:
             said[field] = ("--set", yaml.safe_load(text))
-        except yaml.YAMLError:
+        except Exception:  # PyYAML's constructors raise more than YAMLError
             raise UserError(f"--set {word}: the value cannot be read") from None
     for field in ("M", "seed", "amp", "dataroot"):
         value = getattr(args, field, None)
@@ -255,10 +263,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: there is no such conf file; those that exist are under confs/") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a conf file ({error})") from None
-    except yaml.YAMLError as error:
+    except Exception as error:  # YAMLError, and what PyYAML's constructors raise: ValueError, RecursionError, ...
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: is not YAML ({getattr(error, 'problem', None) or error})") from None
+        raise UserError(
+            f"{path}{line}: is not YAML ({str(getattr(error, 'problem', None) or error).splitlines()[0]})"
+        ) from None
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -79,7 +79,7 @@ def main() -> None:
         if saved["data"] != fingerprint:
             raise UserError(f"{run}: cannot be resumed, the images in {config.dataroot} are not those it began with")
         positions = saved["positions"]
-        state.load_state_dict(saved)
+        state.load_state_dict(saved, run)
     write_run_directory(run, config, device, afresh=args.overwrite)
 
     steps = len(data.train.labels) // config.batch_size
@@ -148,12 +148,17 @@ class TrainingState:
             "random": random_state(self.device),
         }
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        self.epoch, self.best = saved["epoch"], saved["best"]
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
-        self.policies.load_state_dict(saved["policies"])
+    def load_state_dict(self, saved: dict[str, Any], run: Path) -> None:
+        """Raises UserError when the checkpoint of `run` is not of this network and these settings."""
+        try:
+            self.epoch, self.best = saved["epoch"], saved["best"]
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.scaler.load_state_dict(saved["scaler"])
+            self.policies.load_state_dict(saved["policies"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{run}: its checkpoint does not fit the settings in its config.yaml ({reason})") from None
         set_random_state(saved["random"], self.device)
 
 
@@ -265,7 +270,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check_support(config: Config, device: torch.device) -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "") not in ("", "1"):
         raise UserError(
             "several processes were launched, but this version trains in one; start it with --nproc_per_node 1"
         )

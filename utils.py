@@ -21,11 +21,19 @@ class UserError(Exception):
 
 
 def exit_with_status(main: Callable[[], None]) -> NoReturn:
-    """Run a script's main(): status 0; 2 for what the user can mend; 130 after Ctrl-C. No traceback in either."""
+    """Run a script's main(): status 0; 2 for what the user can mend; 130 after Ctrl-C. No traceback in any of them.
+
+    Files and memory are the user's to mend as well: a full disk, a missing permission, a batch too large.
+    """
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError, UnicodeError) as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        print("error: out of memory; a smaller model or fewer images at a time need less", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         print(f"\ninterrupted{'; ' if str(interrupt) else ''}{interrupt}", file=sys.stderr)
@@ -80,8 +88,8 @@ def choose_device(name: str | None) -> torch.device:
     """The named device, or CUDA where there is one. Raises UserError for one that this machine lacks."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("only cpu and cuda are supported")
+        if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+            raise RuntimeError("there are cpu, cuda, cuda:0, cuda:1, ...")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]})") from None

@@ -110,6 +110,18 @@ def test_a_written_config_reads_back_equal(conf, config):
         ("- a list", ["a conf file holds lines of the form 'setting: value'"]),
         ("lr: [0.1", ["line 1: is not YAML"]),
         ("1: 2", ["unknown setting 1"]),
+        ("lr: 2020-13-45", ["is not YAML"]),
+        ("lr: !!int abc", ["is not YAML"]),
+        ("lr: " + "1" * 5000, ["is not YAML"]),
+        ("[" * 3000, ["is not YAML"]),
+        ("epochs: " + "9" * 30, ["epochs", "is larger than 1e9"]),
+        ("M: 99999999", ["M: 99999999 is not between 1 and 10000"]),
+        ("levels: 99999999", ["levels: 99999999 must be at most 1000"]),
+        ("lr: 1e308", ["lr: 1e+308 is larger than 1e9"]),
+        ("cutout: 99999", ["cutout: 99999 is not between 0 and 16384"]),
+        ("workers: 5000", ["workers: 5000 is not between 0 and 1024"]),
+        ("std: [1e-300, 1, 1]", ["std: (1e-300, 1.0, 1.0) must be above 0"]),
+        ("model: wresnet600000004_1", ["6n + 4"]),
     ],
 )
 def test_bad_settings_are_named_with_their_file(conf, text, words):

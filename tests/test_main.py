@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import main
 from augmentations import OPS, row_of
-from checkpoint import load_newest_checkpoint, load_tensors
+from checkpoint import load_newest_checkpoint, load_tensors, save_checkpoint
 from config import Config
 from dataloader import Normalise, ResidentSplit, epoch_batches
 from models import build_model
@@ -340,6 +340,8 @@ def test_gradients_are_clipped_to_the_norm(train):
         (["--set", "leraning_rate=1"], ["--set: unknown setting 'leraning_rate'"]),
         (["--load_conf", "confs/none.yaml"], ["confs/none.yaml: there is no such conf file", "confs/"]),
         (["--device", "tpu"], ["--device tpu: cannot be used here"]),
+        (["--device", "cpu:7"], ["--device cpu:7: cannot be used here"]),
+        (["--set", "lr=2020-13-45"], ["--set lr=2020-13-45: the value cannot be read"]),
         (["--device", "meta"], ["--device meta: cannot be used here"]),
         (["--resume", "--overwrite"], ["--resume and --overwrite exclude each other"]),
         (["--resume"], ["there is no run to resume"]),
@@ -354,8 +356,9 @@ def test_mistakes_are_refused_before_anything_is_written(script, tmp_path, argum
     assert not (tmp_path / "logs").exists()
 
 
-def test_several_processes_are_refused(script, monkeypatch, tmp_path):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+@pytest.mark.parametrize("size", ["2", "many"])
+def test_several_processes_are_refused(script, monkeypatch, tmp_path, size):
+    monkeypatch.setenv("WORLD_SIZE", size)
     assert_refused(script("main.py", "--logdir", tmp_path), "several processes", "--nproc_per_node 1")
 
 
@@ -488,6 +491,28 @@ def test_all_checkpoints_damaged(script, train, tmp_path):
     assert refused.status == 2
     assert "all 2 checkpoints are damaged" in refused.err
     assert files(run) == metrics
+
+
+def test_checkpoints_that_are_not_this_runs(script, train, tmp_path):
+    run = train("odd", "--stop_epoch=1")
+    said = ("--resume", "--logdir", tmp_path, "--name", "odd", "--set", *TINY)
+    (run / "checkpoints" / "epoch-0007-0123456789abcdef.pt").mkdir()
+    (run / "checkpoints" / "epoch-0008-0123456789abcdef.pt").symlink_to("nowhere")
+    before = final_state(run)
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("wresnet10_1", "wresnet16_1"))
+    assert_refused(script("main.py", *said, "model=wresnet16_1"), "does not fit the settings in its config.yaml")
+    save_checkpoint(run / "checkpoints", 9, {"somebody": "else's"})
+    assert_refused(script("main.py", *said, "model=wresnet16_1"), "epoch-0009-", "is no checkpoint of a run")
+    assert before["epoch"] == 1
+
+
+def test_out_of_memory_is_said_in_a_line(script, monkeypatch, tmp_path):
+    def too_much(*_, **__):
+        return torch.empty(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr(main, "build_model", too_much)
+    assert_refused(script("main.py", "--logdir", tmp_path / "logs", "--set", *TINY), "out of memory")
+    assert not (tmp_path / "logs").exists()
 
 
 def test_a_directory_that_cannot_be_made(script, tmp_path):

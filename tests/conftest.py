@@ -17,6 +17,8 @@ from utils import exit_with_status
 
 settings.register_profile("project", deadline=None, derandomize=True, database=None)
 settings.load_profile("project")
+# Threads that wait for each other by spinning make small steps many times slower on a machine with other work.
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent
 # The smallest run that still has several steps, policies and epochs.

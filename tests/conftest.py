@@ -25,6 +25,13 @@ ROOT = Path(__file__).parent.parent
 TINY = ("model=wresnet10_1", "train_size=40", "batch_size=10", "M=2", "epochs=3", "eval_every=3", "workers=0")
 
 
+# A process started in the background of a shell inherits that SIGINT is ignored; a user's in the foreground does not.
+HEEDING_SIGINT = """import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")"""
+
+
 class Finished(NamedTuple):
     status: int
     out: str
@@ -67,7 +74,7 @@ def start_process():
     processes = []
 
     def start(name, *arguments):
-        command = [sys.executable, str(ROOT / name), *map(str, arguments)]
+        command = [sys.executable, "-c", HEEDING_SIGINT, str(ROOT / name), *map(str, arguments)]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         processes.append(process)
         return process

@@ -281,7 +281,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_good_state_kept(sc
         f"policy={policy}",
         f"policy_interval={interval}",
     )
-    exploding = ("schedule=step", "milestones=[2]", "gamma=1e30")
+    exploding = ("schedule=step", "milestones=[2]", "gamma=1e9")
     words = ("diverged: the loss is no longer finite in epoch 3", "lower lr")
     assert_refused(script("main.py", *said, *exploding), *words)
     run = tmp_path / "diverged"

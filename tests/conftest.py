@@ -1,6 +1,7 @@
 """Shared by all tests: examples drawn by hypothesis are the same every time, and none of them races a clock."""
 
 import contextlib
+import functools
 import io
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+import dataloader
 import evaluate
 import main
 from utils import exit_with_status
@@ -19,6 +21,7 @@ settings.register_profile("project", deadline=None, derandomize=True, database=N
 settings.load_profile("project")
 # Threads that wait for each other by spinning make small steps many times slower on a machine with other work.
 torch.set_num_threads(1)
+dataloader.draw_shapes = functools.cache(dataloader.draw_shapes)  # always the same, and wanted by every run
 
 ROOT = Path(__file__).parent.parent
 # The smallest run that still has several steps, policies and epochs.

@@ -535,12 +535,10 @@ def test_ctrl_c_keeps_finished_epochs_and_says_how_to_go_on(start_process, tmp_p
 
 @pytest.mark.slow
 def test_policies_beat_no_policies_on_the_embedded_data(script, tmp_path):
-    """A third of the demo's epochs on one seed; the README's table has all of them on three."""
+    """The demo as it is, on one seed; the README's table has three. After five epochs there is no difference yet."""
     accuracy = {}
     for policy in ("random", "none"):
-        done = script(
-            "main.py", "--logdir", tmp_path, "--name", policy, "--set", f"policy={policy}", "epochs=5", "eval_every=5"
-        )
+        done = script("main.py", "--logdir", tmp_path, "--name", policy, "--set", f"policy={policy}", "eval_every=12")
         assert done.status == 0
         accuracy[policy] = lines(tmp_path / policy / "metrics.jsonl")[-1]["test_top1"]
     assert accuracy["random"] > accuracy["none"] + 0.05

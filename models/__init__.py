@@ -1,29 +1,50 @@
 """Networks by name: `build_model("wresnet28_10", num_classes=10)`. One file per family."""
 
+import inspect
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from models.pyramidnet import pyramidnet
+from models.resnet import resnet, resnet_d
+from models.shakeshake import shakeshake
 from models.wideresnet import wideresnet
 
-# Name pattern, its form as users write it, and the builder; the pattern's groups are the builder's first arguments.
-FAMILIES: tuple[tuple[str, str, Callable[..., nn.Module]], ...] = (
-    (r"wresnet(\d+)_(\d+)", "wresnet<depth>_<width>", wideresnet),
+
+class Family(NamedTuple):
+    """Networks of one builder. The pattern's named groups are the builder's whole-number arguments."""
+
+    form: str
+    pattern: str
+    builder: Callable[..., nn.Module]
+
+
+FAMILIES = (
+    Family("wresnet<depth>_<width>", r"wresnet(?P<depth>\d+)_(?P<width>\d+)", wideresnet),
+    Family("shakeshake<depth>_2x<width>d", r"shakeshake(?P<depth>\d+)_2x(?P<width>\d+)d", shakeshake),
+    Family("pyramid<depth>_<alpha>", r"pyramid((?P<depth>\d+)_(?P<alpha>\d+))?", pyramidnet),
+    Family("resnet<depth>", r"resnet(?P<depth>\d+)", resnet),
+    Family("resnet<depth>d", r"resnet(?P<depth>\d+)d", resnet_d),
 )
 
 
 def build_model(name: str, num_classes: int, **options) -> nn.Module:
     """The network called `name`: normalised float images (B, 3, H, W) -> logits (B, num_classes).
 
-    options: what the family's builder takes, such as `dropout`.
-    Raises ValueError for an unknown name or one whose numbers do not fit the family.
+    options: what the family's builder takes besides, such as `dropout` of wide ResNets.
+    Raises ValueError for an unknown name, one whose numbers do not fit the family, and an option it does not have.
     """
-    for pattern, _, builder in FAMILIES:
-        if match := re.fullmatch(pattern, name):
-            return builder(*map(int, match.groups()), num_classes, **options)
-    raise ValueError(f"unknown model {name!r}; there are {', '.join(form for _, form, _ in FAMILIES)}")
+    for family in FAMILIES:
+        if match := re.fullmatch(family.pattern, name):
+            said = {key: int(value) for key, value in match.groupdict().items() if value is not None}
+            known = inspect.signature(family.builder).parameters.keys() - said.keys()
+            if unknown := sorted(options.keys() - known):
+                raise ValueError(f"{name} has no option {unknown[0]!r}")
+            return family.builder(num_classes, **said, **options)
+    raise ValueError(f"unknown model {name!r}; there are {', '.join(family.form for family in FAMILIES)}")
 
 
 def check_model(name: str, **options) -> None:

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 from conftest import ROOT
 
 from config import DEFAULT_CONF, Config, load_config, to_yaml
 from main import learning_rate
-from models import check_model
+from models import build_model, check_model
 from utils import UserError
 
 CONFS = sorted((ROOT / "confs").rglob("*.yaml"))
@@ -40,6 +42,21 @@ def test_every_conf_loads_and_its_network_exists(path):
     assert text.startswith("# ")
     command = "python main.py" if path == ROOT / DEFAULT_CONF else f"--load_conf {path.relative_to(ROOT).as_posix()}"
     assert command in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CONFS, ids=lambda path: path.stem)
+def test_the_network_of_every_conf_takes_a_step(path):
+    config = load_config(path, {})
+    torch.manual_seed(0)
+    model = build_model(config.model, 10, **config.model_options())
+    side = 64 if config.dataset == "imagenet" else config.image_size
+    before = [p.detach().clone() for p in model.parameters()]
+    F.cross_entropy(model(torch.randn(2, 3, side, side)), torch.arange(2)).backward()
+    torch.optim.SGD(model.parameters(), lr=0.01).step()
+    for (key, parameter), old in zip(model.named_parameters(), before, strict=True):
+        assert parameter.isfinite().all(), key
+        assert not torch.equal(parameter, old), key
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -1,0 +1,43 @@
+"""ResNets for 224x224 images, on torchvision's ResNet: https://arxiv.org/abs/1512.03385, with the stride in the 3x3
+convolution of a bottleneck ("v1.5").
+
+resnet50 and resnet200 have torchvision's state-dict keys; resnet50d has timm's, which extend them.
+"""
+
+from torch import nn
+from torchvision.models.resnet import Bottleneck, ResNet
+
+BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 24, 36, 3)}
+
+
+def resnet(num_classes: int, *, depth: int = 50) -> nn.Module:
+    """ResNet-50, -101, -152 or -200. Raises ValueError for another depth."""
+    if depth not in BLOCKS:
+        raise ValueError(f"the depth of a ResNet is {', '.join(map(str, BLOCKS))}, not {depth}")
+    return ResNet(Bottleneck, BLOCKS[depth], num_classes=num_classes)
+
+
+def resnet_d(num_classes: int, *, depth: int = 50) -> nn.Module:
+    """ResNet-D (He et al., 2019), https://arxiv.org/abs/1812.01187: three 3x3 convolutions of 32, 32 and 64 channels in
+    place of the 7x7, and averages in place of the strides of the shortcuts. Raises ValueError for an unknown depth.
+    """
+    model = resnet(num_classes, depth=depth)
+    model.conv1 = nn.Sequential(
+        nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(32, 32, 3, padding=1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(32, 64, 3, padding=1, bias=False),
+    )
+    for module in model.conv1:
+        if isinstance(module, nn.Conv2d):  # as torchvision starts the others
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
+        block = stage[0]
+        conv, norm = block.downsample
+        pool = nn.AvgPool2d(2, block.stride, ceil_mode=True, count_include_pad=False)
+        conv.stride = (1, 1)
+        block.downsample = nn.Sequential(pool if block.stride > 1 else nn.Identity(), conv, norm)
+    return model

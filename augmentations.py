@@ -40,8 +40,10 @@ class Plan(NamedTuple):
     centre_BK2: Tensor | None = None
 
 
-def apply(images_BCHW: Tensor, plan: Plan) -> Tensor:
+def apply(images_BCHW: Tensor, plan: Plan, others: Tensor | None = None) -> Tensor:
     """Carry out `plan` on a uint8 batch; returns a new uint8 batch of the same shape on the same device.
+
+    others: further images, uint8 (_, 3, H, W), that only serve as partners: partner B + i is others[i].
 
     Images are sorted by operation, so that each operation present runs once per position. Which rows go where
     is known on the CPU: choosing them never waits for the device.
@@ -59,18 +61,36 @@ def apply(images_BCHW: Tensor, plan: Plan) -> Tensor:
     if op_BK.numel() and not -1 <= op_BK.min() <= op_BK.max() < len(OPS):
         raise ValueError(f"op_BK holds {op_BK.min()}..{op_BK.max()}; rows are 0..{len(OPS) - 1}, and -1 for none")
     out_BCHW = images_BCHW.clone()
+    partners_BCHW = images_BCHW if others is None else torch.cat((images_BCHW, others))
     for k in range(op_BK.shape[1]):
         order_B = op_BK[:, k].argsort(stable=True)
         counts = (op_BK[:, k] + 1).bincount(minlength=len(OPS) + 1).tolist()
         groups = out_BCHW.index_select(0, upload(order_B, images_BCHW.device)).split(counts)
         members = order_B.split(counts)
         done = [groups[0]] + [
-            _run(op, group, images_BCHW, plan, members_of_op, k)
+            _run(op, group, partners_BCHW, plan, members_of_op, k)
             for op, group, members_of_op in zip(OPS, groups[1:], members[1:], strict=True)
             if len(members_of_op)
         ]
         out_BCHW = torch.cat(done).index_select(0, upload(order_B.argsort(), images_BCHW.device))
     return out_BCHW
+
+
+def portion(plan: Plan, start: int, stop: int) -> tuple[Plan, Tensor]:
+    """The plan of images start..stop-1 of a batch alone, and the numbers of the images outside that they need.
+
+    It is run as `apply(images[start:stop], part, others=images[outside])`.
+    """
+    part = Plan(*(None if field is None else field[start:stop] for field in plan))
+    if part.partner_BK is None:
+        return part, torch.empty(0, dtype=torch.long)
+    pairing = torch.tensor([row for row, op in enumerate(OPS) if op.needs == "partner"])
+    inside_BK = (part.partner_BK >= start) & (part.partner_BK < stop)
+    needed_BK = torch.isin(part.op_BK, pairing) & ~inside_BK
+    outside = part.partner_BK[needed_BK].unique()
+    place_BK = stop - start + torch.searchsorted(outside, part.partner_BK)
+    partner_BK = torch.where(inside_BK, part.partner_BK - start, torch.where(needed_BK, place_BK, 0))
+    return part._replace(partner_BK=partner_BK), outside
 
 
 def apply_op(
@@ -123,13 +143,13 @@ def _check_images(images_BCHW: Tensor) -> None:
         raise ValueError(f"need uint8 images (B, 3, H, W), got {images_BCHW.dtype} {tuple(images_BCHW.shape)}")
 
 
-def _run(op: "Op", group_BCHW: Tensor, images_BCHW: Tensor, plan: Plan, members: Tensor, k: int) -> Tensor:
-    """Run `op` on the images `members` as they are at position k; images_BCHW: all, as they were before the plan."""
+def _run(op: "Op", group_BCHW: Tensor, partners_BCHW: Tensor, plan: Plan, members: Tensor, k: int) -> Tensor:
+    """Run `op` on the images `members` as they are at position k; partners_BCHW: all, as they were before the plan."""
     extra = []
     if op.needs == "partner":
         if plan.partner_BK is None:
             raise ValueError(f"{op.name} is in the plan, but its partner_BK is missing")
-        extra = [images_BCHW.index_select(0, upload(plan.partner_BK[members, k], images_BCHW.device))]
+        extra = [partners_BCHW.index_select(0, upload(plan.partner_BK[members, k], partners_BCHW.device))]
     elif op.needs == "centre":
         if plan.centre_BK2 is None:
             raise ValueError(f"{op.name} is in the plan, but its centre_BK2 is missing")

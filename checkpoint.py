@@ -12,7 +12,7 @@ import torch
 
 from utils import UserError
 
-CONTENT = frozenset({"epoch", "model", "optimizer", "policies", "positions", "data", "random"})
+CONTENT = frozenset({"epoch", "model", "optimizer", "policies", "positions", "data", "ranks"})
 
 
 def save_checkpoint(folder: Path, epoch: int, state: dict[str, Any], keep: int = 2) -> Path:

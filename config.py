@@ -21,7 +21,7 @@ from utils import UserError, did_you_mean
 
 ALL_OPS = tuple(op.name for op in OPS)
 DEFAULT_CONF = Path(__file__).parent / "confs" / "demo.yaml"
-DATASETS = ("shapes", "cifar10", "cifar100", "folder")
+DATASETS = ("shapes", "cifar10", "cifar100", "imagenet", "folder")
 
 
 def setting(default: Any, doc: str, *, may_change: bool = False) -> Any:
@@ -36,16 +36,26 @@ class Config:
     # What is learned from what
     model: str = setting("wresnet28_10", "network, by name: see models/__init__.py")
     dropout: float = setting(0.0, "dropout probability inside the network's blocks")
-    dataset: str = setting("cifar10", "shapes (embedded), cifar10, cifar100 or folder (your images in class folders)")
+    dataset: str = setting(
+        "cifar10", "shapes (embedded), cifar10, cifar100, imagenet or folder (images in class folders)"
+    )
     dataroot: str = setting("./data", "where the data set lies, or is downloaded to", may_change=True)
-    image_size: int = setting(32, "folder: images are scaled and centre-cropped to this many pixels a side")
+    image_size: int = setting(
+        32, "folder: images are scaled and cut at the centre to this many pixels a side; imagenet: side of random crops"
+    )
+    eval_view: tuple[int, ...] = setting(
+        (256, 224), "imagenet: test images are scaled to this shorter side, then cut at the centre to this side"
+    )
     train_size: int | None = setting(None, "train on this many images, balanced over the classes; null: all")
     valid_size: int = setting(0, "hold out this many training images, balanced over the classes, for the log's scores")
-    skip_unreadable: bool = setting(False, "folder: leave out unreadable images instead of refusing to start")
+    check_files: bool = setting(
+        True, "imagenet: look for damaged files before training; folder does so always", may_change=True
+    )
+    skip_unreadable: bool = setting(False, "folder, imagenet: leave out unreadable images instead of refusing to start")
     resident_gb: float = setting(
         8.0, "folder: a split larger than this once decoded (GB) is read anew each epoch, not kept", may_change=True
     )
-    workers: int = setting(2, "folder: processes that decode images", may_change=True)
+    workers: int = setting(2, "folder, imagenet: processes that decode images", may_change=True)
 
     # What every copy of an image goes through besides the policy
     crop_padding: int = setting(4, "random crop after zero padding of this many pixels; 0: no crop")
@@ -72,7 +82,10 @@ class Config:
     entropy_bonus: float = setting(0.00001, "weight of the controller's entropy in its objective")
 
     # Optimisation of the network
-    batch_size: int = setting(128, "N, distinct images per step; a step sees M * N")
+    batch_size: int = setting(128, "N, distinct images per step over all processes; a step sees M * N")
+    accumulate: int = setting(
+        1, "micro-batches that a step's images are dealt into, over all processes; each takes at least one"
+    )
     epochs: int = setting(200, "passes over the training images")
     lr: float = setting(0.1, "learning rate at the start (SGD)")
     momentum: float = setting(0.9, "momentum of SGD")
@@ -89,6 +102,7 @@ class Config:
     seed: int = setting(0, "of every random draw")
     amp: bool = setting(False, "mixed precision")
     amp_dtype: str = setting("bfloat16", "of mixed precision: bfloat16, or float16 (CUDA only, with loss scaling)")
+    compile: bool = setting(False, "compile the network (torch.compile): slow to start, then faster", may_change=True)
     deterministic: bool = setting(False, "CUDA: same seed, same bits, at some cost in speed; the CPU always is")
     eval_every: int = setting(1, "epochs between two scorings for the log (held-out part, else test set)")
 
@@ -114,7 +128,7 @@ class Config:
         one_of("recurrence", "policy", "subpolicy")
         one_of("schedule", "cosine", "step")
         one_of("amp_dtype", "bfloat16", "float16")
-        for field in ("M", "Q", "K", "batch_size", "epochs", "eval_every"):
+        for field in ("M", "Q", "K", "batch_size", "accumulate", "epochs", "eval_every"):
             require(getattr(self, field) >= 1, field, "must be at least 1")
         for field in ("train_size", "policy_interval"):
             require(getattr(self, field) is None or getattr(self, field) >= 1, field, "must be at least 1, or null")
@@ -126,6 +140,13 @@ class Config:
             require(getattr(self, field) > 0, field, "must be above 0")
         between(0, 0.999, "dropout", "momentum", "label_smoothing")
         between(8, 16384, "image_size")
+        resize_and_crop = len(self.eval_view) == 2 and 8 <= self.eval_view[1] <= self.eval_view[0] <= 16384
+        require(resize_and_crop, "eval_view", "must be two numbers between 8 and 16384, the second not the larger")
+        require(
+            self.crop_padding == 0 or not self.cropped_when_read,
+            "crop_padding",
+            "is for small images; those of imagenet are cropped as they are read: set it to 0",
+        )
         for field, value in vars(self).items():  # far beyond any use, and before anything overflows
             numbers = value if isinstance(value, tuple) else (value,)
             require(all(isinstance(v, str) or abs(v or 0) <= 1e9 for v in numbers), field, "is larger than 1e9")
@@ -155,6 +176,11 @@ class Config:
             check_model(self.model, **self.model_options())
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # the last two: too large to exist
             raise ConfigError("model", f"model: {str(error).splitlines()[0]}") from None
+
+    @property
+    def cropped_when_read(self) -> bool:
+        """Whether an image comes from its file already cropped and flipped, once for all its copies."""
+        return self.dataset == "imagenet"
 
     def model_options(self) -> dict[str, Any]:
         """Options for `models.build_model`: those that differ from the family's own defaults."""

@@ -1,7 +1,8 @@
 """Data sets and what every image goes through besides the policy: crop and flip before it, normalise and Cutout after.
 
-Small sets stay on the device as uint8; a batch is an index. The order of the images and all draws are keyed by (seed,
-purpose, epoch, step), so that a resumed run sees what an uninterrupted one would have seen.
+Small sets stay on the device as uint8; a batch is an index. ImageNet's images are cropped as worker processes decode
+them. The order of the images and all draws are keyed by (seed, purpose, epoch or step) for the whole batch: a resumed
+run sees what an uninterrupted one would have seen, and several processes see what one would.
 
 Shape suffixes: N distinct images of a batch, M copies of each; B = N * M, image-major (copy m of image n stands at
 n * M + m); C channels, H rows, W columns.
@@ -15,16 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageOps
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torchvision.datasets.utils import download_url
 from tqdm import tqdm
 
 from augmentations import gather_pixels, upload
 from config import Config
+from imagefiles import IMAGE_SUFFIXES, CentreCrop, FileCheck, FitSquare, ImageFiles, RandomCrop
 from shapes import CLASSES as SHAPE_CLASSES
 from shapes import draw_shapes
 from utils import UserError, keyed_generator, warn
@@ -32,16 +33,19 @@ from utils import UserError, keyed_generator, warn
 # Mean and standard deviation of red, green and blue. CIFAR's are those that the paper's line of work uses.
 CIFAR_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-IMAGE_SUFFIXES = frozenset(torchvision.datasets.folder.IMG_EXTENSIONS)
 
 
 class Split(Protocol):
     """Part of a data set, ready to be read in batches."""
 
     labels: Tensor  # int64, on the CPU
+    resident: bool  # every image is at hand at no cost
 
-    def batches(self, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images uint8 (N, 3, H, W), labels int64 (N,)) on the device, for each index tensor in turn."""
+    def batches(self, indices: Sequence[Tensor], epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images uint8 (N, 3, H, W), labels int64 (N,)) on the device, for each index tensor in turn.
+
+        epoch: key of whatever is drawn while an image is read.
+        """
         ...
 
     def fingerprint(self) -> str:
@@ -55,8 +59,9 @@ class ResidentSplit:
 
     images: Tensor
     labels: Tensor
+    resident = True
 
-    def batches(self, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, indices: Sequence[Tensor], epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         labels_on_device = self.labels.to(self.images.device)
         for index in indices:
             index = upload(index, self.images.device)
@@ -74,19 +79,15 @@ class StreamedSplit:
     labels: Tensor
     device: torch.device
     workers: int
+    resident = False
 
-    def batches(self, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        loader = torch.utils.data.DataLoader(
-            self.files,
-            batch_sampler=[index.tolist() for index in indices],
-            num_workers=self.workers,
-            collate_fn=_collate,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # otherwise the loader draws from the default generator
-        )
-        for index, (images, reasons) in zip(indices, loader, strict=True):
-            if any(reasons):
-                raise UserError(f"an image became unreadable during the run: {next(filter(None, reasons))}")
+    def batches(self, indices: Sequence[Tensor], epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        pinned = self.device.type == "cuda"
+        for images, index, reasons in self.files.batches(indices, epoch, self.workers, pinned=pinned):
+            for reason in filter(None, reasons):
+                if (index < 0).any():
+                    raise UserError(f"an image became unreadable during the run: {reason}")
+                warn(f"an image cannot be read, the next one takes its place: {reason}")
             yield images.to(self.device, non_blocking=True), upload(self.labels[index], self.device)
 
     def fingerprint(self) -> str:
@@ -127,7 +128,7 @@ def load_data(config: Config, device: torch.device) -> Data:
             f"{config.dataset}: train_size {config.train_size} and valid_size {config.valid_size} "
             f"leave class {name!r} without training images"
         )
-    train = source.take(chosen, device)
+    train = source.take(chosen, device, training=True)
     if len(train.labels) < config.batch_size:
         raise UserError(f"batch_size: {config.batch_size} is more than the {len(train.labels)} training images")
     valid = source.take(order[: config.valid_size].sort().values, device) if config.valid_size else None
@@ -160,21 +161,38 @@ def epoch_batches(images: int, batch_size: int, seed: int, epoch: int) -> tuple[
     return order[: images // batch_size * batch_size].split(batch_size)
 
 
-def make_copies(images_NCHW: Tensor, M: int, config: Config, generator: torch.Generator) -> Tensor:
-    """M copies of each image, image-major, cropped and flipped each by itself or as its image was."""
-    if not config.crop_per_copy:
-        return crop_and_flip(images_NCHW, config.crop_padding, config.flip, generator).repeat_interleave(M, 0)
-    return crop_and_flip(images_NCHW.repeat_interleave(M, 0), config.crop_padding, config.flip, generator)
+class Crops(NamedTuple):
+    """For each of B copies, where it lies in the zero-padded image (x and y in pixels), and whether it is mirrored."""
+
+    shift_B2: Tensor
+    flipped_B1: Tensor
 
 
-def crop_and_flip(images_BCHW: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """A random crop of the same size after zero padding, then a horizontal flip for one half; drawn per image."""
-    batch, _, height, width = images_BCHW.shape
-    shift_B2 = torch.randint(-padding, padding + 1, (batch, 2), generator=generator)
-    flipped_B1 = torch.randint(2, (batch, 1), generator=generator).bool() & flip
+def draw_crops(N: int, config: Config, generator: torch.Generator) -> Crops | None:
+    """Crops of the M copies of N images, each copy's own or its image's; None where there is nothing to do."""
+    if config.cropped_when_read or not (config.crop_padding or config.flip):
+        return None
+    M = config.M if config.crop_per_copy else 1
+    shift_B2 = torch.randint(-config.crop_padding, config.crop_padding + 1, (N * M, 2), generator=generator)
+    flipped_B1 = torch.randint(2, (N * M, 1), generator=generator).bool() & config.flip
+    return Crops(*(drawn.repeat_interleave(config.M // M, 0) for drawn in (shift_B2, flipped_B1)))
+
+
+def make_copies(images_NCHW: Tensor, copies_B: Tensor, M: int, crops: Crops | None, first: int = 0) -> Tensor:
+    """The copies of the given numbers (copy m of image n is n * M + m), cropped and flipped.
+
+    first: number of the image that images_NCHW begins with. crops: of all copies of the batch.
+    """
+    copies_BCHW = images_NCHW.index_select(0, upload(copies_B // M - first, images_NCHW.device))
+    return copies_BCHW if crops is None else crop_and_flip(copies_BCHW, Crops(*(drawn[copies_B] for drawn in crops)))
+
+
+def crop_and_flip(images_BCHW: Tensor, crops: Crops) -> Tensor:
+    """A crop of the same size after zero padding, then a horizontal flip where that was drawn."""
+    height, width = images_BCHW.shape[-2:]
     column_W = torch.arange(width)
-    x_BW = torch.where(flipped_B1, width - 1 - column_W, column_W) + shift_B2[:, :1]
-    y_BH = torch.arange(height) + shift_B2[:, 1:]
+    x_BW = torch.where(crops.flipped_B1, width - 1 - column_W, column_W) + crops.shift_B2[:, :1]
+    y_BH = torch.arange(height) + crops.shift_B2[:, 1:]
     x_BW, y_BH = (upload(index, images_BCHW.device) for index in (x_BW, y_BH))
     return gather_pixels(images_BCHW, x_BW[:, None, :], y_BH[:, :, None])
 
@@ -191,50 +209,26 @@ class Normalise:
         return images_BCHW.float().div_(255).sub_(self.mean_C11).div_(self.std_C11)
 
 
-def cutout(inputs_BCHW: Tensor, side: int, generator: torch.Generator) -> Tensor:
-    """Cutout (DeVries and Taylor, 2017): a square around a random pixel is set to 0, the mean; drawn per image.
+def draw_centres(B: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """A random pixel (x, y) of each of B images, int64 (B, 2)."""
+    x_B1 = torch.randint(width, (B, 1), generator=generator)
+    y_B1 = torch.randint(height, (B, 1), generator=generator)
+    return torch.cat((x_B1, y_B1), dim=1)
+
+
+def cutout(inputs_BCHW: Tensor, side: int, centre_B2: Tensor) -> Tensor:
+    """Cutout (DeVries and Taylor, 2017): a square around the given pixel is set to 0, the mean.
 
     The square may reach over the border. side: in pixels; 0 blanks nothing.
     """
-    batch, _, height, width = inputs_BCHW.shape
-    x_B1 = torch.randint(width, (batch, 1), generator=generator)
-    y_B1 = torch.randint(height, (batch, 1), generator=generator)
+    if side == 0:
+        return inputs_BCHW
+    height, width = inputs_BCHW.shape[-2:]
+    x_B1, y_B1 = centre_B2.split(1, dim=1)
     column_BW = (torch.arange(width) >= x_B1 - side // 2) & (torch.arange(width) < x_B1 + (side + 1) // 2)
     row_BH = (torch.arange(height) >= y_B1 - side // 2) & (torch.arange(height) < y_B1 + (side + 1) // 2)
     column_BW, row_BH = (upload(inside, inputs_BCHW.device) for inside in (column_BW, row_BH))
     return inputs_BCHW.masked_fill((row_BH[:, :, None] & column_BW[:, None, :])[:, None], 0.0)
-
-
-class ImageFiles(torch.utils.data.Dataset):
-    """Image files as uint8 tensors (3, size, size), each with the reason why it cannot be read, if so."""
-
-    def __init__(self, paths: Sequence[Path], size: int):
-        self.paths, self.size = paths, size
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, str | None]:
-        path = self.paths[index]
-        try:
-            return read_image(path, self.size), None
-        except Exception as error:  # a decoder meets damage in its own way: OSError, SyntaxError, struct.error, ...
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), f"{path} ({reason})"
-
-
-def read_image(path: Path, size: int) -> Tensor:
-    """Decode to uint8 RGB (3, size, size): upright, scaled (bicubic) until it covers the square, cut at the centre."""
-    with Image.open(path) as image:
-        upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I"):  # 16 bits a channel: convert() would clip at 255
-        upright = Image.fromarray((np.asarray(upright) / 257).round().clip(0, 255).astype(np.uint8))
-    if upright.mode == "F":
-        raise ValueError("floating-point values without a known range")
-    upright = upright.convert("RGB")
-    if upright.size != (size, size):
-        upright = ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
 
 
 @dataclass
@@ -245,7 +239,7 @@ class _ArraySource:
     labels: Tensor
     classes: tuple[str, ...]
 
-    def take(self, indices: Tensor, device: torch.device) -> Split:
+    def take(self, indices: Tensor, device: torch.device, *, training: bool = False) -> Split:
         return ResidentSplit(self.images[indices].to(device), self.labels[indices])
 
 
@@ -258,42 +252,68 @@ class _FolderSource:
     classes: tuple[str, ...]
     config: Config
 
-    def take(self, indices: Tensor, device: torch.device) -> Split:
-        """Every file is decoded once, now: unreadable ones are known before training, the others kept if they fit."""
-        config = self.config
-        files = ImageFiles([self.paths[i] for i in indices], config.image_size)
-        keep = len(files) * 3 * config.image_size**2 <= config.resident_gb * 1e9
-        kept = torch.empty(len(files) if keep else 0, 3, config.image_size, config.image_size, dtype=torch.uint8)
+    def take(self, indices: Tensor, device: torch.device, *, training: bool = False) -> Split:
+        """Files that cannot be read are known before training: ImageNet's from a look, others by being decoded."""
+        config, paths = self.config, [self.paths[i] for i in indices]
+        if config.dataset == "imagenet":
+            read = RandomCrop(config.image_size, config.flip) if training else CentreCrop(*config.eval_view)
+            images, reasons = None, self._check(paths)
+        else:
+            read = FitSquare(config.image_size)
+            images, reasons = self._decode(ImageFiles(paths, read))
+        readable = torch.tensor([reason is None for reason in reasons])
+        if not readable.all() and not config.skip_unreadable:
+            raise UserError(
+                f"{(~readable).sum()} of {len(paths)} images cannot be read, first {next(filter(None, reasons))}\n"
+                "mend or remove them, or leave them out with --set skip_unreadable=true"
+            )
+        if not readable.any():
+            raise UserError(f"{config.dataroot}: none of the {len(paths)} images can be read")
+        if not readable.all():
+            warn(f"left out {(~readable).sum()} of {len(paths)} images, first {next(filter(None, reasons))}")
+        labels = self.labels[indices][readable]
+        if images is not None:
+            return ResidentSplit(images[readable].to(device), labels)
+        paths = [path for path, reason in zip(paths, reasons, strict=True) if reason is None]
+        files = ImageFiles(paths, read, config.seed, substitute=training)
+        return StreamedSplit(files, labels, device, config.workers)
+
+    def _check(self, paths: list[Path]) -> list[str | None]:
+        """For each file why it cannot be read, as far as a quick look tells."""
         reasons: list[str | None] = []
-        loader = torch.utils.data.DataLoader(
-            files, 64, num_workers=config.workers, collate_fn=_collate, generator=torch.Generator()
+        if not self.config.check_files:
+            return [None] * len(paths)
+        loader = DataLoader(
+            FileCheck(paths), 256, num_workers=self.config.workers, collate_fn=list, generator=torch.Generator()
         )
-        with tqdm(total=len(files), desc=f"reading {config.dataroot}", unit="image", disable=None, leave=False) as bar:
-            for images, reasons_of_batch in loader:
+        with self._bar("checking", len(paths)) as bar:
+            for reasons_of_batch in loader:
+                reasons += reasons_of_batch
+                bar.update(len(reasons_of_batch))
+        return reasons
+
+    def _decode(self, files: ImageFiles) -> tuple[Tensor | None, list[str | None]]:
+        """All images, or None if they are too many to keep, and for each file why it cannot be read."""
+        keep = len(files) * 3 * files.read.size**2 <= self.config.resident_gb * 1e9
+        kept = torch.empty(len(files) if keep else 0, 3, files.read.size, files.read.size, dtype=torch.uint8)
+        reasons: list[str | None] = []
+        with self._bar("reading", len(files)) as bar:
+            for images, _, reasons_of_batch in files.batches(
+                torch.arange(len(files)).split(64), 0, self.config.workers
+            ):
                 if keep:
                     kept[len(reasons) : len(reasons) + len(images)] = images
                 reasons += reasons_of_batch
                 bar.update(len(images))
-        readable = torch.tensor([reason is None for reason in reasons])
-        if not readable.all() and not config.skip_unreadable:
-            raise UserError(
-                f"{(~readable).sum()} of {len(files)} images cannot be read, first {next(filter(None, reasons))}\n"
-                "mend or remove them, or leave them out with --set skip_unreadable=true"
-            )
-        if not readable.any():
-            raise UserError(f"{config.dataroot}: none of the {len(files)} images can be read")
-        if not readable.all():
-            warn(f"left out {(~readable).sum()} of {len(files)} images, first {next(filter(None, reasons))}")
-        labels = self.labels[indices][readable]
-        if keep:
-            return ResidentSplit(kept[readable].to(device), labels)
-        files.paths = [path for path, reason in zip(files.paths, reasons, strict=True) if reason is None]
-        return StreamedSplit(files, labels, device, config.workers)
+        return kept if keep else None, reasons
+
+    def _bar(self, doing: str, images: int) -> tqdm:
+        return tqdm(total=images, desc=f"{doing} {self.config.dataroot}", unit="image", disable=None, leave=False)
 
 
 def _open(config: Config, split: str, classes: tuple[str, ...] | None = None) -> _ArraySource | _FolderSource:
     """The "train" or "test" split of the data set, labelled by position in `classes` where they are given."""
-    if config.dataset == "folder":
+    if config.dataset in ("folder", "imagenet"):
         source = _open_folder(config, split, classes)
     elif config.dataset == "shapes":
         source = _ArraySource(*draw_shapes(split), SHAPE_CLASSES)
@@ -348,11 +368,6 @@ def _open_folder(config: Config, split: str, classes: tuple[str, ...] | None) ->
         paths += files
         labels += [classes.index(name)] * len(files)
     return _FolderSource(paths, torch.tensor(labels), classes, config)
-
-
-def _collate(results: list[tuple[Tensor, str | None]]) -> tuple[Tensor, list[str | None]]:
-    images, reasons = zip(*results, strict=True)
-    return torch.stack(images), list(reasons)
 
 
 def _first_difference(found: Sequence[str], expected: Sequence[str]) -> str:

@@ -4,6 +4,7 @@
     python evaluate.py --load_conf confs/cifar10/wresnet28x10_cifar10.yaml --logdir ./logs --seed 0
     python evaluate.py --checkpoint FILE                                # any model.pt
     python evaluate.py --model wresnet40_2 --weights FILE --load_conf CONF   # anybody's state dict, on CONF's data
+    torchrun --nproc_per_node 8 evaluate.py ...                         # the same numbers from several processes
 
 The run is found by the arguments it was trained with. Writes results.json beside the checkpoint.
 """
@@ -24,7 +25,8 @@ from checkpoint import load_tensors, sha256_of, write_text
 from config import DEFAULT_CONF, Config, add_arguments, load_config, overrides_from, plain_values, run_directory
 from dataloader import Normalise, Split, load_test
 from models import build_model
-from utils import CommandLine, UserError, choose_device, environment, exit_with_status
+from processes import World, exit_with_status, join
+from utils import CommandLine, UserError, environment
 
 BATCH = 256  # images in a forward pass; of no influence on the counts
 
@@ -51,53 +53,66 @@ class Scores:
 
 def main() -> None:
     args = parse_arguments()
-    device = choose_device(args.device)
+    with join(args.device) as world:
+        evaluate(args, world)
+
+
+def evaluate(args: argparse.Namespace, world: World) -> None:
     subject = plain_state_dict(args) if args.weights else trained_here(args)
     config = subject.config
-    split, classes = load_test(config, device, subject.classes)
+    with world.one_first():
+        split, classes = load_test(config, world.device, subject.classes)
+    world.require_equal("the test images", split.fingerprint())
     model = build_model(config.model, len(classes), **config.model_options())
     load_weights(model, subject.weights, subject.file, config, len(classes))
-    model = model.to(device, memory_format=torch.channels_last)
-    scores = score(model, split, Normalise(config, device), device, progress=True)
-
-    results = report(subject, config, scores, classes) | {"environment": environment(device)}
-    beside = "results.json" if args.weights is None else f"{subject.file.name}.results.json"
-    output = args.output or subject.file.parent / beside
-    write_text(output, json.dumps(results, indent=2) + "\n")
-    print(table(subject, config, scores, classes))
-    print(f"\nwritten to {output}")
+    model = model.to(world.device, memory_format=torch.channels_last)
+    scores = score(model, split, len(classes), Normalise(config, world.device), world, progress=True)
+    if world.leads:
+        results = report(subject, config, scores, classes) | {"environment": environment(world.device)}
+        beside = "results.json" if args.weights is None else f"{subject.file.name}.results.json"
+        output = args.output or subject.file.parent / beside
+        write_text(output, json.dumps(results, indent=2) + "\n")
+        print(table(subject, config, scores, classes))
+        print(f"\nwritten to {output}")
 
 
 @torch.no_grad()
 def score(
-    model: nn.Module, split: Split, normalise: Normalise, device: torch.device, *, progress: bool = False
+    model: nn.Module, split: Split, num_classes: int, normalise: Normalise, world: World, *, progress: bool = False
 ) -> Scores:
     """Score `model`, in evaluation mode and float32, on every image of `split`; the model's mode is put back.
+
+    The processes take the batches in turn. All batches have one shape, the last one filled up with images that do not
+    count, and results are put together by image: the scores are the same for any number of processes.
 
     Shape suffixes: B images of a batch; C, H, W as usual, but for logits_BC, where C counts classes.
     """
     was_training = model.training
     model.eval()
-    indices = torch.arange(len(split.labels)).split(BATCH)
-    batches = tqdm(split.batches(indices), "scoring", len(indices), leave=False, disable=None if progress else True)
-    loss, first, fifth = [], [], []
-    for images_BCHW, labels_B in batches:
+    batches = torch.arange(len(split.labels)).split(BATCH)
+    size = len(batches[0])
+    mine = batches[world.rank :: world.size]
+    shown = progress and world.leads
+    results = torch.zeros(len(split.labels), 3, dtype=torch.float64, device=world.device)  # loss, first, among five
+    reading = tqdm(split.batches(mine), "scoring", len(mine), leave=False, disable=None if shown else True)
+    for index, (images_BCHW, labels_B) in zip(mine, reading, strict=True):
+        filled_BCHW = torch.cat((images_BCHW, images_BCHW[:1].expand(size - len(index), -1, -1, -1)))
+        inputs_BCHW = normalise(filled_BCHW).contiguous(memory_format=torch.channels_last)
         with torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=False):
-            logits_BC = model(normalise(images_BCHW).contiguous(memory_format=torch.channels_last)).float()
+            # forward() itself: a compiled network is scored as an uncompiled one, and not compiled anew for it
+            logits_BC = model.forward(inputs_BCHW)[: len(index)].float()
         guesses = logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices == labels_B[:, None]
-        loss.append(F.cross_entropy(logits_BC, labels_B, reduction="none"))
-        first.append(guesses[:, 0])
-        fifth.append(guesses.any(1))
+        loss_B = F.cross_entropy(logits_BC, labels_B, reduction="none")
+        results[index[0] : index[-1] + 1] = torch.stack((loss_B, guesses[:, 0], guesses.any(1)), dim=1).double()
     model.train(was_training)
-    first_B = torch.cat(first).cpu()
-    num_classes = logits_BC.shape[1]
+    loss_B, first_B, among_five_B = world.sum(results).cpu().unbind(1)
     return Scores(
         images=len(first_B),
         top1_correct=int(first_B.sum()),
-        top5_correct=int(torch.cat(fifth).sum()) if num_classes > 5 else None,
-        loss=torch.cat(loss).double().mean().item(),
+        top5_correct=int(among_five_B.sum()) if num_classes > 5 else None,
+        loss=loss_B.mean().item(),
         class_images=split.labels.bincount(minlength=num_classes).tolist(),
-        class_correct=split.labels[first_B].bincount(minlength=num_classes).tolist(),
+        class_correct=split.labels[first_B.bool()].bincount(minlength=num_classes).tolist(),
     )
 
 
@@ -218,6 +233,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", metavar="NAME", help="network of the --weights")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="a plain state dict")
     parser.add_argument("--output", type=Path, metavar="FILE", help="results.json (default: beside the checkpoint)")
+    parser.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)  # torch.distributed.launch passes it
     args = parser.parse_args()
     if args.output and not args.output.parent.is_dir():
         parser.error(f"--output {args.output}: there is no directory {args.output.parent}")

@@ -2,11 +2,15 @@
 
     python main.py                                            # confs/demo.yaml: embedded data, CPU, a minute or two
     python main.py --load_conf confs/cifar10/wresnet28x10_cifar10.yaml --logdir ./logs --M 8 --seed 0 --amp
+    torchrun --nproc_per_node 8 main.py --load_conf ... --amp             # a process per GPU
     python main.py --load_conf ... --logdir ./logs --seed 0 --resume      # go on exactly where it stopped
     python main.py --load_conf ... --set policy=random lr=0.05 --name control   # any setting of config.py
 
 A batch of N images becomes N * M copies, each image once per policy, in one forward pass. The network descends the mean
 loss; once per interval the M mean losses tell the policies which of them were hard.
+
+With several processes, or with `accumulate`, the N images of a step are dealt into micro-batches of whole images. What
+happens to each copy is drawn for the whole batch beforehand, so that it does not depend on who deals with it.
 
 Shape suffixes: N distinct images of a batch, M policies, B = N * M copies (image-major: copy m of image n stands at
 n * M + m); C, H, W as usual, but for logits_BC, where C counts classes.
@@ -15,20 +19,19 @@ n * M + m); C, H, W as usual, but for logits_BC, where C counts classes.
 import argparse
 import json
 import math
-import os
 import shlex
 import shutil
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from augmentations import apply
+from augmentations import Plan, apply, portion
 from checkpoint import load_newest_checkpoint, save_checkpoint, write_atomically, write_text
 from config import (
     DEFAULT_CONF,
@@ -41,20 +44,32 @@ from config import (
     run_directory,
     to_yaml,
 )
-from dataloader import Data, Normalise, Split, balanced_order, cutout, epoch_batches, load_data, make_copies
+from dataloader import (
+    Crops,
+    Data,
+    Normalise,
+    Split,
+    balanced_order,
+    cutout,
+    draw_centres,
+    draw_crops,
+    epoch_batches,
+    load_data,
+    make_copies,
+)
 from evaluate import score
 from models import build_model
-from policies import PolicySource, build_policies
-from runlog import Progress, RunLog
+from policies import PolicySource, Tally, build_policies
+from processes import World, digest, each_waits_for_the_last, exit_with_status, join
+from runlog import Progress, RunLog, SilentLog
 from utils import (
     CommandLine,
     UserError,
-    choose_device,
+    choose_kernels,
     environment,
-    exit_with_status,
     keyed_generator,
     random_state,
-    seed_everything,
+    seed_default_generators,
     set_random_state,
     warn,
 )
@@ -63,28 +78,40 @@ from utils import (
 def main() -> None:
     args = parse_arguments()
     config = load_config(args.load_conf or DEFAULT_CONF, overrides_from(args))
-    device = choose_device(args.device)
-    check_support(config, device)
+    with join(args.device) as world:
+        train(config, args, world)
+
+
+def train(config: Config, args: argparse.Namespace, world: World) -> None:
+    check_support(config, world)
     run = run_directory(args, config)
-    check_run_directory(run, config, args)
+    if world.leads:
+        check_run_directory(run, config, args)
 
-    data = load_data(config, device)
-    seed_everything(config.seed, device, config.deterministic)
+    with world.one_first():
+        data = load_data(config, world.device)
+    fingerprint = data.fingerprint()
+    world.require_equal("the images", fingerprint)
+    choose_kernels(world.device, config.deterministic)
+    seed_default_generators(world.devices, config.seed, "network")
     model = build_model(config.model, len(data.classes), **config.model_options())
-    model = model.to(device, memory_format=torch.channels_last)
-    state = TrainingState.start(config, device, model)
+    seed_default_generators(world.devices, config.seed, "noise", world.rank)
+    state = TrainingState.start(config, world, model.to(world.device, memory_format=torch.channels_last))
 
-    fingerprint, positions = data.fingerprint(), None
-    if args.resume and (saved := load_newest_checkpoint(run / "checkpoints", warn)):
-        if saved["data"] != fingerprint:
+    positions = None
+    if args.resume:
+        saved = world.from_leader(load_newest_checkpoint(run / "checkpoints", warn) if world.leads else None)
+        if saved and saved["data"] != fingerprint:
             raise UserError(f"{run}: cannot be resumed, the images in {config.dataroot} are not those it began with")
-        positions = saved["positions"]
-        state.load_state_dict(saved, run)
-    write_run_directory(run, config, device, afresh=args.overwrite)
+        if saved:
+            positions = saved["positions"]
+            state.load_state_dict(saved, run)
+    if world.leads:
+        write_run_directory(run, config, world.device, afresh=args.overwrite)
 
     steps = len(data.train.labels) // config.batch_size
-    log = RunLog(run, positions, step=state.epoch * steps)
-    progress = Progress(config.epochs * steps, done=state.epoch * steps)
+    log = RunLog(run, positions, step=state.epoch * steps) if world.leads else SilentLog()
+    progress = Progress(config.epochs * steps, done=state.epoch * steps, shown=world.leads)
     try:
         while state.epoch < min(config.epochs, args.stop_epoch or config.epochs):
             started = time.perf_counter()
@@ -96,11 +123,12 @@ def main() -> None:
             times = {"train_seconds": trained - started, "other_seconds": time.perf_counter() - trained}
             times["images_per_second"] = steps * config.batch_size * config.M / times["train_seconds"]
             log.epoch(state.epoch, state.epoch * steps, metrics, times, intervals)
-            if state.epoch in preview_epochs(config.epochs):
+            if world.leads and state.epoch in preview_epochs(config.epochs):
                 log.policy_images(*preview(state, data.train), step=state.epoch * steps)
-            save_model(run / "model.pt", state, data.classes)
             kept = state.state_dict() | {"positions": log.positions(), "data": fingerprint}
-            save_checkpoint(run / "checkpoints", state.epoch, kept)
+            if world.leads:
+                save_model(run / "model.pt", state, data.classes)
+                save_checkpoint(run / "checkpoints", state.epoch, kept)
             progress.say(epoch_line(state, metrics, times))
     except FloatingPointError as error:
         raise UserError(
@@ -108,11 +136,11 @@ def main() -> None:
             "start another run with a lower lr, or with grad_clip or warmup_epochs set"
         ) from None
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"finished epochs are kept; go on with: {resume_command()}") from None
+        raise KeyboardInterrupt(f"finished epochs are kept; go on with: {resume_command(world)}") from None
     finally:
         progress.close()
         log.close()
-    print(closing_words(run, state))
+    progress.say(closing_words(run, state))
 
 
 @dataclass
@@ -120,8 +148,9 @@ class TrainingState:
     """Everything that changes during training, as one thing to save and restore."""
 
     config: Config
-    device: torch.device
+    world: World
     model: nn.Module
+    trained: nn.Module  # the same model, as it is called in training: on all devices of the run
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     policies: PolicySource
@@ -130,14 +159,26 @@ class TrainingState:
     best: float = 0.0  # best top-1 seen on the split that is scored during training; nothing is chosen by it
 
     @classmethod
-    def start(cls, config: Config, device: torch.device, model: nn.Module) -> "TrainingState":
+    def start(cls, config: Config, world: World, model: nn.Module) -> "TrainingState":
+        if config.compile:
+            model.compile()  # in place, before it is wrapped: the state dict's keys stay as they are
         optimizer = torch.optim.SGD(
             model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov
         )
-        scaler = torch.amp.GradScaler(device.type, enabled=config.amp and config.amp_dtype == "float16")
-        return cls(config, device, model, optimizer, scaler, build_policies(config), Normalise(config, device))
+        scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp and config.amp_dtype == "float16")
+        policies, normalise = build_policies(config), Normalise(config, world.device)
+        return cls(config, world, model, world.wrap(model), optimizer, scaler, policies, normalise)
 
     def state_dict(self) -> dict[str, Any]:
+        """What all processes share, and under "ranks" what each has of its own. To be called by all of them.
+
+        Raises UserError where they have ceased to be equal.
+        """
+        self.world.even_out(self.model)
+        for what, shared in (("weights", self.model), ("policies", self.policies)):
+            self.world.require_equal(f"after epoch {self.epoch}: the {what}", digest(shared.state_dict()))
+        loss_sum_M, images = self.policies.tally
+        own = {"random": random_state(self.world.devices), "loss_sum_M": loss_sum_M.cpu(), "images": images}
         return {
             "epoch": self.epoch,
             "best": self.best,
@@ -145,21 +186,28 @@ class TrainingState:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "policies": self.policies.state_dict(),
-            "random": random_state(self.device),
+            "ranks": self.world.gather(own),
         }
 
     def load_state_dict(self, saved: dict[str, Any], run: Path) -> None:
-        """Raises UserError when the checkpoint of `run` is not of this network and these settings."""
+        """Raises UserError when the checkpoint of `run` is of another network, settings or number of processes."""
+        if len(saved["ranks"]) != self.world.size:
+            raise UserError(
+                f"{run}: was trained by {len(saved['ranks'])} processes and can only be resumed by as many, "
+                f"not {self.world.size}"
+            )
+        own = saved["ranks"][self.world.rank]
         try:
             self.epoch, self.best = saved["epoch"], saved["best"]
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scaler.load_state_dict(saved["scaler"])
             self.policies.load_state_dict(saved["policies"])
+            self.policies.tally = Tally(own["loss_sum_M"], own["images"])
         except (KeyError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{run}: its checkpoint does not fit the settings in its config.yaml ({reason})") from None
-        set_random_state(saved["random"], self.device)
+        set_random_state(own["random"], self.world.devices)
 
 
 def train_one_epoch(state: TrainingState, split: Split, progress: Progress) -> tuple[dict[str, float], list[dict]]:
@@ -167,44 +215,81 @@ def train_one_epoch(state: TrainingState, split: Split, progress: Progress) -> t
 
     Raises FloatingPointError when the loss is no longer finite.
     """
-    config, model, optimizer, policies = state.config, state.model, state.optimizer, state.policies
+    config, world, optimizer, policies = state.config, state.world, state.optimizer, state.policies
     batches = epoch_batches(len(split.labels), config.batch_size, config.seed, state.epoch)
+    N, micro_batches = config.batch_size, world.deal(config.batch_size, config.accumulate)
+    at_hand = range(N) if split.resident else range(micro_batches[0].start, micro_batches[-1].stop)
     interval = config.policy_interval or len(batches)
-    loss_and_correct, seen = torch.zeros(2, dtype=torch.float64, device=state.device), 0
+    loss_and_correct, seen = torch.zeros(2, dtype=torch.float64, device=world.device), 0
     intervals = []
-    model.train()
-    for step, (images_NCHW, labels_N) in enumerate(split.batches(batches), start=state.epoch * len(batches)):
+    state.trained.train()
+    reading = split.batches([batch[at_hand.start : at_hand.stop] for batch in batches], state.epoch)
+    for step, (images_NCHW, labels_N) in enumerate(reading, start=state.epoch * len(batches)):
         if step % interval == 0:
             policies.resample(keyed_generator(config.seed, "policies", step // interval))
-        copies_BCHW = augment(state, images_NCHW, "train", step)
-        inputs_BCHW = cutout(state.normalise(copies_BCHW), config.cutout, keyed_generator(config.seed, "cutout", step))
-        labels_B = labels_N.repeat_interleave(config.M)
-
-        with torch.autocast(state.device.type, getattr(torch, config.amp_dtype), enabled=config.amp):
-            logits_BC = model(inputs_BCHW.contiguous(memory_format=torch.channels_last)).float()
-        loss_B = F.cross_entropy(logits_BC, labels_B, reduction="none", label_smoothing=config.label_smoothing)
+        draws = draw(state, images_NCHW, "train", step, N=N, groups=N // len(at_hand))
         optimizer.zero_grad(set_to_none=True)
-        state.scaler.scale(loss_B.mean()).backward()
+        for micro in micro_batches:
+            inputs_BCHW = make_inputs(state, images_NCHW, at_hand, draws, micro)
+            labels_B = labels_N[micro.start - at_hand.start : micro.stop - at_hand.start].repeat_interleave(config.M)
+            with each_waits_for_the_last(state.trained, last=micro == micro_batches[-1]):
+                with torch.autocast(world.device.type, getattr(torch, config.amp_dtype), enabled=config.amp):
+                    logits_BC = state.trained(inputs_BCHW).float()
+                loss_B = F.cross_entropy(logits_BC, labels_B, reduction="none", label_smoothing=config.label_smoothing)
+                state.scaler.scale(loss_B.mean() / len(micro_batches)).backward()
+            policies.observe(loss_B.view(-1, config.M))
+            loss_and_correct += torch.stack((loss_B.detach().sum(), (logits_BC.argmax(1) == labels_B).sum()))
+            seen += len(labels_B)
         descend(state, learning_rate(config, step, len(batches)))
 
-        policies.observe(loss_B.view(-1, config.M))
         if (step + 1) % interval == 0 or step + 1 == config.epochs * len(batches):
-            intervals.append({"interval": step // interval, "step": step + 1, **policies.update()})
-        loss_and_correct += torch.stack((loss_B.detach().sum(), (logits_BC.argmax(1) == labels_B).sum()))
-        seen += len(labels_B)
+            intervals.append({"interval": step // interval, "step": step + 1, **policies.update(world.mean)})
         progress.step(f"epoch {state.epoch + 1}/{config.epochs}", loss_and_correct, seen)
-    loss, correct = (loss_and_correct / seen).tolist()
+    loss, correct = world.mean(loss_and_correct / seen).tolist()
     if not math.isfinite(loss):
         raise FloatingPointError("the loss is no longer finite")
     return {"lr": optimizer.param_groups[0]["lr"], "train_loss": loss, "train_top1": correct}, intervals
 
 
-def augment(state: TrainingState, images_NCHW: Tensor, purpose: str, step: int) -> Tensor:
-    """The M copies of each image after crop, flip and policy, uint8 (N * M, C, H, W), image-major."""
-    config = state.config
+class Draws(NamedTuple):
+    """All that chance decides about the N * M copies of a step, drawn for the whole batch before it is dealt out."""
+
+    crops: Crops | None
+    plan: Plan
+    blank_B2: Tensor
+
+
+def draw(state: TrainingState, images_NCHW: Tensor, purpose: str, step: int, *, N: int, groups: int = 1) -> Draws:
+    """Draws for a batch of N images like these, keyed by purpose and step; images are paired within `groups` parts."""
+    config, (height, width) = state.config, images_NCHW.shape[-2:]
     crop_draws, plan_draws = (keyed_generator(config.seed, purpose, what, step) for what in ("crop", "plan"))
-    copies_BCHW = make_copies(images_NCHW, config.M, config, crop_draws)
-    return apply(copies_BCHW, state.policies.plan(len(images_NCHW), plan_draws))
+    blank_draws = keyed_generator(config.seed, "cutout", step)
+    return Draws(
+        draw_crops(N, config, crop_draws),
+        state.policies.plan(N, plan_draws, groups),
+        draw_centres(N * config.M, height, width, blank_draws),
+    )
+
+
+def augment(state: TrainingState, images_NCHW: Tensor, at_hand: range, draws: Draws, wanted: range) -> Tensor:
+    """The M copies of each wanted image after crop, flip and policy, uint8 (len(wanted) * M, C, H, W), image-major.
+
+    images_NCHW: the images of the batch that are `at_hand`; the wanted ones and their partners are among them.
+    """
+    M = state.config.M
+    plan, outside = portion(draws.plan, wanted.start * M, wanted.stop * M)
+    copies_B = torch.cat((torch.arange(wanted.start * M, wanted.stop * M), outside))
+    copies_BCHW = make_copies(images_NCHW, copies_B, M, draws.crops, first=at_hand.start)
+    own_BCHW, partners_BCHW = copies_BCHW.split((len(wanted) * M, len(outside)))
+    return apply(own_BCHW, plan, partners_BCHW if len(outside) else None)
+
+
+def make_inputs(state: TrainingState, images_NCHW: Tensor, at_hand: range, draws: Draws, wanted: range) -> Tensor:
+    """What the network sees of the wanted images: their augmented copies, normalised, with Cutout."""
+    M = state.config.M
+    inputs_BCHW = state.normalise(augment(state, images_NCHW, at_hand, draws, wanted))
+    inputs_BCHW = cutout(inputs_BCHW, state.config.cutout, draws.blank_B2[wanted.start * M : wanted.stop * M])
+    return inputs_BCHW.contiguous(memory_format=torch.channels_last)
 
 
 def descend(state: TrainingState, lr: float) -> None:
@@ -232,7 +317,8 @@ def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
 def score_for_the_log(state: TrainingState, data: Data) -> dict[str, float]:
     """Loss and accuracy on the held-out part or, without one, on the test set. Nothing is chosen by them."""
     name, split = ("test", data.test) if data.valid is None else ("valid", data.valid)
-    scores = score(state.model, split, state.normalise, state.device)
+    state.world.even_out(state.model)
+    scores = score(state.model, split, len(data.classes), state.normalise, state.world)
     state.best = max(state.best, scores.top1)
     return {f"{name}_loss": scores.loss, f"{name}_top1": scores.top1, f"{name}_top1_best_seen": state.best}
 
@@ -246,7 +332,9 @@ def preview_epochs(epochs: int) -> set[int]:
 def preview(state: TrainingState, split: Split) -> tuple[Tensor, list[str]]:
     """Up to eight training images under each policy in use, (M, images, C, H, W), and those policies in words."""
     images_NCHW, _ = next(iter(split.batches([balanced_order(split.labels)[:8]])))
-    copies_BCHW = augment(state, images_NCHW, "preview", state.epoch)
+    every = range(len(images_NCHW))
+    draws = draw(state, images_NCHW, "preview", state.epoch, N=len(every))
+    copies_BCHW = augment(state, images_NCHW, every, draws, every)
     return copies_BCHW.unflatten(0, (-1, state.config.M)).transpose(0, 1), state.policies.in_words()
 
 
@@ -269,13 +357,16 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def check_support(config: Config, device: torch.device) -> None:
-    if os.environ.get("WORLD_SIZE", "") not in ("", "1"):
+def check_support(config: Config, world: World) -> None:
+    """Raises UserError for settings that these devices cannot carry out. Nothing is changed yet."""
+    world.deal(config.batch_size, config.accumulate)
+    if config.amp and config.amp_dtype == "float16" and world.device.type != "cuda":
+        raise UserError(f"amp_dtype: float16 needs CUDA, and this run is on {world.device}; use amp_dtype: bfloat16")
+    if config.compile and len(world.devices) > 1:
         raise UserError(
-            "several processes were launched, but this version trains in one; start it with --nproc_per_node 1"
+            f"compile: needs one process per GPU; start with torchrun --nproc_per_node {len(world.devices)}, or name "
+            "one with --device cuda:0"
         )
-    if config.amp and config.amp_dtype == "float16" and device.type != "cuda":
-        raise UserError(f"amp_dtype: float16 needs CUDA, and this run is on {device}; use amp_dtype: bfloat16")
 
 
 def check_run_directory(run: Path, config: Config, args: argparse.Namespace) -> None:
@@ -356,12 +447,14 @@ def closing_words(run: Path, state: TrainingState) -> str:
         f"  look at it   tensorboard --logdir {shlex.quote(str(run.parent))}",
     ]
     if state.epoch < state.config.epochs:
-        words.append(f"  go on        {resume_command()}")
+        words.append(f"  go on        {resume_command(state.world)}")
     return "\n".join(words)
 
 
-def resume_command() -> str:
+def resume_command(world: World) -> str:
     """This command, with --resume."""
+    if world.size > 1:
+        return "the same command and --resume"
     words, left_out = [], 0
     for word in sys.argv[1:]:
         if word == "--stop_epoch":

@@ -11,7 +11,8 @@ at n * M + m, so that any run of whole images holds all their copies; O rows of 
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,16 @@ from augmentations import OPS, Plan, row_of
 from config import Config
 from controller import Controller, advantage, reinforce
 from utils import keyed_seed
+
+
+class Tally(NamedTuple):
+    """What an interval has seen so far in this process: the sum of the losses under each policy, over how many images.
+
+    loss_sum_M: float64.
+    """
+
+    loss_sum_M: Tensor
+    images: int
 
 
 class PolicySource:
@@ -37,19 +48,18 @@ class PolicySource:
         self._signed_O = torch.tensor([op.signed for op in OPS])
         self.op_MQK = torch.full((M, Q, K), -1)
         self.level_MQK = torch.zeros(M, Q, K, dtype=torch.long)
-        self._loss_sum_M = torch.zeros(M, dtype=torch.float64)
-        self._steps = 0
+        self.tally = Tally(torch.zeros(M, dtype=torch.float64), 0)
 
     def resample(self, generator: torch.Generator) -> None:
         """Begin an interval: choose the M policies and forget the losses of the last ones."""
         self._sample(generator)
-        self._loss_sum_M = torch.zeros(self.M, dtype=torch.float64)
-        self._steps = 0
+        self.tally = Tally(torch.zeros(self.M, dtype=torch.float64), 0)
 
-    def plan(self, N: int, generator: torch.Generator) -> Plan:
+    def plan(self, N: int, generator: torch.Generator, groups: int = 1) -> Plan:
         """Draw what happens to each of the N * M copies: sub-policy, sign, partner and centre of each operation.
 
-        SamplePairing's partner is another image of the batch, in the copy made for the same policy.
+        SamplePairing's partner is another image of the batch, in the copy made for the same policy; of the same one
+        of `groups` equal parts of the batch, where an image cannot see the others.
         """
         M, Q, K = self.M, self.Q, self.K
         subpolicy_NM = torch.randint(Q, (N, M), generator=generator)
@@ -58,24 +68,28 @@ class PolicySource:
         coin_BK = torch.randint(2, (N * M, K), generator=generator).bool()
         magnitude_BK = self._magnitude_OL[op_BK, level_BK]
         magnitude_BK = torch.where(coin_BK & self._signed_O[op_BK], -magnitude_BK, magnitude_BK)
-        step_NMK = torch.randint(1, max(2, N), (N, M, K), generator=generator)
-        partner_NMK = (torch.arange(N)[:, None, None] + step_NMK) % N * M + torch.arange(M)[:, None]
+        size = N // groups
+        step_NMK = torch.randint(1, max(2, size), (N, M, K), generator=generator)
+        n = torch.arange(N)[:, None, None]
+        partner_NMK = (n - n % size + (n + step_NMK) % size) * M + torch.arange(M)[:, None]
         centre_BK2 = torch.rand(N * M, K, 2, dtype=torch.float64, generator=generator)
         return Plan(op_BK, magnitude_BK, partner_NMK.view(N * M, K), centre_BK2)
 
     def observe(self, loss_NM: Tensor) -> None:
-        """Add one step's losses to the interval's mean loss of each policy, L^_m; stays on the losses' device."""
-        self._loss_sum_M = self._loss_sum_M.to(loss_NM.device) + loss_NM.detach().double().mean(0)
-        self._steps += 1
+        """Add losses to the interval's mean loss of each policy, L^_m; stays on the losses' device."""
+        loss_sum_M = self.tally.loss_sum_M.to(loss_NM.device) + loss_NM.detach().double().sum(0)
+        self.tally = Tally(loss_sum_M, self.tally.images + len(loss_NM))
 
-    def update(self) -> dict[str, Any]:
+    def update(self, average: Callable[[Tensor], Tensor] = lambda loss_M: loss_M) -> dict[str, Any]:
         """End an interval: learn from the losses. Returns the interval's record.
+
+        average: makes one mean of those of several processes that saw equally many images each.
 
         It holds the policies by name, their mean losses, advantages, mean entropy (nats), the losses' spread (unbiased
         standard deviation), and the shares of operations and levels. Raises FloatingPointError, before anything is
         learned, if a loss is not finite.
         """
-        loss_M = (self._loss_sum_M / max(1, self._steps)).cpu()
+        loss_M = average(self.tally.loss_sum_M / max(1, self.tally.images)).cpu()
         if not loss_M.isfinite().all():
             raise FloatingPointError("the loss is no longer finite")
         advantage_M, entropy = self._learn(loss_M)
@@ -122,17 +136,11 @@ class PolicySource:
         return {"operations": dict(zip(names, op_shares, strict=True)), "levels": dict(enumerate(level_shares))}
 
     def state_dict(self) -> dict[str, Any]:
-        """The policies in use and their losses so far, so that an interval can go on where it was left."""
-        return {
-            "op_MQK": self.op_MQK,
-            "level_MQK": self.level_MQK,
-            "loss_sum_M": self._loss_sum_M.cpu(),
-            "steps": self._steps,
-        }
+        """The policies in use: with `tally`, all that an interval needs to go on where it was left."""
+        return {"op_MQK": self.op_MQK, "level_MQK": self.level_MQK}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.op_MQK, self.level_MQK = state["op_MQK"], state["level_MQK"]
-        self._loss_sum_M, self._steps = state["loss_sum_M"], state["steps"]
 
     def _sample(self, generator: torch.Generator) -> None:
         """Choose the M policies of an interval."""

@@ -75,26 +75,47 @@ class RunLog:
         self._files[name].flush()
 
 
-class Progress:
-    """A bar over all steps of a run, with loss, accuracy and time left; silent where stderr is no terminal."""
+class SilentLog:
+    """The log of a process that leaves writing to another."""
 
-    def __init__(self, steps: int, done: int):
-        self._bar = tqdm(total=steps, initial=done, unit="step", disable=None, dynamic_ncols=True)
-        self._shown = 0.0
+    def positions(self) -> dict[str, int]:
+        return {}
+
+    def epoch(self, *_: Any) -> None:
+        pass
+
+    def policy_images(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Progress:
+    """A bar over all steps of a run, with loss, accuracy and time left; silent where stderr is no terminal.
+
+    shown: False for a process that leaves printing to another.
+    """
+
+    def __init__(self, steps: int, done: int, *, shown: bool = True):
+        self._shown_at = 0.0
+        self._speaks = shown
+        self._bar = tqdm(total=steps, initial=done, unit="step", disable=None if shown else True, dynamic_ncols=True)
 
     def step(self, description: str, loss_and_correct: Tensor, images: int) -> None:
         """Advance. The device is asked for its sums twice a second at most, and never without a bar."""
-        if not self._bar.disable and time.monotonic() - self._shown > 0.5:
+        if not self._bar.disable and time.monotonic() - self._shown_at > 0.5:
             loss, correct = (loss_and_correct / images).tolist()
             self._bar.set_description(description, refresh=False)
             self._bar.set_postfix_str(f"loss {loss:.3f}, accuracy {correct:.1%}", refresh=False)
-            self._shown = time.monotonic()
+            self._shown_at = time.monotonic()
         self._bar.update()
 
     def say(self, line: str) -> None:
         """Print to stdout without tearing the bar."""
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
+        if self._speaks:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
 
     def close(self) -> None:
         self._bar.close()

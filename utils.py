@@ -8,7 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,27 +18,6 @@ import torch
 
 class UserError(Exception):
     """Something the user can mend: one or two lines that say what, where and the remedy."""
-
-
-def exit_with_status(main: Callable[[], None]) -> NoReturn:
-    """Run a script's main(): status 0; 2 for what the user can mend; 130 after Ctrl-C. No traceback in any of them.
-
-    Files and memory are the user's to mend as well: a full disk, a missing permission, a batch too large.
-    """
-    try:
-        main()
-    except (UserError, OSError, UnicodeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
-            raise
-        print("error: out of memory; a smaller model or fewer images at a time need less", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as interrupt:
-        print(f"\ninterrupted{'; ' if str(interrupt) else ''}{interrupt}", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(0)
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -60,8 +39,7 @@ class CommandLine(argparse.ArgumentParser):
         return known
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (python {self.prog} --help lists the arguments)", file=sys.stderr)
-        sys.exit(2)
+        raise UserError(f"{message} (python {self.prog} --help lists the arguments)")
 
 
 def did_you_mean(word: Any, known: Iterable[str]) -> str:
@@ -84,37 +62,31 @@ def keyed_generator(*key: Any) -> torch.Generator:
     return torch.Generator().manual_seed(keyed_seed(*key))
 
 
-def choose_device(name: str | None) -> torch.device:
-    """The named device, or CUDA where there is one. Raises UserError for one that this machine lacks."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
-            raise RuntimeError("there are cpu, cuda, cuda:0, cuda:1, ...")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]})") from None
-    return device
-
-
-def seed_everything(seed: int, device: torch.device, deterministic: bool) -> None:
-    """Seed the default generators, which the networks' own noise draws from, and choose exact or fast CUDA kernels."""
-    torch.manual_seed(keyed_seed(seed, "network"))
+def choose_kernels(device: torch.device, deterministic: bool) -> None:
+    """On CUDA, kernels that give the same bits each time, or the fastest; on the CPU they always do."""
     if deterministic and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
 
 
-def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+def seed_default_generators(devices: Sequence[torch.device], *key: Any) -> None:
+    """Seed the generators that networks draw from: by the key, and apart for each device."""
+    torch.manual_seed(keyed_seed(*key))
+    for device in devices[1:]:
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(keyed_seed(*key, device.index))
+
+
+def random_state(devices: Sequence[torch.device]) -> dict[str, Any]:
     """State of the default generators, to be put back by `set_random_state`."""
-    state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+    return {"cpu": torch.get_rng_state(), "cuda": [torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"]}
 
 
-def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+def set_random_state(state: dict[str, Any], devices: Sequence[torch.device]) -> None:
     torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+    for device, of_device in zip((d for d in devices if d.type == "cuda"), state["cuda"], strict=False):
+        torch.cuda.set_rng_state(of_device, device)
 
 
 def environment(device: torch.device, packages: Iterable[str] = ("torch", "torchvision", "numpy", "pillow")) -> dict:
@@ -126,6 +98,7 @@ def environment(device: torch.device, packages: Iterable[str] = ("torch", "torch
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{device.type} {platform.machine()}",
+        "processes": int(os.environ.get("WORLD_SIZE") or 1),
         "threads": torch.get_num_threads(),
         "git_revision": _git_revision(),
         "command": shlex.join(["python", *sys.argv]),

@@ -15,7 +15,7 @@ from hypothesis import settings
 import dataloader
 import evaluate
 import main
-from utils import exit_with_status
+from processes import World, exit_with_status
 
 settings.register_profile("project", deadline=None, derandomize=True, database=None)
 settings.load_profile("project")
@@ -24,6 +24,7 @@ torch.set_num_threads(1)
 dataloader.draw_shapes = functools.cache(dataloader.draw_shapes)  # always the same, and wanted by every run
 
 ROOT = Path(__file__).parent.parent
+ALONE = World((torch.device("cpu"),))
 # The smallest run that still has several steps, policies and epochs.
 TINY = ("model=wresnet10_1", "train_size=40", "batch_size=10", "M=2", "epochs=3", "eval_every=3", "workers=0")
 

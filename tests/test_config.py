@@ -1,5 +1,6 @@
 """Settings: what is read from where, and what is refused in which words."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 
+from benchmarks.cost import GPU, PEAK, SHARE, cost, in_words, published_confs
 from config import DEFAULT_CONF, Config, load_config, to_yaml
 from main import learning_rate
 from models import build_model, check_model
@@ -14,11 +16,34 @@ from utils import UserError
 
 CONFS = sorted((ROOT / "confs").rglob("*.yaml"))
 
-# Table 2 of the hyper-parameters: data set, network, N, lr, weight decay, schedule, epochs.
+# The published settings: data set, network, N, lr, weight decay, schedule, epochs.
 PUBLISHED = {
     "wresnet28x10_cifar10": ("cifar10", "wresnet28_10", 128, 0.1, 5e-4, "step", 200),
     "wresnet40x2_cifar10": ("cifar10", "wresnet40_2", 128, 0.1, 5e-4, "cosine", 200),
+    "shake26_2x32d_cifar10": ("cifar10", "shakeshake26_2x32d", 128, 0.2, 1e-4, "cosine", 600),
+    "shake26_2x96d_cifar10": ("cifar10", "shakeshake26_2x96d", 128, 0.2, 1e-4, "cosine", 600),
+    "shake26_2x112d_cifar10": ("cifar10", "shakeshake26_2x112d", 128, 0.2, 1e-4, "cosine", 600),
+    "pyramid272_cifar10": ("cifar10", "pyramid272_200", 128, 0.1, 1e-4, "cosine", 600),
     "wresnet28x10_cifar100": ("cifar100", "wresnet28_10", 128, 0.1, 5e-4, "step", 200),
+    "shake26_2x96d_cifar100": ("cifar100", "shakeshake26_2x96d", 128, 0.1, 5e-4, "cosine", 1200),
+    "pyramid272_cifar100": ("cifar100", "pyramid272_200", 128, 0.5, 1e-4, "cosine", 1200),
+    "resnet50": ("imagenet", "resnet50", 2048, 0.8, 1e-4, "cosine", 120),
+    "resnet50d": ("imagenet", "resnet50d", 2048, 0.8, 1e-4, "cosine", 120),
+    "resnet200": ("imagenet", "resnet200", 2048, 0.8, 1e-4, "cosine", 120),
+}
+# The published test errors (top-1, and top-5 for ImageNet) of the paper, and of a re-implementation.
+ERRORS = {
+    "wresnet28x10_cifar10": ("1.90 +- 0.15", "2.35"),
+    "shake26_2x32d_cifar10": ("2.36 +- 0.10", "2.51"),
+    "shake26_2x96d_cifar10": ("1.85 +- 0.12", "2.43"),
+    "shake26_2x112d_cifar10": ("1.78 +- 0.05",),
+    "pyramid272_cifar10": ("1.36 +- 0.06",),
+    "wresnet28x10_cifar100": ("15.49 +- 0.18",),
+    "shake26_2x96d_cifar100": ("14.10 +- 0.15",),
+    "pyramid272_cifar100": ("10.42 +- 0.20",),
+    "resnet50": ("20.60 +- 0.15", "5.53 +- 0.05"),
+    "resnet50d": ("20.00 +- 0.12", "5.25 +- 0.03"),
+    "resnet200": ("18.68 +- 0.18", "4.70 +- 0.05"),
 }
 
 
@@ -65,10 +90,38 @@ def test_confs_are_the_published_settings(name):
     c = load_config(path, {})
     assert (c.dataset, c.model, c.batch_size, c.lr, c.weight_decay, c.schedule, c.epochs) == PUBLISHED[name]
     assert (c.M, c.Q, c.K, c.levels, len(c.ops), c.policy, c.policy_interval) == (8, 5, 2, 10, 16, "controller", None)
-    assert (c.controller_lr, c.entropy_bonus, c.momentum, c.nesterov, c.cutout) == (0.00035, 0.00001, 0.9, True, 16)
+    assert (c.controller_lr, c.entropy_bonus, c.momentum, c.nesterov, c.flip) == (0.00035, 0.00001, 0.9, True, True)
+    small, large = (32, 4, 16, True), (224, 0, 0, True)
+    assert (c.image_size, c.crop_padding, c.cutout, c.crop_per_copy) == (large if c.dataset == "imagenet" else small)
+    assert (c.gamma, c.label_smoothing, c.grad_clip, c.warmup_epochs, c.dropout) == (0.2, 0, 0, 0, 0)
     if c.schedule == "step":
         rates = [learning_rate(c, epoch, 1) for epoch in range(200)]
         assert rates == pytest.approx([0.1] * 60 + [0.02] * 60 + [0.004] * 40 + [0.0008] * 40)
+
+
+def test_there_is_a_conf_for_every_cell_and_none_besides():
+    assert {path.stem for path in published_confs()} == PUBLISHED.keys()
+    assert {path.stem for path in CONFS} == PUBLISHED.keys() | {"demo", "folder"}
+
+
+@pytest.mark.parametrize("path", published_confs(), ids=lambda path: path.stem)
+def test_every_published_conf_opens_with_its_errors_its_command_and_its_cost(path):
+    header = "".join(line for line in path.read_text(encoding="utf-8").splitlines(True) if line.startswith("#"))
+    numbers = re.findall(r"(\d+\.\d+(?: \+- \d+\.\d+)?) %", header.split("# Cost")[0])
+    assert tuple(numbers) == ERRORS.get(path.stem, ())
+    assert f"--load_conf confs/{path.relative_to(ROOT / 'confs').as_posix()} " in header
+    assert "--M 8 --seed 0 --amp\n" in header
+    config = load_config(path, {})
+    assert f"Cost: about {in_words(cost(config).gpu_hours)} GPU-hours (A100 at 20 % of its peak" in header
+    assert (GPU, PEAK, SHARE) == ("A100", 312e12, 0.2)
+    assert config.batch_size % config.accumulate == 0
+
+
+@pytest.mark.parametrize(("name", "multiply_adds"), [("resnet50", 4.09e9), ("wresnet28x10_cifar10", 5.24e9)])
+def test_operations_are_counted_as_others_count_them(name, multiply_adds):
+    """A forward pass as published (torchvision's model card; the wide ResNets' own page); backward about twice that."""
+    (path,) = (path for path in CONFS if path.stem == name)
+    assert cost(load_config(path, {})).flops_per_image == pytest.approx(3 * 2 * multiply_adds, rel=0.02)
 
 
 def test_the_command_line_goes_before_the_file_and_the_file_before_the_default(conf):
@@ -107,11 +160,16 @@ def test_a_written_config_reads_back_equal(conf, config):
         ("valid_size: -5", ["valid_size: -5 must not be negative"]),
         ("policy_interval: 0", ["policy_interval: 0 must be at least 1, or null"]),
         ("flip: 1", ["flip: 1 is not true or false"]),
-        ("model: resnet9000", ["model: unknown model 'resnet9000'", "wresnet<depth>_<width>"]),
+        ("model: vgg16", ["model: unknown model 'vgg16'", "wresnet<depth>_<width>"]),
+        ("model: resnet50\ndropout: 0.1", ["model: resnet50 has no option 'dropout'"]),
+        ("accumulate: 0", ["accumulate: 0 must be at least 1"]),
+        ("eval_view: [224]", ["eval_view: (224,) must be two numbers"]),
+        ("eval_view: [224, 256]", ["eval_view: (224, 256) must be two numbers", "the second not the larger"]),
+        ("dataset: imagenet", ["crop_padding: 4 is for small images", "set it to 0"]),
         ("model: wresnet27_10", ["model: ", "6n + 4"]),
         ("model: wresnet10_99999999999", ["model: "]),
         ("model: 3", ["model: 3 is not a text"]),
-        ("dataset: cifar11", ["dataset: 'cifar11' is not one of shapes, cifar10, cifar100, folder"]),
+        ("dataset: cifar11", ["dataset: 'cifar11' is not one of shapes, cifar10, cifar100, imagenet, folder"]),
         ("policy: smart", ["policy: 'smart' is not one of controller, random, none"]),
         ("ops: [Rotat]", ["unknown operation 'Rotat'", "did you mean Rotate?"]),
         ("ops: []", ["ops: () must name at least one operation"]),

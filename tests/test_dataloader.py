@@ -21,6 +21,8 @@ from dataloader import (
     balanced_order,
     crop_and_flip,
     cutout,
+    draw_centres,
+    draw_crops,
     epoch_batches,
     load_data,
     load_test,
@@ -94,7 +96,8 @@ def test_impossible_sizes_are_refused(settings, words):
 
 def test_crops_and_flips_are_copies_of_padded_windows():
     images, padding = noise(1500), 3
-    ours = crop_and_flip(images, padding, True, generator())
+    config = Config(M=1, crop_padding=padding)
+    ours = crop_and_flip(images, draw_crops(len(images), config, generator()))
     padded = np.pad(images.numpy(), ((0, 0), (0, 0), (padding, padding), (padding, padding)))
     seen = set()
     for image, window in zip(padded, ours.numpy(), strict=True):
@@ -112,8 +115,9 @@ def test_crops_and_flips_are_copies_of_padded_windows():
 
 def test_crop_and_flip_can_be_switched_off():
     images = noise(50)
-    assert torch.equal(crop_and_flip(images, 0, False, generator()), images)
-    flipped = crop_and_flip(images, 0, True, generator())
+    assert draw_crops(50, Config(crop_padding=0, flip=False), generator()) is None
+    assert draw_crops(50, Config(dataset="imagenet", crop_padding=0), generator()) is None, "cropped when read"
+    flipped = crop_and_flip(images, draw_crops(50, Config(M=1, crop_padding=0), generator()))
     is_same = (flipped == images).flatten(1).all(1)
     is_mirrored = (flipped == images.flip(3)).flatten(1).all(1)
     assert (is_same ^ is_mirrored).all()
@@ -122,12 +126,23 @@ def test_crop_and_flip_can_be_switched_off():
 
 def test_copies_are_image_major_and_drawn_each_or_once():
     images = noise(6)
-    own = make_copies(images, 4, Config(crop_padding=0, flip=False), generator())
-    assert torch.equal(own, images.repeat_interleave(4, 0))
-    shared = make_copies(images, 4, Config(crop_per_copy=False), generator()).view(6, 4, -1)
+    every = torch.arange(24)
+
+    def copies(**settings):
+        return make_copies(images, every, 4, draw_crops(6, Config(M=4, **settings), generator()))
+
+    assert torch.equal(copies(crop_padding=0, flip=False), images.repeat_interleave(4, 0))
+    shared = copies(crop_per_copy=False).view(6, 4, -1)
     assert (shared == shared[:, :1]).all()
-    each = make_copies(images, 4, Config(crop_per_copy=True), generator()).view(6, 4, -1)
+    each = copies(crop_per_copy=True).view(6, 4, -1)
     assert not (each == each[:, :1]).all()
+
+
+def test_any_copies_can_be_made_from_the_images_at_hand():
+    images, crops = noise(6), draw_crops(6, Config(M=4), generator())
+    every = make_copies(images, torch.arange(24), 4, crops)
+    some = torch.tensor([17, 8, 23, 8])
+    assert torch.equal(make_copies(images[2:], some, 4, crops, first=2), every[some])
 
 
 def test_normalise_equals_torchvision():
@@ -143,7 +158,7 @@ def test_normalise_equals_torchvision():
 @pytest.mark.parametrize("side", [0, 1, 5, 8])
 def test_cutout_blanks_one_square_that_may_reach_over_the_border(side):
     inputs = torch.ones(3000, 3, 12, 16)
-    blank = cutout(inputs, side, generator())[:, 0] == 0
+    blank = cutout(inputs, side, draw_centres(3000, 12, 16, generator()))[:, 0] == 0
     full = blank.sum((1, 2)) == side * side
     assert (blank.sum((1, 2)) <= side * side).all()
     for image in blank[blank.any(2).any(1)]:

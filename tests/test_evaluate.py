@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, assert_refused
+from conftest import ALONE, TINY, assert_refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,7 +45,7 @@ PLAIN = Normalise(Config(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)), CPU)
 
 def test_counts_and_loss_by_hand():
     predicted, labels = [0, 1, 2, 3, 4, 5, 6, 6], [0, 1, 2, 3, 0, 0, 6, 6]
-    scores = evaluate.score(Oracle(7), as_split(predicted, labels), PLAIN, CPU)
+    scores = evaluate.score(Oracle(7), as_split(predicted, labels), 7, PLAIN, ALONE)
     assert (scores.images, scores.top1_correct, scores.top1) == (8, 6, 0.75)
     assert scores.class_images == [3, 1, 1, 1, 0, 0, 2]
     assert scores.class_correct == [1, 1, 1, 1, 0, 0, 2]
@@ -61,7 +61,7 @@ def test_every_image_counts_once_whatever_the_batch(monkeypatch):
     results = []
     for batch in (1003, 256, 17):
         monkeypatch.setattr(evaluate, "BATCH", batch)
-        results.append(evaluate.score(Oracle(10), as_split(predicted, labels), PLAIN, CPU))
+        results.append(evaluate.score(Oracle(10), as_split(predicted, labels), 10, PLAIN, ALONE))
     assert {(scores.images, scores.top1_correct) for scores in results} == {(1003, expected)}
     assert max(scores.loss for scores in results) - min(scores.loss for scores in results) < 1e-6
 
@@ -71,15 +71,15 @@ def test_top5_is_among_the_five_highest():
         def forward(self, x):
             return -torch.arange(8.0).expand(len(x), 8)  # ranks the classes 0, 1, 2, ...
 
-    scores = evaluate.score(Ranking(), as_split([0] * 8, list(range(8))), PLAIN, CPU)
+    scores = evaluate.score(Ranking(), as_split([0] * 8, list(range(8))), 8, PLAIN, ALONE)
     assert (scores.top1_correct, scores.top5_correct) == (1, 5)
-    assert evaluate.score(Oracle(5), as_split([0, 1], [0, 1]), PLAIN, CPU).top5 is None
+    assert evaluate.score(Oracle(5), as_split([0, 1], [0, 1]), 5, PLAIN, ALONE).top5 is None
 
 
 def test_the_models_mode_is_put_back_and_its_statistics_untouched():
     model = build_model("wresnet10_1", 10).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    evaluate.score(model, as_split([0, 1], [0, 1]), PLAIN, CPU)
+    evaluate.score(model, as_split([0, 1], [0, 1]), 10, PLAIN, ALONE)
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

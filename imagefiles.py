@@ -1,0 +1,157 @@
+"""Image files: found whole or damaged, decoded by worker processes, cropped as they are read."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import functional as on_pillow
+
+from utils import keyed_seed
+
+IMAGE_SUFFIXES = frozenset(IMG_EXTENSIONS)
+
+
+class Reader(Protocol):
+    """Reads the image file at a path as uint8 (3, size, size); what is drawn for it follows from `seed`."""
+
+    size: int
+
+    def __call__(self, path: Path, seed: int) -> Tensor: ...
+
+
+@dataclass
+class ImageFiles(Dataset):
+    """Image files to be read by (epoch, position): the image, its position, and why it could not be read, if so.
+
+    substitute: the next file takes the place of an unreadable one, position and all. An image that cannot be had is
+    black, at position -1.
+    """
+
+    paths: Sequence[Path]
+    read: Reader
+    seed: int = 0
+    substitute: bool = False
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, str | None]:
+        epoch, wanted = key
+        draws, reason = keyed_seed(self.seed, "crop", epoch, wanted), None
+        for position in (wanted, (wanted + 1) % len(self)) if self.substitute else (wanted,):
+            try:
+                return self.read(self.paths[position], draws), position, reason
+            except Exception as error:  # a decoder meets damage in its own way: OSError, SyntaxError, struct.error, ...
+                reason = reason or _unreadable(self.paths[position], error)
+        return torch.zeros(3, self.read.size, self.read.size, dtype=torch.uint8), -1, reason
+
+    def batches(
+        self, indices: Sequence[Tensor], epoch: int, workers: int, *, pinned: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor, list[str | None]]]:
+        """(images (N, 3, size, size), positions (N,), reasons) for each index tensor in turn; pinned for a GPU."""
+        yield from DataLoader(
+            self,
+            batch_sampler=[[(epoch, position) for position in index.tolist()] for index in indices],
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=pinned,
+            generator=torch.Generator(),  # otherwise the loader draws from the default generator
+        )
+
+
+@dataclass
+class FileCheck(Dataset):
+    """A quick look at each file, at its header and whether its end is there: why it cannot be read, if so.
+
+    What the look leaves open is decoded.
+    """
+
+    paths: Sequence[Path]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, position: int) -> str | None:
+        path = self.paths[position]
+        try:
+            with path.open("rb") as file, Image.open(file) as image:
+                mark = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(image.format)
+                file.seek(-min(64, path.stat().st_size), os.SEEK_END)
+                if mark is None or mark not in file.read():
+                    read_rgb(path)
+        except Exception as error:
+            return _unreadable(path, error)
+        return None
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """The usual crop for training on ImageNet: 8 to 100 % of the area, 3:4 to 4:3, scaled (bicubic); flipped or not."""
+
+    size: int
+    flip: bool
+
+    def __call__(self, path: Path, seed: int) -> Tensor:
+        image = read_rgb(path)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            top, left, height, width = RandomResizedCrop.get_params(image, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
+            flipped = self.flip and torch.rand(()) < 0.5
+        size = [self.size, self.size]
+        image = on_pillow.resized_crop(image, top, left, height, width, size, InterpolationMode.BICUBIC)
+        return on_pillow.pil_to_tensor(on_pillow.hflip(image) if flipped else image)
+
+
+@dataclass(frozen=True)
+class CentreCrop:
+    """The usual view for evaluation on ImageNet: the shorter side scaled to `resize` (bicubic), cut at the centre."""
+
+    resize: int
+    size: int
+
+    def __call__(self, path: Path, seed: int) -> Tensor:
+        image = on_pillow.resize(read_rgb(path), self.resize, InterpolationMode.BICUBIC)
+        return on_pillow.pil_to_tensor(on_pillow.center_crop(image, self.size))
+
+
+@dataclass(frozen=True)
+class FitSquare:
+    """Upright, scaled (bicubic) until it covers the square, cut at the centre; for training and evaluation alike."""
+
+    size: int
+
+    def __call__(self, path: Path, seed: int) -> Tensor:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):  # 16 bits a channel: convert() would clip at 255
+            upright = Image.fromarray((np.asarray(upright) / 257).round().clip(0, 255).astype(np.uint8))
+        if upright.mode == "F":
+            raise ValueError("floating-point values without a known range")
+        upright = upright.convert("RGB")
+        if upright.size != (self.size, self.size):
+            upright = ImageOps.fit(upright, (self.size, self.size), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
+
+
+def read_rgb(path: Path) -> Image.Image:
+    """Decode to RGB, whatever the file's own colours are: grey, CMYK, a palette."""
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def _collate(results: list[tuple[Tensor, int, str | None]]) -> tuple[Tensor, Tensor, list[str | None]]:
+    images, positions, reasons = zip(*results, strict=True)
+    return torch.stack(images), torch.tensor(positions), list(reasons)
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    return f"{path} ({str(error).splitlines()[0] if str(error) else type(error).__name__})"

@@ -1,0 +1,248 @@
+"""The processes of a run: how they start, deal out the work, agree, and end.
+
+`torchrun` and `python -m torch.distributed.launch` start one process per device and say in the environment who is who.
+A process that was started alone is a World of one: it takes the same way, and all that is shared is its own.
+"""
+
+import contextlib
+import functools
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from utils import UserError
+
+PATIENCE = timedelta(hours=1)  # how long a process waits for the others: reading a large data set takes its time
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of a run. Several `devices`: one process feeds them all, by DataParallel."""
+
+    devices: tuple[torch.device, ...]
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.devices[0]
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        return self.rank == 0
+
+    def deal(self, images: int, pieces: int) -> list[range]:
+        """This process's pieces of a batch, in ranges of the batch's images: all pieces are equal, one each at least.
+
+        Raises UserError, with the nearest number that can be dealt, where that does not come out even.
+        """
+        wanted, pieces = pieces, max(pieces, self.size)
+        among = f"{self.size} process{'es' if self.size > 1 else ''}"
+        if pieces % self.size:
+            raise UserError(
+                f"accumulate: {wanted} micro-batches cannot be dealt to {among}; the nearest number that can is "
+                f"{_nearest_multiple(wanted, self.size)}"
+            )
+        if images % pieces:
+            raise UserError(
+                f"batch_size: {images} images cannot be dealt to {among} in {pieces} equal parts; the nearest number "
+                f"that can is {_nearest_multiple(images, pieces)}"
+            )
+        size, own = images // pieces, pieces // self.size
+        return [range(piece * size, (piece + 1) * size) for piece in range(self.rank * own, (self.rank + 1) * own)]
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """`model` for training on all devices of the run; its own state-dict keys stay as they are."""
+        if self.size > 1:
+            device_ids = [self.device.index] if self.device.type == "cuda" else None
+            return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+        if len(self.devices) > 1:
+            print(
+                f"training on {len(self.devices)} GPUs from one process (DataParallel); a process for each is faster: "
+                f"torchrun --nproc_per_node {len(self.devices)} main.py ...",
+                file=sys.stderr,
+            )
+            return nn.DataParallel(model, device_ids=[device.index for device in self.devices])
+        return model
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of all processes' tensors, the same bits in each."""
+        if self.size > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor)
+        return tensor
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean of all processes' tensors, the same bits in each."""
+        return self.sum(tensor) / self.size
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, by rank, in every process."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def from_leader(self, value: Any) -> Any:
+        """The leader's value, in every process."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    @contextlib.contextmanager
+    def one_first(self) -> Iterator[None]:
+        """One process of each machine goes ahead, the others follow: for what is fetched once and then there."""
+        if self.local_rank:
+            self.gather(None)
+        yield
+        if not self.local_rank:
+            self.gather(None)
+
+    def require_equal(self, what: str, value: Any) -> None:
+        """Raises UserError, in every process, unless all have the same value."""
+        values = self.gather(value)
+        if values != values[:1] * self.size:
+            other = next(rank for rank, found in enumerate(values) if found != values[0])
+            raise UserError(f"{what} of process {other} differ from those of process 0")
+
+    def even_out(self, model: nn.Module) -> None:
+        """Give all processes the mean of their BatchNorm statistics, which each has made of its own images."""
+        if self.size > 1:
+            statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+            mean = self.mean(torch.cat([buffer.flatten() for buffer in statistics]))
+            for buffer, values in zip(statistics, mean.split([b.numel() for b in statistics]), strict=True):
+                buffer.copy_(values.view_as(buffer))
+
+
+@contextlib.contextmanager
+def join(device_name: str | None) -> Iterator[World]:
+    """Meet the other processes of the run, if there are any, each on its own device. Raises UserError."""
+    size = _number("WORLD_SIZE", 1)
+    local_rank = _number("LOCAL_RANK", 0)
+    devices = _devices(device_name, local_rank, alone=size == 1)
+    if size == 1:
+        yield World(devices)
+        return
+    store, rank, size = _meeting_point()
+    on_cuda = devices[0].type == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(devices[0])
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+        store=dist.PrefixStore("run", store),
+        rank=rank,
+        world_size=size,
+        timeout=PATIENCE,
+        device_id=devices[0] if on_cuda else None,
+    )
+    yield World(devices, rank, size, local_rank)
+    dist.destroy_process_group()  # not after an error: it may wait for processes that no longer answer
+
+
+def each_waits_for_the_last(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+    """For one of several backward passes of a step: gradients travel between processes with the last one only."""
+    waits = isinstance(model, nn.parallel.DistributedDataParallel) and not last
+    return model.no_sync() if waits else contextlib.nullcontext()
+
+
+def digest(state: Any) -> str:
+    """SHA-256, in hex, of all that a nested state holds."""
+    if isinstance(state, Tensor):
+        content = state.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    elif isinstance(state, dict):
+        content = repr([(key, digest(value)) for key, value in state.items()]).encode()
+    elif isinstance(state, (list, tuple)):
+        content = repr([digest(value) for value in state]).encode()
+    else:
+        content = repr(state).encode()
+    return hashlib.sha256(content).hexdigest()
+
+
+def exit_with_status(main: Callable[[], None]) -> NoReturn:
+    """Run a script's main(): status 0; 2 for what the user can mend; 130 after Ctrl-C. No traceback in any of them.
+
+    Files and memory are the user's to mend as well: a full disk, a missing permission, a batch too large. Of several
+    processes the first to fail speaks; the others, which fail in its wake, end in silence.
+    """
+    try:
+        main()
+    except (Exception, KeyboardInterrupt) as error:
+        if not _first_to_fail():
+            sys.exit(2)
+        status, message = _in_words(error)
+        print(message, file=sys.stderr, flush=True)
+        sys.exit(status)
+    sys.exit(0)
+
+
+def _in_words(error: BaseException) -> tuple[int, str]:
+    """Exit status and message for what the user can mend; anything else is raised again."""
+    where = f"process {os.environ['RANK']}: " if _number("RANK", 0) else ""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, f"\ninterrupted{'; ' if str(error) else ''}{error}"
+    if isinstance(error, (UserError, OSError, UnicodeError)):
+        return 2, f"error: {where}{error}"
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+        return 2, f"error: {where}out of memory; a smaller model or fewer images at a time need less"
+    raise error
+
+
+def _first_to_fail() -> bool:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    try:
+        return _meeting_point()[0].add("failures", 1) == 1
+    except (UserError, OSError, RuntimeError, ValueError):  # nobody to ask: better said twice than not at all
+        return True
+
+
+@functools.cache
+def _meeting_point() -> tuple[dist.Store, int, int]:
+    """The store that all processes of the run share, this one's rank, and their number. Raises UserError."""
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(f"WORLD_SIZE is set, but not {', '.join(missing)}; start the processes with torchrun")
+    return next(iter(dist.rendezvous("env://")))
+
+
+def _devices(name: str | None, local_rank: int, *, alone: bool) -> tuple[torch.device, ...]:
+    """The named device, or else CUDA where there is one: all GPUs for a process alone, or that of the local rank."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+            raise RuntimeError("there are cpu, cuda, cuda:0, cuda:1, ...")
+        if device.type == "cuda" and device.index is None:
+            indices = range(torch.cuda.device_count() or 1) if alone else [local_rank]
+            devices = tuple(torch.device("cuda", index) for index in indices)
+        elif alone or device.type == "cpu":
+            devices = (device,)
+        else:
+            raise RuntimeError("each process takes the GPU of its own number; say cuda")
+        for device in devices:
+            torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]})") from None
+    return devices
+
+
+def _number(variable: str, default: int) -> int:
+    """A whole number from the environment. Raises UserError."""
+    text = os.environ.get(variable) or str(default)
+    if not text.isdecimal():
+        raise UserError(f"{variable}: {text!r} in the environment is not a number; start the processes with torchrun")
+    return int(text)
+
+
+def _nearest_multiple(number: int, of: int) -> int:
+    return max(of, (number + of // 2) // of * of)

@@ -3,8 +3,14 @@
 import contextlib
 import functools
 import io
+import multiprocessing
+import os
+import pickle
+import socket
 import subprocess
 import sys
+import traceback
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +21,7 @@ from hypothesis import settings
 import dataloader
 import evaluate
 import main
-from processes import World, exit_with_status
+from processes import World, exit_with_status, join
 
 settings.register_profile("project", deadline=None, derandomize=True, database=None)
 settings.load_profile("project")
@@ -70,6 +76,65 @@ def train(script, tmp_path):
         return tmp_path / name
 
     return run
+
+
+class OfRank(NamedTuple):
+    status: int
+    result: object  # what the function returned, or None
+    out: str
+    err: str
+
+
+def on_ranks(size, function, *arguments):
+    """function(world, *arguments) in `size` processes that have joined -> [OfRank] by rank; no launcher is needed."""
+    return start_ranks(size, lambda: _call_joined(function, arguments))
+
+
+def scripts_on_ranks(size, name, *arguments):
+    """A script in `size` processes, as if torchrun had started it -> [OfRank] by rank."""
+
+    def run():
+        sys.argv = [name, *map(str, arguments)]
+        exit_with_status({"main.py": main.main, "evaluate.py": evaluate.main}[name])
+
+    return start_ranks(size, run)
+
+
+def _call_joined(function, arguments):
+    with join("cpu") as world:
+        return function(world, *arguments)
+
+
+def start_ranks(size, run):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(size)}
+    forking = multiprocessing.get_context("fork")  # the modules are loaded already
+    results = [forking.SimpleQueue() for _ in range(size)]
+
+    def as_rank(rank):
+        os.chdir(ROOT)
+        os.environ |= meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        out, err, result, status = io.StringIO(), io.StringIO(), None, 1
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                result, status = run(), 0
+            except SystemExit as leaving:
+                status = leaving.code
+            except BaseException:
+                traceback.print_exc()
+        results[rank].put(pickle.dumps(OfRank(status, result, out.getvalue(), err.getvalue())))
+        os._exit(0)  # without the test runner's own farewell
+
+    ranks = [forking.Process(target=as_rank, args=(rank,)) for rank in range(size)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking a process that has threads
+        for rank in ranks:
+            rank.start()
+    done = [pickle.loads(result.get()) for result in results]
+    for rank in ranks:
+        rank.join()
+    return done
 
 
 @pytest.fixture

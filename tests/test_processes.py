@@ -1,0 +1,508 @@
+"""Several processes do what one would: the same draws, the same losses, the same scores; and they end together."""
+
+import itertools
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ALONE, ROOT, TINY, assert_refused, on_ranks, same, scripts_on_ranks, start_ranks
+from PIL import Image
+from torch import nn
+
+import evaluate
+import main
+import processes
+from checkpoint import load_newest_checkpoint, load_tensors
+from config import Config
+from dataloader import Normalise, ResidentSplit
+from models import build_model
+from policies import RandomPolicies
+from processes import World, digest
+from runlog import Progress
+from utils import UserError, keyed_seed
+
+CPU = torch.device("cpu")
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def final_state(run):
+    state = load_newest_checkpoint(run / "checkpoints", warn=pytest.fail)
+    del state["positions"]["times.jsonl"]
+    return state
+
+
+def all_well(ranks):
+    for rank, done in enumerate(ranks):
+        assert done.status == 0, (rank, done.err)
+    return [done.result for done in ranks]
+
+
+# Dealing
+
+
+@pytest.mark.parametrize(("images", "pieces", "size"), [(12, 1, 1), (12, 4, 1), (12, 1, 4), (12, 6, 2), (2048, 64, 8)])
+def test_every_image_is_dealt_once_in_equal_pieces(images, pieces, size):
+    dealt = [World((CPU,), rank, size).deal(images, pieces) for rank in range(size)]
+    assert list(itertools.chain.from_iterable(itertools.chain.from_iterable(dealt))) == list(range(images))
+    parts = [part for own in dealt for part in own]
+    assert {len(part) for part in parts} == {images // max(pieces, size)}
+    assert {len(own) for own in dealt} == {max(1, pieces // size)}
+
+
+@pytest.mark.parametrize(
+    ("images", "pieces", "size", "words"),
+    [
+        (130, 1, 4, "batch_size: 130 images cannot be dealt to 4 processes in 4 equal parts; .* is 132$"),
+        (129, 1, 4, "batch_size: 129 .* is 128$"),
+        (2, 1, 8, "batch_size: 2 .* is 8$"),
+        (100, 8, 1, "batch_size: 100 images cannot be dealt to 1 process in 8 equal parts; .* is 104$"),
+        (128, 8, 3, "accumulate: 8 micro-batches cannot be dealt to 3 processes; the nearest number that can is 9$"),
+    ],
+)
+def test_what_cannot_be_dealt_is_refused_with_the_nearest_that_can(images, pieces, size, words):
+    with pytest.raises(UserError, match=words):
+        World((CPU,), 0, size).deal(images, pieces)
+
+
+def test_micro_batches_that_do_not_come_out_even_are_refused_before_anything_is_written(script, tmp_path):
+    done = script("main.py", "--logdir", tmp_path / "logs", "--set", *TINY, "accumulate=3")
+    assert_refused(done, "batch_size: 10 images", "the nearest number that can is 9")
+    assert not (tmp_path / "logs").exists()
+
+
+# One step
+
+
+class FixedNorms(nn.Module):
+    """A wide ResNet whose BatchNorm stays in evaluation mode, so that images do not depend on their neighbours."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.network = build_model("wresnet10_1", 10)
+
+    def forward(self, x):
+        return self.network(x)
+
+    def train(self, mode=True):
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.training = False
+        return self
+
+
+def first_step(world, accumulate=1, policy="random"):
+    """Losses by policy, gradients and statistics of one step on 24 images."""
+    config = Config(
+        model="wresnet10_1", dataset="shapes", batch_size=24, M=4, epochs=1, policy=policy, accumulate=accumulate
+    )
+    g = torch.Generator().manual_seed(3)
+    split = ResidentSplit(torch.randint(256, (24, 3, 32, 32), dtype=torch.uint8, generator=g), torch.arange(24) % 10)
+    state = main.TrainingState.start(config, world, FixedNorms())
+    metrics, (record,) = main.train_one_epoch(state, split, Progress(0, 0, shown=False))
+    return record["losses"], metrics, {name: p.grad for name, p in state.model.named_parameters()}
+
+
+def test_micro_batches_and_processes_give_the_losses_and_gradients_of_the_whole_batch():
+    """All sixteen operations, so that images are paired across the parts."""
+    losses, metrics, gradients = first_step(ALONE)
+    in_parts = [
+        first_step(ALONE, accumulate=4),
+        *all_well(on_ranks(2, first_step)),
+        *all_well(on_ranks(3, first_step, 6)),
+    ]
+    assert len(in_parts) == 6
+    for other_losses, other_metrics, other_gradients in in_parts:
+        assert other_losses == pytest.approx(losses, rel=1e-6)
+        assert other_metrics == pytest.approx(metrics, rel=1e-6)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(other_gradients[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_the_copies_made_in_parts_are_those_of_the_whole_batch(monkeypatch):
+    """To the bit, with partners inside and outside the part, for any cut."""
+    config = Config(M=3, batch_size=12, ops=("SamplePairing", "Rotate", "Cutout"), policy="random", Q=2)
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (12, 3, 16, 16), dtype=torch.uint8, generator=g)
+    state = main.TrainingState.start(config, ALONE, nn.Linear(1, 1))
+    state.policies.resample(g)
+    draws = main.draw(state, images, "train", 0, N=12)
+    every = range(12)
+    whole = main.augment(state, images, every, draws, every)
+    for start, stop in ((0, 12), (0, 5), (5, 6), (6, 12)):
+        part = main.augment(state, images, every, draws, range(start, stop))
+        assert torch.equal(part, whole[start * 3 : stop * 3])
+
+
+def test_partners_come_from_the_images_at_hand():
+    """A process that reads only its own images pairs them among themselves: 4 of 12, at places 4 to 7."""
+    policies = RandomPolicies(3, 2, 2, ("SamplePairing",))
+    policies.resample(torch.Generator().manual_seed(0))
+    plan = policies.plan(12, torch.Generator().manual_seed(1), groups=3)
+    image, partner = torch.arange(36)[:, None] // 3, plan.partner_BK // 3
+    assert torch.equal(partner // 4, (image // 4).expand_as(partner)), "of the same third"
+    assert (partner != image).all()
+    assert torch.equal(plan.partner_BK % 3, (torch.arange(36)[:, None] % 3).expand_as(partner)), "in the same copy"
+
+
+# Whole runs
+
+
+@pytest.fixture
+def train_ranks(tmp_path):
+    """train_ranks(2, "name", "lr=0.2", "--resume") -> the run's directory, trained by that many processes."""
+
+    def run(size, name, *arguments):
+        settings = [word for word in arguments if not str(word).startswith("-")]
+        flags = [word for word in arguments if str(word).startswith("-")]
+        done = scripts_on_ranks(
+            size, "main.py", "--logdir", tmp_path, "--name", name, *flags, "--set", *TINY, *settings
+        )
+        all_well(done)
+        assert all(not rank.out for rank in done[1:]), "only the leader prints"
+        assert all(not rank.err for rank in done), [rank.err for rank in done]
+        return tmp_path / name
+
+    return run
+
+
+def test_two_processes_train_as_one_with_two_micro_batches(train, train_ranks):
+    settings = ("policy_interval=3", "controller_lr=0.05")
+    one, two = train("one", "accumulate=2", *settings), train_ranks(2, "two", *settings)
+    for ours, theirs in zip(lines(two / "metrics.jsonl"), lines(one / "metrics.jsonl"), strict=True):
+        for name in ("train_loss", "train_top1", "lr", "entropy"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
+    for ours, theirs in zip(lines(two / "policies.jsonl"), lines(one / "policies.jsonl"), strict=True):
+        assert ours["policies"] == theirs["policies"]
+        assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-5)
+    weights, expected = (load_tensors(run / "model.pt")["model"] for run in (two, one))
+    assert weights.keys() == expected.keys()
+    for name in weights:
+        if "running" not in name and "tracked" not in name:  # each process has statistics of its own images
+            torch.testing.assert_close(weights[name], expected[name], atol=1e-5, rtol=1e-4)
+    assert len(list(two.glob("events*"))) == 1
+
+
+# Noise in the network, and intervals that end in the middle of epochs: state that each process has of its own.
+DEMANDING = ("dropout=0.1", "policy_interval=3", "controller_lr=0.05")
+
+
+def test_a_run_on_two_processes_resumes_exactly(train_ranks):
+    whole = train_ranks(2, "whole", *DEMANDING)
+    train_ranks(2, "resumed", *DEMANDING, "--stop_epoch=1")
+    resumed = train_ranks(2, "resumed", *DEMANDING, "--resume")
+    for name in ("metrics.jsonl", "policies.jsonl"):
+        assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+    assert same(final_state(resumed), final_state(whole))
+    ranks = final_state(whole)["ranks"]
+    assert len(ranks) == 2
+    assert not same(ranks[0]["random"], ranks[1]["random"]), "each process has noise of its own"
+
+
+def test_another_number_of_processes_is_refused_at_resumption(script, train_ranks, tmp_path):
+    run = train_ranks(2, "two", "--stop_epoch=1")
+    before = final_state(run)
+    done = script("main.py", "--logdir", tmp_path, "--name", "two", "--resume", "--set", *TINY)
+    assert_refused(done, "was trained by 2 processes and can only be resumed by as many, not 1")
+    assert same(final_state(run), before)
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """A small tree in ImageNet's layout: two classes, 12 images each for training and 5 for validation."""
+    g = torch.Generator().manual_seed(0)
+    for split, name, i in itertools.product(("train", "val"), ("n01", "n02"), range(12)):
+        if split == "train" or i < 5:
+            path = tmp_path / "data" / split / name / f"{i}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = torch.randint(256, (5, 6, 3), dtype=torch.uint8, generator=g).numpy()
+            Image.fromarray(pixels).resize((60 + i, 50)).save(path)
+    return tmp_path / "data"
+
+
+PHOTOGRAPHS = ("dataset=imagenet", "image_size=32", "eval_view=[36,32]", "crop_padding=0", "cutout=0", "train_size=20")
+
+
+def test_images_that_are_streamed_are_read_alike_by_one_process_and_by_two(script, photographs, tmp_path):
+    """Without SamplePairing, whose partners are the process's own; without a resumption, and with one."""
+    ops = "ops=[ShearX, Rotate, Invert, Cutout]"
+    said = ("--dataroot", photographs, "--logdir", tmp_path, "--set", *TINY, *PHOTOGRAPHS, ops)
+    assert script("main.py", "--name", "one", *said, "accumulate=2").status == 0
+    all_well(scripts_on_ranks(2, "main.py", "--name", "two", *said))
+    all_well(scripts_on_ranks(2, "main.py", "--name", "parts", "--stop_epoch", 1, *said))
+    all_well(scripts_on_ranks(2, "main.py", "--name", "parts", "--resume", *said))
+    one, two, parts = (lines(tmp_path / name / "policies.jsonl") for name in ("one", "two", "parts"))
+    assert two == parts
+    assert [line["losses"] for line in two] == [pytest.approx(line["losses"], rel=1e-5) for line in one]
+
+
+def scores_of(world, count):
+    g = torch.Generator().manual_seed(1)
+    split = ResidentSplit(
+        torch.randint(256, (count, 3, 8, 8), dtype=torch.uint8, generator=g), torch.arange(count) % 10
+    )
+    torch.manual_seed(0)
+    model = build_model("wresnet10_1", 10)
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            nn.init.uniform_(buffer, 0.5, 1.5)
+    nn.init.normal_(model.classifier.bias)  # no two logits are equal
+    return evaluate.score(model, split, 10, Normalise(Config(), CPU), world), model, split
+
+
+@pytest.mark.parametrize("count", [1003, 100])
+def test_scores_are_the_same_for_any_number_of_processes(count):
+    alone, model, split = scores_of(ALONE, count)
+    with torch.no_grad():
+        guesses = model.eval()(Normalise(Config(), CPU)(split.images)).argmax(1)
+    assert alone.images == count
+    assert alone.top1_correct == (guesses == split.labels).sum()
+    assert sum(alone.class_images) == count
+    for size in (2, 3):
+        for scores, *_ in all_well(on_ranks(size, scores_of, count)):
+            assert scores == alone
+
+
+def test_a_checkpoint_of_two_processes_is_scored_alike_by_one_and_three(script, train_ranks, tmp_path):
+    run = train_ranks(2, "two", "eval_every=1")
+    last = lines(run / "metrics.jsonl")[-1]
+    results = []
+    for size in (1, 3):
+        output = tmp_path / f"{size}.json"
+        said = ("--checkpoint", run / "model.pt", "--output", output)
+        done = scripts_on_ranks(size, "evaluate.py", *said)
+        all_well(done)
+        assert all(not rank.out for rank in done[1:])
+        results.append(json.loads(output.read_text()))
+    assert [result.pop("environment")["processes"] for result in results] == [1, 3]
+    assert results[0] == results[1]
+    assert (results[0]["top1"], results[0]["loss"]) == (last["test_top1"], last["test_loss"])
+
+
+def test_mixed_precision_keeps_the_keys_on_two_processes_in_micro_batches(train, train_ranks):
+    plain, mixed = (
+        train("plain", "epochs=1"),
+        train_ranks(2, "mixed", "epochs=1", "amp=true", "batch_size=8", "accumulate=4"),
+    )
+    weights, expected = (load_tensors(run / "model.pt")["model"] for run in (mixed, plain))
+    assert weights.keys() == expected.keys()
+    assert all(weights[name].dtype == expected[name].dtype for name in weights)
+    assert lines(mixed / "metrics.jsonl")[0]["train_loss"] == pytest.approx(2.4, abs=0.3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(os.access(f"{folder}/g++", os.X_OK) for folder in os.get_exec_path()), reason="needs g++")
+def test_a_compiled_network_trains_alike_and_keeps_the_keys(script, tmp_path):
+    said = ("--logdir", tmp_path, "--set", *TINY, "epochs=2", "eval_every=1")
+    for name, setting in (("plain", "compile=false"), ("compiled", "compile=true")):
+        command = [sys.executable, "main.py", "--name", name, *map(str, said), setting]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    weights, expected = (load_tensors(tmp_path / name / "model.pt")["model"] for name in ("compiled", "plain"))
+    assert weights.keys() == expected.keys()
+    ours, theirs = (lines(tmp_path / name / "metrics.jsonl")[0] for name in ("compiled", "plain"))
+    assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
+
+
+def test_a_machine_with_several_gpus_is_used_whole_by_one_process(script, monkeypatch, tmp_path, train):
+    """DataParallel, which falls back on its module where there is no GPU: everything but the GPUs' own work."""
+    plain = train("plain")
+    monkeypatch.setattr(processes, "_devices", lambda name, local_rank, alone: (CPU, torch.device("cuda:1")))
+    monkeypatch.setattr(main, "seed_default_generators", lambda devices, *key: torch.manual_seed(keyed_seed(*key)))
+    monkeypatch.setattr(main, "random_state", lambda devices: {"cpu": torch.get_rng_state(), "cuda": []})
+    said = ("--logdir", tmp_path, "--name", "parallel", "--set", *TINY)
+    done = script("main.py", *said)
+    assert done.status == 0, done.err
+    assert "training on 2 GPUs from one process (DataParallel)" in done.err
+    assert "faster: torchrun --nproc_per_node 2 main.py" in done.err
+    assert same(load_tensors(tmp_path / "parallel" / "model.pt")["model"], load_tensors(plain / "model.pt")["model"])
+    refused = script("main.py", *said[:3], "compiled", *said[4:], "compile=true")
+    assert_refused(refused, "compile: needs one process per GPU", "--nproc_per_node 2")
+
+
+# Agreement
+
+
+def test_statistics_of_batchnorm_are_evened_out():
+    def even_out(world):
+        model = nn.BatchNorm2d(2)
+        model.running_mean.fill_(world.rank)
+        model.running_var.copy_(torch.tensor([1.0, 2.0]) * (1 + world.rank))
+        world.even_out(model)
+        return model.running_mean.tolist(), model.running_var.tolist(), model.num_batches_tracked.item()
+
+    assert all_well(on_ranks(3, even_out)) == [([1.0, 1.0], [2.0, 4.0], 0)] * 3
+
+
+@pytest.mark.parametrize("what", ["weights", "policies"])
+def test_processes_that_have_ceased_to_be_equal_are_stopped(what):
+    def drift(world):
+        config = Config(model="wresnet10_1", dataset="shapes", batch_size=10, M=2, epochs=1)
+        torch.manual_seed(0)
+        state = main.TrainingState.start(config, world, build_model("wresnet10_1", 10))
+        state.state_dict()
+        if world.rank == 1:
+            changed = state.model.classifier.bias if what == "weights" else state.policies.controller.op_head.bias
+            with torch.no_grad():
+                changed[0] += 1e-6
+        with pytest.raises(UserError) as error:
+            state.state_dict()
+        return str(error.value)
+
+    assert (
+        all_well(on_ranks(2, drift)) == [f"after epoch 0: the {what} of process 1 differ from those of process 0"] * 2
+    )
+
+
+def test_a_digest_tells_any_change():
+    state = {"a": torch.arange(6.0).view(2, 3), "b": [torch.tensor(3), 4, "five"], "c": None}
+    known = digest(state)
+    assert digest({"a": state["a"].clone(), "b": list(state["b"]), "c": None}) == known
+    changed = [
+        state | {"a": state["a"] + torch.tensor([0, 0, 1e-6])},
+        state | {"b": [torch.tensor(3), 4, "six"]},
+        state | {"d": None},
+        {"a": state["a"], "B": state["b"], "c": None},
+    ]
+    assert len({known, *map(digest, changed)}) == 5
+    transposed = torch.arange(6.0).view(2, 3).contiguous(memory_format=torch.contiguous_format).T
+    assert digest(transposed) == digest(transposed.contiguous())
+
+
+# Ends
+
+
+def test_an_error_of_one_process_ends_all_with_its_message(tmp_path):
+    def fail_in_one(world):
+        if world.rank == 1:
+            raise UserError("the disk of this machine is full")
+        world.gather("waiting for the other")
+
+    def run():
+        processes.exit_with_status(lambda: fail_joined())
+
+    def fail_joined():
+        with processes.join("cpu") as world:
+            fail_in_one(world)
+
+    done = start_ranks(3, run)
+    assert [rank.status for rank in done] == [2, 2, 2]
+    assert "".join(rank.err for rank in done) == "error: process 1: the disk of this machine is full\n"
+
+
+def test_an_error_that_all_processes_meet_is_said_once(tmp_path):
+    done = scripts_on_ranks(3, "main.py", "--logdir", tmp_path / "logs", "--set", *TINY)
+    assert [rank.status for rank in done] == [2, 2, 2]
+    (message,) = filter(None, (rank.err for rank in done))
+    assert "batch_size: 10 images cannot be dealt to 3 processes" in message
+    done = scripts_on_ranks(2, "main.py", "--ampp")
+    (message,) = filter(None, (rank.err for rank in done))
+    assert "did you mean --amp?" in message
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"WORLD_SIZE": "many"}, ["WORLD_SIZE: 'many' in the environment is not a number", "torchrun"]),
+        ({"WORLD_SIZE": "2"}, ["WORLD_SIZE is set, but not RANK, MASTER_ADDR, MASTER_PORT", "torchrun"]),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "x"}, ["LOCAL_RANK: 'x' in the environment is not a number"]),
+    ],
+)
+def test_a_half_made_environment_is_refused(script, monkeypatch, tmp_path, variables, words):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert_refused(script("main.py", "--logdir", tmp_path), *words)
+
+
+# The launchers
+
+
+LAUNCHERS = {
+    "torchrun": [sys.executable, "-m", "torch.distributed.run"],
+    "launch": [sys.executable, "-m", "torch.distributed.launch"],
+}
+# Deprecated calls of ours, made in the processes that the launcher starts, are errors there.
+STRICT = """import os, warnings
+if "RANK" in os.environ:
+    for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+        warnings.simplefilter("error", category)
+"""
+
+
+def launch(launcher, port, folder, *arguments, size=2):
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(STRICT)
+    command = [*LAUNCHERS[launcher], "--nproc_per_node", str(size), "--master_port", str(port), *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_both_launchers_start_the_same_run(train_ranks, tmp_path, launcher):
+    expected = train_ranks(2, "expected", "epochs=1")
+    said = ("main.py", "--logdir", tmp_path, "--name", launcher, "--set", *TINY, "epochs=1")
+    process = launch(launcher, free_port(), tmp_path / "strict", *said)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert out.count("epoch 1/1, loss ") == 1
+    assert (tmp_path / launcher / "policies.jsonl").read_bytes() == (expected / "policies.jsonl").read_bytes()
+    assert "Error" not in err
+
+
+def test_an_error_ends_a_launched_run_and_leaves_nothing_behind(tmp_path):
+    """The leader cannot write; the other process waits for it in vain, and is ended."""
+    (tmp_path / "file").write_text("")
+    port = free_port()
+    said = ("main.py", "--logdir", tmp_path / "file", "--set", *TINY)
+    process = launch("torchrun", port, tmp_path / "strict", *said)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert len(re.findall(r"^error: .*", err, re.MULTILINE)) == 1
+    assert "cannot be made or emptied" in err
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    with socket.socket() as again:
+        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        again.bind(("127.0.0.1", port))
+
+
+def test_ctrl_c_ends_a_launched_run_and_its_epochs_are_kept(tmp_path):
+    said = ("main.py", "--logdir", tmp_path, "--name", "stopped", "--set", *TINY, "epochs=500")
+    process = launch("torchrun", free_port(), tmp_path / "strict", *said)
+    assert process.stdout.readline().startswith("epoch 1/500")
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert final_state(tmp_path / "stopped")["epoch"] >= 1
+    for _ in range(100):
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail("processes are left")

@@ -245,17 +245,20 @@ def test_noise_keeps_the_precision_and_layout_of_what_it_scales():
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("name", ["wresnet10_1", "shakeshake8_2x4d", "pyramid11_6"])
+@pytest.mark.parametrize(
+    "name", ["wresnet10_1", "shakeshake8_2x4d", "pyramid11_6", pytest.param("resnet50d", marks=pytest.mark.slow)]
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # the compiler's own
 def test_networks_compile_into_one_graph(name):
     torch.manual_seed(0)
     model, x = build_model(name, 10), torch.randn(4, 3, 16, 16)
+    noisy = name.startswith(("shakeshake", "pyramid"))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # raises where the graph breaks
     model.eval()
     torch.testing.assert_close(compiled(x), model(x))
     model.train()
     first, second = compiled(x), compiled(x)
-    assert torch.equal(first, second) is (name == "wresnet10_1"), "noise is drawn anew at each call"
+    assert torch.equal(first, second) is not noisy, "noise is drawn anew at each call"
     second.sum().backward()
     assert all(p.grad is not None for p in model.parameters())
 

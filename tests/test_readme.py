@@ -5,6 +5,8 @@ import re
 import torch
 from conftest import ROOT
 
+from benchmarks.cost import published_confs
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -28,6 +30,15 @@ def test_the_files_named_exist_and_every_module_is_in_the_map():
     links = set(re.findall(r"\]\(([\w./]+)\)", README))
     assert all((ROOT / link).exists() for link in links), links
     assert {path.name for path in ROOT.glob("*.py")} <= links
+
+
+def test_the_results_table_has_every_conf_with_its_errors_and_its_cost():
+    for path in published_confs():
+        header = path.read_text(encoding="utf-8")
+        (row,) = re.findall(rf"^\|.*\]\({path.relative_to(ROOT).as_posix()}\).*$", README, re.MULTILINE)
+        assert row.split("|")[-2].strip() == re.search(r"about ([\d.]+) GPU-hours", header).group(1)
+        errors = re.findall(r"(\d+\.\d+(?: \+- \d+\.\d+)?) %", header.split("# Cost")[0])
+        assert re.findall(r"\d+\.\d+(?: \+- \d+\.\d+)?", "|".join(row.split("|")[3:5])) == errors
 
 
 def test_nothing_is_left_to_fill_in():

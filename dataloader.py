@@ -109,10 +109,13 @@ class Data(NamedTuple):
         return hashlib.sha256(repr((self.classes, splits)).encode()).hexdigest()
 
 
-def load_data(config: Config, device: torch.device) -> Data:
-    """The splits that `config` asks for. Raises UserError for data that is missing, unreadable or too small."""
-    source = _open(config, "train")
-    test_source = _open(config, "test", source.classes)
+def load_data(config: Config, device: torch.device, *, quiet: bool = False) -> Data:
+    """The splits that `config` asks for; quiet: without bars and warnings.
+
+    Raises UserError for data that is missing, unreadable or too small.
+    """
+    source = _open(config, "train", quiet=quiet)
+    test_source = _open(config, "test", source.classes, quiet=quiet)
     order = balanced_order(source.labels)
     if config.valid_size + (config.train_size or 1) > len(order):
         raise UserError(
@@ -136,10 +139,10 @@ def load_data(config: Config, device: torch.device) -> Data:
 
 
 def load_test(
-    config: Config, device: torch.device, classes: tuple[str, ...] | None = None
+    config: Config, device: torch.device, classes: tuple[str, ...] | None = None, *, quiet: bool = False
 ) -> tuple[Split, tuple[str, ...]]:
     """The test split alone, labelled by position in `classes` where they are given, and its classes."""
-    source = _open(config, "test", classes)
+    source = _open(config, "test", classes, quiet=quiet)
     return source.take(torch.arange(len(source.labels)), device), source.classes
 
 
@@ -251,6 +254,7 @@ class _FolderSource:
     labels: Tensor
     classes: tuple[str, ...]
     config: Config
+    quiet: bool
 
     def take(self, indices: Tensor, device: torch.device, *, training: bool = False) -> Split:
         """Files that cannot be read are known before training: ImageNet's from a look, others by being decoded."""
@@ -269,7 +273,7 @@ class _FolderSource:
             )
         if not readable.any():
             raise UserError(f"{config.dataroot}: none of the {len(paths)} images can be read")
-        if not readable.all():
+        if not readable.all() and not self.quiet:
             warn(f"left out {(~readable).sum()} of {len(paths)} images, first {next(filter(None, reasons))}")
         labels = self.labels[indices][readable]
         if images is not None:
@@ -308,13 +312,16 @@ class _FolderSource:
         return kept if keep else None, reasons
 
     def _bar(self, doing: str, images: int) -> tqdm:
-        return tqdm(total=images, desc=f"{doing} {self.config.dataroot}", unit="image", disable=None, leave=False)
+        hidden = True if self.quiet else None  # None: where stderr is no terminal
+        return tqdm(total=images, desc=f"{doing} {self.config.dataroot}", unit="image", disable=hidden, leave=False)
 
 
-def _open(config: Config, split: str, classes: tuple[str, ...] | None = None) -> _ArraySource | _FolderSource:
+def _open(
+    config: Config, split: str, classes: tuple[str, ...] | None = None, *, quiet: bool
+) -> _ArraySource | _FolderSource:
     """The "train" or "test" split of the data set, labelled by position in `classes` where they are given."""
     if config.dataset in ("folder", "imagenet"):
-        source = _open_folder(config, split, classes)
+        source = _open_folder(config, split, classes, quiet)
     elif config.dataset == "shapes":
         source = _ArraySource(*draw_shapes(split), SHAPE_CLASSES)
     else:
@@ -346,7 +353,7 @@ def _open_cifar(config: Config, split: str) -> _ArraySource:
     return _ArraySource(images, torch.tensor(dataset.targets), tuple(dataset.classes))
 
 
-def _open_folder(config: Config, split: str, classes: tuple[str, ...] | None) -> _FolderSource:
+def _open_folder(config: Config, split: str, classes: tuple[str, ...] | None, quiet: bool) -> _FolderSource:
     root = Path(config.dataroot)
     names = ("train",) if split == "train" else ("test", "val")
     folder = next((root / name for name in names if (root / name).is_dir()), None)
@@ -367,7 +374,7 @@ def _open_folder(config: Config, split: str, classes: tuple[str, ...] | None) ->
             raise UserError(f"{folder / name}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
         paths += files
         labels += [classes.index(name)] * len(files)
-    return _FolderSource(paths, torch.tensor(labels), classes, config)
+    return _FolderSource(paths, torch.tensor(labels), classes, config, quiet)
 
 
 def _first_difference(found: Sequence[str], expected: Sequence[str]) -> str:

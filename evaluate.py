@@ -61,7 +61,7 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
     subject = plain_state_dict(args) if args.weights else trained_here(args)
     config = subject.config
     with world.one_first():
-        split, classes = load_test(config, world.device, subject.classes)
+        split, classes = load_test(config, world.device, subject.classes, quiet=not world.leads)
     world.require_equal("the test images", split.fingerprint())
     model = build_model(config.model, len(classes), **config.model_options())
     load_weights(model, subject.weights, subject.file, config, len(classes))

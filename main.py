@@ -89,7 +89,7 @@ def train(config: Config, args: argparse.Namespace, world: World) -> None:
         check_run_directory(run, config, args)
 
     with world.one_first():
-        data = load_data(config, world.device)
+        data = load_data(config, world.device, quiet=not world.leads)
     fingerprint = data.fingerprint()
     world.require_equal("the images", fingerprint)
     choose_kernels(world.device, config.deterministic)
@@ -174,7 +174,6 @@ class TrainingState:
 
         Raises UserError where they have ceased to be equal.
         """
-        self.world.even_out(self.model)
         for what, shared in (("weights", self.model), ("policies", self.policies)):
             self.world.require_equal(f"after epoch {self.epoch}: the {what}", digest(shared.state_dict()))
         loss_sum_M, images = self.policies.tally
@@ -213,7 +212,7 @@ class TrainingState:
 def train_one_epoch(state: TrainingState, split: Split, progress: Progress) -> tuple[dict[str, float], list[dict]]:
     """Algorithm 1, one epoch. Returns loss and accuracy over all copies, and the records of the intervals it ended.
 
-    Raises FloatingPointError when the loss is no longer finite.
+    Afterwards the network is the same in every process. Raises FloatingPointError when the loss is no longer finite.
     """
     config, world, optimizer, policies = state.config, state.world, state.optimizer, state.policies
     batches = epoch_batches(len(split.labels), config.batch_size, config.seed, state.epoch)
@@ -245,6 +244,7 @@ def train_one_epoch(state: TrainingState, split: Split, progress: Progress) -> t
         if (step + 1) % interval == 0 or step + 1 == config.epochs * len(batches):
             intervals.append({"interval": step // interval, "step": step + 1, **policies.update(world.mean)})
         progress.step(f"epoch {state.epoch + 1}/{config.epochs}", loss_and_correct, seen)
+    world.even_out(state.model)
     loss, correct = world.mean(loss_and_correct / seen).tolist()
     if not math.isfinite(loss):
         raise FloatingPointError("the loss is no longer finite")
@@ -317,7 +317,6 @@ def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
 def score_for_the_log(state: TrainingState, data: Data) -> dict[str, float]:
     """Loss and accuracy on the held-out part or, without one, on the test set. Nothing is chosen by them."""
     name, split = ("test", data.test) if data.valid is None else ("valid", data.valid)
-    state.world.even_out(state.model)
     scores = score(state.model, split, len(data.classes), state.normalise, state.world)
     state.best = max(state.best, scores.top1)
     return {f"{name}_loss": scores.loss, f"{name}_top1": scores.top1, f"{name}_top1_best_seen": state.best}

@@ -83,11 +83,11 @@ class PolicySource:
     def update(self, average: Callable[[Tensor], Tensor] = lambda loss_M: loss_M) -> dict[str, Any]:
         """End an interval: learn from the losses. Returns the interval's record.
 
-        average: makes one mean of those of several processes that saw equally many images each.
+        average: makes one mean of the means of several processes, each of which saw as many images.
 
-        It holds the policies by name, their mean losses, advantages, mean entropy (nats), the losses' spread (unbiased
-        standard deviation), and the shares of operations and levels. Raises FloatingPointError, before anything is
-        learned, if a loss is not finite.
+        The record holds the policies by name, their mean losses, advantages, mean entropy (nats), the losses' spread
+        (unbiased standard deviation), and the shares of operations and levels. Raises FloatingPointError, before
+        anything is learned, if a loss is not finite.
         """
         loss_M = average(self.tally.loss_sum_M / max(1, self.tally.images)).cpu()
         if not loss_M.isfinite().all():

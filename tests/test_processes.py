@@ -247,6 +247,26 @@ def test_images_that_are_streamed_are_read_alike_by_one_process_and_by_two(scrip
     assert [line["losses"] for line in two] == [pytest.approx(line["losses"], rel=1e-5) for line in one]
 
 
+def test_what_is_found_in_the_files_is_said_once(photographs, tmp_path):
+    damaged = photographs / "train" / "n01" / "3.JPEG"
+    damaged.write_bytes(damaged.read_bytes()[:400])
+    said = (
+        "--dataroot",
+        photographs,
+        "--logdir",
+        tmp_path,
+        "--set",
+        *TINY,
+        *PHOTOGRAPHS,
+        "train_size=24",
+        "skip_unreadable=true",
+    )
+    done = scripts_on_ranks(2, "main.py", "--stop_epoch", 1, *said)
+    all_well(done)
+    assert "left out 1 of 24 images" in done[0].err
+    assert done[1].err == ""
+
+
 def scores_of(world, count):
     g = torch.Generator().manual_seed(1)
     split = ResidentSplit(

@@ -199,12 +199,15 @@ def _in_words(error: BaseException) -> tuple[int, str]:
 
 
 def _first_to_fail() -> bool:
+    """Whether this process is to speak. Where nobody can be asked it is, unless there once was somebody to ask:
+    then the process that kept the count has ended, and somebody has spoken.
+    """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return True
     try:
         return _meeting_point()[0].add("failures", 1) == 1
-    except (UserError, OSError, RuntimeError, ValueError):  # nobody to ask: better said twice than not at all
-        return True
+    except (UserError, OSError, RuntimeError, ValueError):
+        return _meeting_point.cache_info().currsize == 0
 
 
 @functools.cache

@@ -6,7 +6,6 @@ import io
 import multiprocessing
 import os
 import pickle
-import socket
 import subprocess
 import sys
 import traceback
@@ -106,9 +105,10 @@ def _call_joined(function, arguments):
 
 
 def start_ranks(size, run):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(size)}
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(size)}
+    # As under torchrun: the store is kept by the process that starts the others, and outlives them.
+    meeting |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     forking = multiprocessing.get_context("fork")  # the modules are loaded already
     results = [forking.SimpleQueue() for _ in range(size)]
 

@@ -1,5 +1,6 @@
 """Several processes do what one would: the same draws, the same losses, the same scores; and they end together."""
 
+import functools
 import itertools
 import json
 import os
@@ -431,6 +432,26 @@ def test_an_error_that_all_processes_meet_is_said_once(tmp_path):
     assert not (tmp_path / "logs").exists()
 
 
+def test_a_process_whose_leader_is_gone_ends_in_silence(monkeypatch, capsys):
+    """Without a launcher the first process keeps the store, which ends with it."""
+
+    class Gone:
+        def add(self, *_):
+            raise torch.distributed.DistNetworkError("Connection reset by peer")
+
+    @functools.cache
+    def met():
+        return Gone(), 1, 2
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(processes, "_meeting_point", met)
+    met()
+    with pytest.raises(SystemExit) as leaving:
+        processes.exit_with_status(lambda: met()[0].add("something", 1))
+    assert leaving.value.code == 2
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
@@ -511,6 +532,7 @@ def test_an_error_ends_a_launched_run_and_leaves_nothing_behind(tmp_path):
         again.bind(("127.0.0.1", port))
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_launched_run_and_its_epochs_are_kept(tmp_path):
     said = ("main.py", "--logdir", tmp_path, "--name", "stopped", "--set", *TINY, "epochs=500")
     process = launch("torchrun", free_port(), tmp_path / "strict", *said)

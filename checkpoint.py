@@ -42,7 +42,7 @@ def load_newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> dict[st
             content = load_tensors(path)
             if isinstance(content, dict) and content.keys() >= CONTENT:
                 return content
-            raise UserError(f"{path}: is no checkpoint of a run; remove it")
+            raise UserError(f"{path}: is no checkpoint of a run, or of another version of this program; move it away")
         warn(f"{path}: is damaged (its content does not match the hash in its name); trying the one before")
     if files:
         raise UserError(

@@ -60,7 +60,9 @@ class Config:
     # What every copy of an image goes through besides the policy
     crop_padding: int = setting(4, "random crop after zero padding of this many pixels; 0: no crop")
     flip: bool = setting(True, "horizontal flip with probability one half")
-    crop_per_copy: bool = setting(True, "draw crop and flip for each copy; false: once per image, shared by its copies")
+    crop_per_copy: bool = setting(
+        True, "draw crop and flip for each copy; false, and imagenet: once per image, for all"
+    )
     cutout: int = setting(16, "side in pixels of the square that Cutout blanks last; 0: none")
     mean: tuple[float, ...] | None = setting(
         None, "of red, green, blue for normalisation, in 0..1; null: the data set's usual"
@@ -181,6 +183,11 @@ class Config:
     def cropped_when_read(self) -> bool:
         """Whether an image comes from its file already cropped and flipped, once for all its copies."""
         return self.dataset == "imagenet"
+
+    @property
+    def fetches_data(self) -> bool:
+        """Whether the data set is downloaded where it is missing."""
+        return self.dataset.startswith("cifar")
 
     def model_options(self) -> dict[str, Any]:
         """Options for `models.build_model`: those that differ from the family's own defaults."""

@@ -34,6 +34,8 @@ from utils import UserError, keyed_generator, warn
 CIFAR_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
+PIECE = 256  # images that a worker reads at a time and hands over through shared memory: large batches are put together
+
 
 class Split(Protocol):
     """Part of a data set, ready to be read in batches."""
@@ -82,13 +84,19 @@ class StreamedSplit:
     resident = False
 
     def batches(self, indices: Sequence[Tensor], epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        pinned = self.device.type == "cuda"
-        for images, index, reasons in self.files.batches(indices, epoch, self.workers, pinned=pinned):
-            for reason in filter(None, reasons):
-                if (index < 0).any():
-                    raise UserError(f"an image became unreadable during the run: {reason}")
+        pieces = [index.split(PIECE) for index in indices]
+        reading = self.files.batches(sum(pieces, ()), epoch, self.workers, pinned=self.device.type == "cuda")
+        for pieces_of_batch in pieces:
+            images, labels = zip(*(self._on_device(*next(reading)) for _ in pieces_of_batch), strict=True)
+            yield torch.cat(images), torch.cat(labels)
+
+    def _on_device(self, images: Tensor, positions: Tensor, reasons: list[str | None]) -> tuple[Tensor, Tensor]:
+        for position, reason in zip(positions.tolist(), reasons, strict=True):
+            if reason and position < 0:
+                raise UserError(f"an image became unreadable during the run: {reason}")
+            if reason:
                 warn(f"an image cannot be read, the next one takes its place: {reason}")
-            yield images.to(self.device, non_blocking=True), upload(self.labels[index], self.device)
+        return images.to(self.device, non_blocking=True), upload(self.labels[positions], self.device)
 
     def fingerprint(self) -> str:
         files = [(path.parent.name, path.name, path.stat().st_size) for path in self.files.paths]

@@ -60,7 +60,7 @@ def main() -> None:
 def evaluate(args: argparse.Namespace, world: World) -> None:
     subject = plain_state_dict(args) if args.weights else trained_here(args)
     config = subject.config
-    with world.one_first():
+    with world.one_first(config.fetches_data):
         split, classes = load_test(config, world.device, subject.classes, quiet=not world.leads)
     world.require_equal("the test images", split.fingerprint())
     model = build_model(config.model, len(classes), **config.model_options())
@@ -98,7 +98,7 @@ def score(
     for index, (images_BCHW, labels_B) in zip(mine, reading, strict=True):
         filled_BCHW = torch.cat((images_BCHW, images_BCHW[:1].expand(size - len(index), -1, -1, -1)))
         inputs_BCHW = normalise(filled_BCHW).contiguous(memory_format=torch.channels_last)
-        with torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             # forward() itself: a compiled network is scored as an uncompiled one, and not compiled anew for it
             logits_BC = model.forward(inputs_BCHW)[: len(index)].float()
         guesses = logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices == labels_B[:, None]

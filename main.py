@@ -88,7 +88,7 @@ def train(config: Config, args: argparse.Namespace, world: World) -> None:
     if world.leads:
         check_run_directory(run, config, args)
 
-    with world.one_first():
+    with world.one_first(config.fetches_data):
         data = load_data(config, world.device, quiet=not world.leads)
     fingerprint = data.fingerprint()
     world.require_equal("the images", fingerprint)
@@ -160,14 +160,15 @@ class TrainingState:
 
     @classmethod
     def start(cls, config: Config, world: World, model: nn.Module) -> "TrainingState":
-        if config.compile:
-            model.compile()  # in place, before it is wrapped: the state dict's keys stay as they are
         optimizer = torch.optim.SGD(
             model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov
         )
         scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp and config.amp_dtype == "float16")
         policies, normalise = build_policies(config), Normalise(config, world.device)
-        return cls(config, world, model, world.wrap(model), optimizer, scaler, policies, normalise)
+        trained = world.wrap(model, getattr(torch, config.amp_dtype), config.image_size)
+        if config.compile:
+            model.compile()  # in place: the state dict's keys stay as they are
+        return cls(config, world, model, trained, optimizer, scaler, policies, normalise)
 
     def state_dict(self) -> dict[str, Any]:
         """What all processes share, and under "ranks" what each has of its own. To be called by all of them.
@@ -177,7 +178,12 @@ class TrainingState:
         for what, shared in (("weights", self.model), ("policies", self.policies)):
             self.world.require_equal(f"after epoch {self.epoch}: the {what}", digest(shared.state_dict()))
         loss_sum_M, images = self.policies.tally
-        own = {"random": random_state(self.world.devices), "loss_sum_M": loss_sum_M.cpu(), "images": images}
+        own = {
+            "devices": len(self.world.devices),
+            "random": random_state(self.world.devices),
+            "loss_sum_M": loss_sum_M.cpu(),
+            "images": images,
+        }
         return {
             "epoch": self.epoch,
             "best": self.best,
@@ -190,10 +196,11 @@ class TrainingState:
 
     def load_state_dict(self, saved: dict[str, Any], run: Path) -> None:
         """Raises UserError when the checkpoint of `run` is of another network, settings or number of processes."""
-        if len(saved["ranks"]) != self.world.size:
+        shape, now = (len(saved["ranks"]), saved["ranks"][0]["devices"]), (self.world.size, len(self.world.devices))
+        if shape != now:
             raise UserError(
-                f"{run}: was trained by {len(saved['ranks'])} processes and can only be resumed by as many, "
-                f"not {self.world.size}"
+                f"{run}: was trained by {shape[0]} processes on {shape[1]} devices each and can only be resumed so, "
+                f"not by {now[0]} on {now[1]}"
             )
         own = saved["ranks"][self.world.rank]
         try:

@@ -61,18 +61,27 @@ class World:
         size, own = images // pieces, pieces // self.size
         return [range(piece * size, (piece + 1) * size) for piece in range(self.rank * own, (self.rank + 1) * own)]
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """`model` for training on all devices of the run; its own state-dict keys stay as they are."""
+    def wrap(self, model: nn.Module, amp_dtype: torch.dtype, image_size: int) -> nn.Module:
+        """`model` for training on all devices of the run; its own state-dict keys stay as they are.
+
+        amp_dtype: of mixed precision, where that is switched on in a forward pass.
+        """
         if self.size > 1:
             device_ids = [self.device.index] if self.device.type == "cuda" else None
-            return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+            wrapped = nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+            wrapped.broadcast_buffers = False  # each keeps its statistics until `even_out`; the argument is deprecated
+            # After its first backward pass it lays its sums of gradients out anew, and rounds them otherwise from then
+            # on. A pass before the first step makes a resumed run round as the one that went on.
+            wrapped.eval()(torch.zeros(2, 3, image_size, image_size, device=self.device)).sum().backward()
+            model.zero_grad(set_to_none=True)
+            return wrapped
         if len(self.devices) > 1:
             print(
                 f"training on {len(self.devices)} GPUs from one process (DataParallel); a process for each is faster: "
                 f"torchrun --nproc_per_node {len(self.devices)} main.py ...",
                 file=sys.stderr,
             )
-            return nn.DataParallel(model, device_ids=[device.index for device in self.devices])
+            return nn.DataParallel(_InPrecision(model, amp_dtype), [device.index for device in self.devices])
         return model
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -101,12 +110,16 @@ class World:
         return values[0]
 
     @contextlib.contextmanager
-    def one_first(self) -> Iterator[None]:
-        """One process of each machine goes ahead, the others follow: for what is fetched once and then there."""
-        if self.local_rank:
+    def one_first(self, needed: bool) -> Iterator[None]:
+        """The leader goes ahead, then one process of each machine, then the others: for what is fetched once.
+
+        needed: otherwise all go at once.
+        """
+        turns, turn = (2, 0 if self.leads else 1 if not self.local_rank else 2) if needed else (0, 0)
+        for _ in range(turn):
             self.gather(None)
         yield
-        if not self.local_rank:
+        for _ in range(turns - turn):
             self.gather(None)
 
     def require_equal(self, what: str, value: Any) -> None:
@@ -130,14 +143,14 @@ def join(device_name: str | None) -> Iterator[World]:
     """Meet the other processes of the run, if there are any, each on its own device. Raises UserError."""
     size = _number("WORLD_SIZE", 1)
     local_rank = _number("LOCAL_RANK", 0)
-    devices = _devices(device_name, local_rank, alone=size == 1)
+    devices = _devices(device_name, local_rank, alone="LOCAL_RANK" not in os.environ)
+    if devices[0].type == "cuda":
+        torch.cuda.set_device(devices[0])
     if size == 1:
         yield World(devices)
         return
     store, rank, size = _meeting_point()
     on_cuda = devices[0].type == "cuda"
-    if on_cuda:
-        torch.cuda.set_device(devices[0])
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
         store=dist.PrefixStore("run", store),
@@ -148,6 +161,18 @@ def join(device_name: str | None) -> Iterator[World]:
     )
     yield World(devices, rank, size, local_rank)
     dist.destroy_process_group()  # not after an error: it may wait for processes that no longer answer
+
+
+class _InPrecision(nn.Module):
+    """A module as DataParallel has to call it: its threads know that autocast is on, but not in which precision."""
+
+    def __init__(self, module: nn.Module, amp_dtype: torch.dtype):
+        super().__init__()
+        self.module, self.amp_dtype = module, amp_dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, self.amp_dtype, enabled=torch.is_autocast_enabled(x.device.type)):
+            return self.module(x)
 
 
 def each_waits_for_the_last(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
@@ -195,6 +220,10 @@ def _in_words(error: BaseException) -> tuple[int, str]:
         return 2, f"error: {where}{error}"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
         return 2, f"error: {where}out of memory; a smaller model or fewer images at a time need less"
+    if isinstance(error, dist.DistError) or "closed by peer" in str(error):
+        return 2, f"error: {where}another process has ended without a word; was it killed, or out of memory?"
+    if "DataLoader worker" in str(error):
+        return 2, f"error: {where}a process that decodes images was killed; fewer workers need less (shared) memory"
     raise error
 
 
@@ -232,8 +261,7 @@ def _devices(name: str | None, local_rank: int, *, alone: bool) -> tuple[torch.d
             devices = (device,)
         else:
             raise RuntimeError("each process takes the GPU of its own number; say cuda")
-        for device in devices:
-            torch.empty(1, device=device)
+        torch.empty(1, device=devices[0])
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]})") from None
     return devices

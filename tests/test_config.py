@@ -104,6 +104,7 @@ def test_there_is_a_conf_for_every_cell_and_none_besides():
     assert {path.stem for path in CONFS} == PUBLISHED.keys() | {"demo", "folder"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", published_confs(), ids=lambda path: path.stem)
 def test_every_published_conf_opens_with_its_errors_its_command_and_its_cost(path):
     header = "".join(line for line in path.read_text(encoding="utf-8").splitlines(True) if line.startswith("#"))

@@ -199,15 +199,17 @@ def test_two_processes_train_as_one_with_two_micro_batches(train, train_ranks):
 DEMANDING = ("dropout=0.1", "policy_interval=3", "controller_lr=0.05")
 
 
-def test_a_run_on_two_processes_resumes_exactly(train_ranks):
-    whole = train_ranks(2, "whole", *DEMANDING)
-    train_ranks(2, "resumed", *DEMANDING, "--stop_epoch=1")
-    resumed = train_ranks(2, "resumed", *DEMANDING, "--resume")
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_run_on_several_processes_resumes_exactly(train_ranks, size):
+    settings = (*DEMANDING, "batch_size=12")
+    whole = train_ranks(size, "whole", *settings)
+    train_ranks(size, "resumed", *settings, "--stop_epoch=1")
+    resumed = train_ranks(size, "resumed", *settings, "--resume")
     for name in ("metrics.jsonl", "policies.jsonl"):
         assert (resumed / name).read_bytes() == (whole / name).read_bytes()
     assert same(final_state(resumed), final_state(whole))
     ranks = final_state(whole)["ranks"]
-    assert len(ranks) == 2
+    assert len(ranks) == size
     assert not same(ranks[0]["random"], ranks[1]["random"]), "each process has noise of its own"
 
 
@@ -215,7 +217,7 @@ def test_another_number_of_processes_is_refused_at_resumption(script, train_rank
     run = train_ranks(2, "two", "--stop_epoch=1")
     before = final_state(run)
     done = script("main.py", "--logdir", tmp_path, "--name", "two", "--resume", "--set", *TINY)
-    assert_refused(done, "was trained by 2 processes and can only be resumed by as many, not 1")
+    assert_refused(done, "was trained by 2 processes on 1 devices each and can only be resumed so", "not by 1 on 1")
     assert same(final_state(run), before)
 
 
@@ -365,6 +367,24 @@ def test_statistics_of_batchnorm_are_evened_out():
     assert all_well(on_ranks(3, even_out)) == [([1.0, 1.0], [2.0, 4.0], 0)] * 3
 
 
+def test_a_process_keeps_the_statistics_of_its_images_until_they_are_evened_out():
+    """Through DistributedDataParallel; the running mean after two steps is by hand."""
+
+    def two_steps(world):
+        norm = nn.BatchNorm2d(3)
+        wrapped = world.wrap(norm, torch.bfloat16, image_size=8).train()
+        for step in (1.0, 2.0):
+            wrapped(torch.full((2, 3, 2, 2), step * (1 + world.rank))).sum().backward()
+        own = norm.running_mean[0].item()
+        world.even_out(norm)
+        return own, norm.running_mean[0].item()
+
+    by_hand = 0.9 * 0.1 * 1 + 0.1 * 2
+    results = all_well(on_ranks(2, two_steps))
+    assert [own for own, _ in results] == pytest.approx([by_hand, 2 * by_hand])
+    assert [mean for _, mean in results] == pytest.approx([1.5 * by_hand] * 2)
+
+
 @pytest.mark.parametrize("what", ["weights", "policies"])
 def test_processes_that_have_ceased_to_be_equal_are_stopped(what):
     def drift(world):
@@ -430,6 +450,23 @@ def test_an_error_that_all_processes_meet_is_said_once(tmp_path):
     (message,) = filter(None, (rank.err for rank in done))
     assert "did you mean --amp?" in message
     assert not (tmp_path / "logs").exists()
+
+
+def test_a_killed_process_ends_the_others_in_one_line():
+    def run():
+        processes.exit_with_status(joined)
+
+    def joined():
+        with processes.join("cpu") as world:
+            if world.rank == 1:
+                time.sleep(0.5)
+                raise SystemExit(9)  # without a word to the others
+            world.gather("waiting for the other")
+
+    first, second = start_ranks(2, run)
+    assert second.status == 9
+    assert first.status == 2
+    assert first.err == "error: another process has ended without a word; was it killed, or out of memory?\n"
 
 
 def test_a_process_whose_leader_is_gone_ends_in_silence(monkeypatch, capsys):

@@ -62,7 +62,7 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
     config = subject.config
     with world.one_first(config.fetches_data):
         split, classes = load_test(config, world.device, subject.classes, quiet=not world.leads)
-    world.require_equal("the test images", split.fingerprint())
+    world.require_equal("the test images", split.fingerprint)
     model = build_model(config.model, len(classes), **config.model_options())
     load_weights(model, subject.weights, subject.file, config, len(classes))
     model = model.to(world.device, memory_format=torch.channels_last)

@@ -91,7 +91,7 @@ def train(config: Config, args: argparse.Namespace, world: World) -> None:
     with world.one_first(config.fetches_data):
         data = load_data(config, world.device, quiet=not world.leads)
     fingerprint = data.fingerprint()
-    world.require_equal("the images", fingerprint)
+    world.require_equal("the images", lambda: fingerprint)
     choose_kernels(world.device, config.deterministic)
     seed_default_generators(world.devices, config.seed, "network")
     model = build_model(config.model, len(data.classes), **config.model_options())
@@ -175,8 +175,8 @@ class TrainingState:
 
         Raises UserError where they have ceased to be equal.
         """
-        for what, shared in (("weights", self.model), ("policies", self.policies)):
-            self.world.require_equal(f"after epoch {self.epoch}: the {what}", digest(shared.state_dict()))
+        self.world.require_equal(f"after epoch {self.epoch}: the weights", lambda: digest(self.model.state_dict()))
+        self.world.require_equal(f"after epoch {self.epoch}: the policies", lambda: digest(self.policies.state_dict()))
         loss_sum_M, images = self.policies.tally
         own = {
             "devices": len(self.world.devices),

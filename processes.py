@@ -122,10 +122,10 @@ class World:
         for _ in range(turns - turn):
             self.gather(None)
 
-    def require_equal(self, what: str, value: Any) -> None:
-        """Raises UserError, in every process, unless all have the same value."""
-        values = self.gather(value)
-        if values != values[:1] * self.size:
+    def require_equal(self, what: str, compute: Callable[[], Any]) -> None:
+        """Raises UserError, in every process, unless all compute the same value; one alone computes nothing."""
+        values = self.gather(compute()) if self.size > 1 else []
+        if values != values[:1] * len(values):
             other = next(rank for rank, found in enumerate(values) if found != values[0])
             raise UserError(f"{what} of process {other} differ from those of process 0")
 

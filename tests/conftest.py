@@ -6,6 +6,7 @@ import io
 import multiprocessing
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import traceback
@@ -105,12 +106,14 @@ def _call_joined(function, arguments):
 
 
 def start_ranks(size, run):
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(size)}
-    # As under torchrun: the store is kept by the process that starts the others, and outlives them.
-    meeting |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     forking = multiprocessing.get_context("fork")  # the modules are loaded already
-    results = [forking.SimpleQueue() for _ in range(size)]
+    ports, port = forking.Pipe(duplex=False)
+    keeper = forking.Process(target=_keep_store, args=(port,), daemon=True)
+    _start(keeper)
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_receive(ports)), "WORLD_SIZE": str(size)}
+    # As under torchrun: the store is kept by another process, and outlives those that meet there.
+    meeting |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    results = [forking.Pipe(duplex=False) for _ in range(size)]
 
     def as_rank(rank):
         os.chdir(ROOT)
@@ -123,18 +126,36 @@ def start_ranks(size, run):
                 status = leaving.code
             except BaseException:
                 traceback.print_exc()
-        results[rank].put(pickle.dumps(OfRank(status, result, out.getvalue(), err.getvalue())))
+        results[rank][1].send_bytes(pickle.dumps(OfRank(status, result, out.getvalue(), err.getvalue())))
         os._exit(0)  # without the test runner's own farewell
 
     ranks = [forking.Process(target=as_rank, args=(rank,)) for rank in range(size)]
+    for rank in ranks:
+        _start(rank)
+    try:
+        return [pickle.loads(_receive(result, raw=True)) for result, _ in results]
+    finally:
+        for process in (*ranks, keeper):
+            process.kill()
+            process.join()
+
+
+def _keep_store(port):
+    """In a process of its own: forking from one that has the store's threads could copy a lock that they hold."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port.send(store.port)
+    signal.pause()
+
+
+def _start(process):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forking a process that has threads
-        for rank in ranks:
-            rank.start()
-    done = [pickle.loads(result.get()) for result in results]
-    for rank in ranks:
-        rank.join()
-    return done
+        process.start()
+
+
+def _receive(connection, *, raw=False):
+    assert connection.poll(300), "a process does not answer"
+    return connection.recv_bytes() if raw else connection.recv()
 
 
 @pytest.fixture

@@ -203,8 +203,7 @@ def test_padding_is_not_for_imagenet(script, tree, tmp_path):
     assert_refused(done, "crop_padding: 4 is for small images", "set it to 0")
 
 
-def test_an_image_in_memory_is_no_different(tmp_path):
-    """The reader leaves no file open and does not change what it reads."""
+def test_reading_gives_the_files_content_and_leaves_the_file_as_it_is(tmp_path):
     path = photograph(tmp_path / "a.jpg")
     before = path.read_bytes()
     image = imagefiles.read_rgb(path)

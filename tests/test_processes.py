@@ -131,7 +131,7 @@ def test_micro_batches_and_processes_give_the_losses_and_gradients_of_the_whole_
             torch.testing.assert_close(other_gradients[name], gradient, atol=1e-6, rtol=1e-4)
 
 
-def test_the_copies_made_in_parts_are_those_of_the_whole_batch(monkeypatch):
+def test_the_copies_made_in_parts_are_those_of_the_whole_batch():
     """To the bit, with partners inside and outside the part, for any cut."""
     config = Config(M=3, batch_size=12, ops=("SamplePairing", "Rotate", "Cutout"), policy="random", Q=2)
     g = torch.Generator().manual_seed(0)
@@ -423,7 +423,7 @@ def test_a_digest_tells_any_change():
 # Ends
 
 
-def test_an_error_of_one_process_ends_all_with_its_message(tmp_path):
+def test_an_error_of_one_process_ends_all_with_its_message():
     def fail_in_one(world):
         if world.rank == 1:
             raise UserError("the disk of this machine is full")

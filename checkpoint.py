@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from utils import UserError
+from utils import UserError, in_a_line
 
 CONTENT = frozenset({"epoch", "model", "optimizer", "policies", "positions", "data", "ranks"})
 
@@ -58,8 +58,7 @@ def load_tensors(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except Exception as error:  # damage shows in many ways: RuntimeError, EOFError, UnpicklingError, KeyError, ...
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: cannot be read as a checkpoint ({reason[:160]})") from None
+        raise UserError(f"{path}: cannot be read as a checkpoint ({in_a_line(error)[:160]})") from None
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any], name: Callable[[Path], Path] | None = None) -> Path:

@@ -227,19 +227,27 @@ def load_config(conf_file: Path | None, overrides: dict[str, tuple[str, Any]]) -
         raise ConfigError(error.field, f"{where}: {error}") from None
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that say which run is meant and where it computes."""
+def add_arguments(parser: argparse.ArgumentParser, *, several_seeds: bool = False) -> None:
+    """The arguments that say which run is meant and where it computes; or which runs, one of each seed."""
+    add_setting_arguments(parser, several_seeds=several_seeds)
+    add = parser.add_argument
+    add("--logdir", type=Path, default=Path("./logs"), metavar="DIR", help="where runs are kept (default: %(default)s)")
+    add("--name", help="the run's directory below logdir (default: the conf file's name and the seed)")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+
+
+def add_setting_arguments(parser: argparse.ArgumentParser, *, several_seeds: bool = False) -> None:
+    """The arguments that give settings, and say how data that are missing may be fetched."""
     add = parser.add_argument
     fields = dataclasses.fields(Config)
     settings = (f"  {f.name} = {_as_yaml(f.default)}\n      {f.metadata['doc']}" for f in fields)
     parser.epilog = "\n".join(("settings, in conf files and for --set:", *settings))
     add("--load_conf", type=Path, metavar="FILE", help="conf file (default: confs/demo.yaml)")
-    add("--logdir", type=Path, default=Path("./logs"), metavar="DIR", help="where runs are kept (default: %(default)s)")
-    add("--name", help="the run's directory below logdir (default: the conf file's name and the seed)")
-    add("--seed", help="seed of every random draw")
+    add("--seed", nargs="+" if several_seeds else None, help="seed of every random draw")
     add("--dataroot", metavar="DIR", help="where the data set lies")
     add("--set", nargs="+", default=[], action="extend", metavar="SETTING=VALUE", help="any setting of config.py")
-    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    add("--data-url", "--data_url", metavar="URL", help="fetch missing data from this folder (http, https or file)")
+    add("--no-download", "--no_download", action="store_true", help="fetch nothing: say what is missing")
 
 
 def overrides_from(args: argparse.Namespace) -> dict[str, tuple[str, Any]]:

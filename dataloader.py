@@ -10,21 +10,21 @@ n * M + m); C channels, H rows, W columns.
 
 import hashlib
 import os
-import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torchvision
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.datasets.utils import download_url
 from tqdm import tqdm
 
 from augmentations import gather_pixels, upload
 from config import Config
+from download import Downloads, Remote, unpack
 from imagefiles import IMAGE_SUFFIXES, CentreCrop, FileCheck, FitSquare, ImageFiles, RandomCrop
 from shapes import CLASSES as SHAPE_CLASSES
 from shapes import draw_shapes
@@ -34,6 +34,7 @@ from utils import UserError, keyed_generator, warn
 CIFAR_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
+PUBLIC = Downloads()  # from the public addresses, where something is missing
 PIECE = 256  # images that a worker reads at a time and hands over through shared memory: large batches are put together
 
 
@@ -71,6 +72,32 @@ class ResidentSplit:
 
     def fingerprint(self) -> str:
         return hashlib.sha256(self.images.cpu().numpy().tobytes() + self.labels.numpy().tobytes()).hexdigest()
+
+
+@dataclass
+class MappedSplit:
+    """Images first..last of a .npy file, uint8 (..., H, W, 3), read from the disk when they are wanted.
+
+    Leading axes, such as frames of a sequence, are counted through. A label of -1 says that there is none.
+    """
+
+    path: Path
+    first: int
+    labels: Tensor
+    device: torch.device
+    resident = False
+
+    def batches(self, indices: Sequence[Tensor], epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        mapped = np.lib.format.open_memmap(self.path, mode="r")
+        images = mapped.reshape(-1, *mapped.shape[-3:])
+        for index in indices:
+            images_NHWC = torch.from_numpy(np.asarray(images[(index + self.first).numpy()]))  # copies these alone
+            yield upload(images_NHWC, self.device).permute(0, 3, 1, 2), upload(self.labels[index], self.device)
+
+    def fingerprint(self) -> str:
+        status = self.path.stat()
+        key = (self.path.name, status.st_size, status.st_mtime_ns, self.first)
+        return hashlib.sha256(repr(key).encode() + self.labels.numpy().tobytes()).hexdigest()
 
 
 @dataclass
@@ -117,13 +144,13 @@ class Data(NamedTuple):
         return hashlib.sha256(repr((self.classes, splits)).encode()).hexdigest()
 
 
-def load_data(config: Config, device: torch.device, *, quiet: bool = False) -> Data:
-    """The splits that `config` asks for; quiet: without bars and warnings.
+def load_data(config: Config, device: torch.device, downloads: Downloads = PUBLIC) -> Data:
+    """The splits that `config` asks for. What `downloads` says of bars goes for warnings too.
 
     Raises UserError for data that is missing, unreadable or too small.
     """
-    source = _open(config, "train", quiet=quiet)
-    test_source = _open(config, "test", source.classes, quiet=quiet)
+    source = _open(config, "train", downloads)
+    test_source = _open(config, "test", downloads, source.classes)
     order = balanced_order(source.labels)
     if config.valid_size + (config.train_size or 1) > len(order):
         raise UserError(
@@ -147,10 +174,10 @@ def load_data(config: Config, device: torch.device, *, quiet: bool = False) -> D
 
 
 def load_test(
-    config: Config, device: torch.device, classes: tuple[str, ...] | None = None, *, quiet: bool = False
+    config: Config, device: torch.device, classes: tuple[str, ...] | None = None, downloads: Downloads = PUBLIC
 ) -> tuple[Split, tuple[str, ...]]:
     """The test split alone, labelled by position in `classes` where they are given, and its classes."""
-    source = _open(config, "test", classes, quiet=quiet)
+    source = _open(config, "test", downloads, classes)
     return source.take(torch.arange(len(source.labels)), device), source.classes
 
 
@@ -325,15 +352,15 @@ class _FolderSource:
 
 
 def _open(
-    config: Config, split: str, classes: tuple[str, ...] | None = None, *, quiet: bool
+    config: Config, split: str, downloads: Downloads, classes: tuple[str, ...] | None = None
 ) -> _ArraySource | _FolderSource:
     """The "train" or "test" split of the data set, labelled by position in `classes` where they are given."""
     if config.dataset in ("folder", "imagenet"):
-        source = _open_folder(config, split, classes, quiet)
+        source = _open_folder(config, split, classes, downloads.quiet)
     elif config.dataset == "shapes":
         source = _ArraySource(*draw_shapes(split), SHAPE_CLASSES)
     else:
-        source = _open_cifar(config, split)
+        source = _open_cifar(config, split, downloads)
     if classes is not None and classes != source.classes:
         raise UserError(
             f"{config.dataset}: its classes are not those expected: {_first_difference(source.classes, classes)}"
@@ -341,24 +368,14 @@ def _open(
     return source
 
 
-def _open_cifar(config: Config, split: str) -> _ArraySource:
+def _open_cifar(config: Config, split: str, downloads: Downloads) -> _ArraySource:
     kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[config.dataset]
     root = Path(config.dataroot)
     try:
-        try:
-            dataset = kind(root, train=split == "train")  # checks the md5 of every file
-        except RuntimeError:  # not there, or not whole
-            download_url(kind.url, root, kind.filename, kind.tgz_md5)
-            # Python before 3.11.4 has no filters; the archive's hash has been checked in any case.
-            filtered = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-            with tarfile.open(root / kind.filename) as archive:
-                archive.extractall(root, **filtered)
-            dataset = kind(root, train=split == "train")
-    except (OSError, RuntimeError, tarfile.TarError) as error:  # no network, cut short, wrong md5
-        raise UserError(
-            f"{config.dataset}: is not in {root} and cannot be fetched ({str(error).splitlines()[0]})\n"
-            f"fetch {kind.url} by hand and put it into {root}, or name its place with --dataroot"
-        ) from None
+        dataset = kind(root, train=split == "train")  # checks the md5 of every file
+    except RuntimeError:  # not there, or not whole
+        unpack(downloads.fetch(Remote(kind.url, md5=kind.tgz_md5), root), root, quiet=downloads.quiet)
+        dataset = kind(root, train=split == "train")
     images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
     return _ArraySource(images, torch.tensor(dataset.targets), tuple(dataset.classes))
 
@@ -369,22 +386,33 @@ def _open_folder(config: Config, split: str, classes: tuple[str, ...] | None, qu
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     if folder is None:
         raise UserError(f"{root}: holds no folder {' or '.join(names)}; images belong in {root / names[0]}/<class>/")
-    found = tuple(
-        sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    )
+    found = class_folders(folder)
     if classes is None and len(found) < 2:
         raise UserError(f"{folder}: holds {len(found)} class folders; a classifier needs at least two")
     if unknown := set(found) - set(classes or found):
         raise UserError(f"{folder}: class {min(unknown)!r} is not among the {len(classes or ())} classes trained on")
     classes = classes or found
+    paths, labels = list_images(folder, {name: classes.index(name) for name in found})
+    return _FolderSource(paths, labels, classes, config, quiet)
+
+
+def class_folders(folder: Path) -> tuple[str, ...]:
+    """Names of the folders in `folder`, sorted; hidden ones are passed over."""
+    return tuple(
+        sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    )
+
+
+def list_images(folder: Path, label_of: Mapping[str, int]) -> tuple[list[Path], Tensor]:
+    """The image files in the named class folders, sorted within each, and their labels. Raises UserError for none."""
     paths, labels = [], []
-    for name in found:
+    for name, label in label_of.items():
         files = sorted(p for p in (folder / name).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
         if not files:
             raise UserError(f"{folder / name}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
         paths += files
-        labels += [classes.index(name)] * len(files)
-    return _FolderSource(paths, torch.tensor(labels), classes, config, quiet)
+        labels += [label] * len(files)
+    return paths, torch.tensor(labels)
 
 
 def _first_difference(found: Sequence[str], expected: Sequence[str]) -> str:

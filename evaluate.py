@@ -1,18 +1,27 @@
-"""Score a checkpoint on the test set; every reported number comes from here.
+"""Score checkpoints on test sets and robustness benchmarks; every reported number comes from here.
 
     python evaluate.py                                                  # the run that a plain `python main.py` made
-    python evaluate.py --load_conf confs/cifar10/wresnet28x10_cifar10.yaml --logdir ./logs --seed 0
-    python evaluate.py --checkpoint FILE                                # any model.pt
-    python evaluate.py --model wresnet40_2 --weights FILE --load_conf CONF   # anybody's state dict, on CONF's data
+    python evaluate.py --load_conf confs/cifar10/wresnet28x10_cifar10.yaml --logdir ./logs --seed 0 1 2
+    python evaluate.py --checkpoint FILE --benchmarks clean cifar10-c   # any model.pt; robustness.py lists benchmarks
+    python evaluate.py --model wresnet40_2 --weights FILE --benchmarks cifar10-c     # anybody's state dict
     torchrun --nproc_per_node 8 evaluate.py ...                         # the same numbers from several processes
+    python evaluate.py --compare logs/*/results.json                    # a table beside the published numbers
 
-The run is found by the arguments it was trained with. Writes results.json beside the checkpoint.
+A run is found by the arguments it was trained with. results.json is written beside the checkpoint after every cell
+(a test set, or a corruption at a severity): a stopped evaluation goes on with those it has.
+
+Shape suffixes: B images of a batch, I of a split; V sequences of T frames; C, H, W as usual, but for logits_BC, where C
+counts classes.
 """
 
 import argparse
 import json
 import re
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,109 +31,267 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoint import load_tensors, sha256_of, write_text
-from config import DEFAULT_CONF, Config, add_arguments, load_config, overrides_from, plain_values, run_directory
-from dataloader import Normalise, Split, load_test
+from config import (
+    DEFAULT_CONF,
+    Config,
+    add_arguments,
+    changed_settings,
+    load_config,
+    overrides_from,
+    plain_values,
+    run_directory,
+)
+from dataloader import Normalise, Split
+from download import Downloads, Missing
+from metrics import Predictions, Scores, measure, summarise
 from models import build_model
+from pictures import draw_pictures
 from processes import World, exit_with_status, join
-from utils import CommandLine, UserError, environment
+from robustness import BENCHMARKS, Benchmark, Cell, Entry, Wanted, fits, named
+from tables import FORMATS, compare, read_results, report
+from utils import CommandLine, UserError, environment, warn
 
 BATCH = 256  # images in a forward pass; of no influence on the counts
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Counts over exactly the images of a split; loss is the mean cross-entropy in nats."""
-
-    images: int
-    top1_correct: int
-    top5_correct: int | None  # None with five classes or fewer, where it says nothing
-    loss: float
-    class_images: list[int]
-    class_correct: list[int]
-
-    @property
-    def top1(self) -> float:
-        return self.top1_correct / self.images
-
-    @property
-    def top5(self) -> float | None:
-        return None if self.top5_correct is None else self.top5_correct / self.images
-
-
 def main() -> None:
     args = parse_arguments()
+    if args.compare:
+        print(compare(args.compare, args.format or "markdown"))
+        return
     with join(args.device) as world:
-        evaluate(args, world)
+        results = [evaluate(one, world) for one in one_by_one(args)]
+        if world.leads:
+            print(report(results, args.format or "table"))
 
 
-def evaluate(args: argparse.Namespace, world: World) -> None:
+def evaluate(args: argparse.Namespace, world: World) -> dict[str, Any]:
+    """Score one checkpoint on the benchmarks asked for; returns what its results.json says of them."""
     subject = plain_state_dict(args) if args.weights else trained_here(args)
-    config = subject.config
-    with world.one_first(config.fetches_data):
-        split, classes = load_test(config, world.device, subject.classes, quiet=not world.leads)
-    world.require_equal("the test images", split.fingerprint)
-    model = build_model(config.model, len(classes), **config.model_options())
-    load_weights(model, subject.weights, subject.file, config, len(classes))
+    config, num_classes = subject.config, subject.num_classes
+    model = build_model(config.model, num_classes, **config.model_options())
+    load_weights(model, subject)
     model = model.to(world.device, memory_format=torch.channels_last)
-    scores = score(model, split, len(classes), Normalise(config, world.device), world, progress=True)
-    if world.leads:
-        results = report(subject, config, scores, classes) | {"environment": environment(world.device)}
-        beside = "results.json" if args.weights is None else f"{subject.file.name}.results.json"
-        output = args.output or subject.file.parent / beside
-        write_text(output, json.dumps(results, indent=2) + "\n")
-        print(table(subject, config, scores, classes))
-        print(f"\nwritten to {output}")
+    downloads = Downloads(args.data_url, not args.no_download, quiet=not world.leads)
+    with world.one_first(True):
+        wanted = Wanted(config, subject.classes, num_classes, world.device, downloads)
+        benchmarks = open_benchmarks(args.benchmarks, wanted)
+    world.require_equal("the images", lambda: [(benchmark.name, benchmark.fingerprint) for benchmark in benchmarks])
+
+    results = Results.begin(subject, args, benchmarks, world)
+    normalise = Normalise(config, world.device)
+    images = sum(cell.images for benchmark in benchmarks for cell in results.lacking(benchmark))
+    try:
+        with tqdm(total=images, unit="image", leave=False, disable=None if world.leads else True) as bar:
+            for benchmark in benchmarks:
+                lacking = results.lacking(benchmark)
+                for cell in lacking:
+                    bar.set_description(cell_in_words(benchmark, cell))
+                    started = time.perf_counter()
+                    predictions = predict(
+                        model, cell.open(), normalise, world, batch=args.batch_size, bfloat16=args.bfloat16, bar=bar
+                    )
+                    seconds = time.perf_counter() - started
+                    results.add(benchmark, measure(benchmark, cell, predictions, num_classes), seconds)
+                if lacking and world.leads:
+                    draw_pictures(results.pictures, benchmark, results.of(benchmark), subject.classes)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("what was scored is kept; the same command goes on with the rest") from None
+    return results.content | {"benchmarks": {benchmark.name: results.of(benchmark) for benchmark in benchmarks}}
+
+
+def open_benchmarks(names: list[str], wanted: Wanted) -> list[Benchmark]:
+    """The named benchmarks, checked. "all": those that fit the classifier and can be had; the others are named.
+
+    Raises UserError for one that does not fit, is missing, or is not what it should be.
+    """
+    fitting = [entry for entry in BENCHMARKS if fits(entry, wanted.config, wanted.classes)]
+    if names == ["all"]:
+        there = [benchmark for entry in fitting if (benchmark := _open_if_there(entry, wanted))]
+        if not there:
+            raise UserError(f"--benchmarks all: none of those that fit is in {wanted.root}, or can be had")
+        return there
+    entries = [named(name) for name in dict.fromkeys(names)]
+    for entry in entries:
+        if entry not in fitting:
+            raise UserError(
+                f"--benchmarks {entry.name}: is for classifiers of {entry.family}'s classes, and this one is for "
+                f"{wanted.config.dataset}; those that fit are {', '.join(other.name for other in fitting)}"
+            )
+    return [entry.open(entry, wanted) for entry in entries]
+
+
+def _open_if_there(entry: Entry, wanted: Wanted) -> Benchmark | None:
+    try:
+        return entry.open(entry, wanted)
+    except Missing as error:
+        if not wanted.downloads.quiet:
+            warn(f"{entry.name} is left out: {error}")
+        return None
+
+
+def cell_in_words(benchmark: Benchmark, cell: Cell) -> str:
+    return " ".join(map(str, filter(None, (benchmark.name, cell.part, cell.severity))))
+
+
+def score(model: nn.Module, split: Split, num_classes: int, normalise: Normalise, world: World) -> Scores:
+    """Score `model` in float32 on every image of `split`."""
+    return Scores.of(predict(model, split, normalise, world), num_classes)
 
 
 @torch.no_grad()
-def score(
-    model: nn.Module, split: Split, num_classes: int, normalise: Normalise, world: World, *, progress: bool = False
-) -> Scores:
-    """Score `model`, in evaluation mode and float32, on every image of `split`; the model's mode is put back.
+def predict(
+    model: nn.Module,
+    split: Split,
+    normalise: Normalise,
+    world: World,
+    *,
+    batch: int | None = None,
+    bfloat16: bool = False,
+    bar: tqdm | None = None,
+) -> Predictions:
+    """What `model`, in evaluation mode, says of every image of `split`; the model's mode is put back.
 
     The processes take the batches in turn. All batches have one shape, the last one filled up with images that do not
-    count, and results are put together by image: the scores are the same for any number of processes.
+    count, and results are put together by image: they are the same for any number of processes.
 
-    Shape suffixes: B images of a batch; C, H, W as usual, but for logits_BC, where C counts classes.
+    batch: images in a forward pass (default: BATCH). bfloat16: mixed precision instead of float32.
     """
     was_training = model.training
     model.eval()
-    batches = torch.arange(len(split.labels)).split(BATCH)
+    batches = torch.arange(len(split.labels)).split(batch or BATCH)
     size = len(batches[0])
     mine = batches[world.rank :: world.size]
-    shown = progress and world.leads
-    results = torch.zeros(len(split.labels), 3, dtype=torch.float64, device=world.device)  # loss, first, among five
-    reading = tqdm(split.batches(mine), "scoring", len(mine), leave=False, disable=None if shown else True)
-    for index, (images_BCHW, labels_B) in zip(mine, reading, strict=True):
+    precision = torch.autocast(world.device.type, torch.bfloat16) if bfloat16 else nullcontext()
+    results_I4 = torch.zeros(len(split.labels), 4, dtype=torch.float64, device=world.device)
+    for index, (images_BCHW, label_B) in zip(mine, split.batches(mine), strict=True):
         filled_BCHW = torch.cat((images_BCHW, images_BCHW[:1].expand(size - len(index), -1, -1, -1)))
         inputs_BCHW = normalise(filled_BCHW).contiguous(memory_format=torch.channels_last)
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False), precision:
             # forward() itself: a compiled network is scored as an uncompiled one, and not compiled anew for it
             logits_BC = model.forward(inputs_BCHW)[: len(index)].float()
-        guesses = logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices == labels_B[:, None]
-        loss_B = F.cross_entropy(logits_BC, labels_B, reduction="none")
-        results[index[0] : index[-1] + 1] = torch.stack((loss_B, guesses[:, 0], guesses.any(1)), dim=1).double()
+        top_B5 = logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices
+        confidence_B = logits_BC.softmax(1).amax(1)
+        loss_B = F.cross_entropy(logits_BC, label_B, reduction="none", ignore_index=-1)
+        among_five_B = (top_B5 == label_B[:, None]).any(1)
+        results_B4 = torch.stack((top_B5[:, 0].double(), confidence_B.double(), loss_B.double(), among_five_B), dim=1)
+        results_I4[index[0] : index[-1] + 1] = results_B4
+        if bar is not None:
+            bar.update(min(world.size * len(index), bar.total - bar.n))
     model.train(was_training)
-    loss_B, first_B, among_five_B = world.sum(results).cpu().unbind(1)
-    return Scores(
-        images=len(first_B),
-        top1_correct=int(first_B.sum()),
-        top5_correct=int(among_five_B.sum()) if num_classes > 5 else None,
-        loss=loss_B.mean().item(),
-        class_images=split.labels.bincount(minlength=num_classes).tolist(),
-        class_correct=split.labels[first_B.bool()].bincount(minlength=num_classes).tolist(),
-    )
+    predicted_I, confidence_I, loss_I, among_five_I = world.sum(results_I4).cpu().unbind(1)
+    return Predictions(split.labels, predicted_I.long(), confidence_I, loss_I, among_five_I.bool())
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is to be scored: weights, the network and data they are for. classes: None where the file does not say."""
+    """What is to be scored: weights, the network and data they are for.
+
+    classes: None where the file does not say. epoch: likewise; a file that says it was trained by main.py.
+    """
 
     file: Path
     weights: dict[str, Tensor]
     config: Config
     classes: tuple[str, ...] | None
+    num_classes: int
     epoch: int | None
+
+
+@dataclass
+class Results:
+    """The content of results.json, the same in every process; the leader keeps it on disk, cell by cell."""
+
+    file: Path
+    content: dict[str, Any]
+    environment: dict[str, Any]
+    writes: bool
+
+    @classmethod
+    def begin(cls, subject: Subject, args: argparse.Namespace, benchmarks: list[Benchmark], world: World) -> "Results":
+        """Cells that the file holds already are taken over: of the same checkpoint, images, precision and versions."""
+        beside = "results.json" if args.weights is None else f"{subject.file.name}.results.json"
+        results = cls(args.output or subject.file.parent / beside, {}, environment(world.device), world.leads)
+        results.content = {
+            "checkpoint": str(subject.file),
+            "sha256": sha256_of(subject.file),
+            "conf": str(args.load_conf) if args.load_conf else None,
+            "model": subject.config.model,
+            "seed": subject.config.seed,
+            "epoch": subject.epoch,
+            "classes": list(subject.classes) if subject.classes else None,
+            "precision": "bfloat16" if args.bfloat16 else "float32",
+            "config": plain_values(subject.config),
+            "benchmarks": {},
+        }
+        if world.leads and results.file.exists() and not args.overwrite:
+            results._take_over(read_results(results.file), benchmarks, subject.config)
+        results.content["benchmarks"] = world.from_leader(results.content["benchmarks"])
+        for benchmark in benchmarks:
+            results.content["benchmarks"].setdefault(benchmark.name, results._empty(benchmark))
+        return results
+
+    @property
+    def pictures(self) -> Path:
+        """Where pictures and TensorBoard's events go: "evaluation" beside results.json, named alike beside others."""
+        name = self.file.stem.removesuffix("results")
+        return self.file.with_name(f"{name.removesuffix('.')}.evaluation" if name else "evaluation")
+
+    def of(self, benchmark: Benchmark) -> dict[str, Any]:
+        return self.content["benchmarks"][benchmark.name]
+
+    def lacking(self, benchmark: Benchmark) -> list[Cell]:
+        """The cells that have not been scored."""
+        scored = {(cell["part"], cell["severity"]) for cell in self.of(benchmark)["cells"]}
+        return [cell for cell in benchmark.cells if (cell.part, cell.severity) not in scored]
+
+    def add(self, benchmark: Benchmark, record: dict[str, Any], seconds: float) -> None:
+        """Note a cell; after a benchmark's last one, its means and the time of day."""
+        noted = self.of(benchmark)
+        noted["cells"].append(record | {"seconds": round(seconds, 3)})
+        if not self.lacking(benchmark):
+            noted["summary"] = summarise(benchmark, noted["cells"])
+            noted["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
+        if self.writes:
+            write_text(self.file, json.dumps(self.content, indent=2) + "\n")
+
+    def _take_over(self, before: dict[str, Any], benchmarks: list[Benchmark], config: Config) -> None:
+        said = {field: (str(self.file), value) for field, value in before["config"].items()}
+        same = all(before[key] == self.content[key] for key in ("sha256", "model", "precision"))
+        if not same or changed_settings(load_config(None, said), config):
+            return
+        asked = {benchmark.name: benchmark for benchmark in benchmarks}
+        self.content["benchmarks"] = {
+            name: noted
+            for name, noted in before["benchmarks"].items()
+            if name not in asked or self._still_true(noted, asked[name])
+        }
+
+    def _still_true(self, noted: dict[str, Any], benchmark: Benchmark) -> bool:
+        versions = all(noted["environment"].get(key) == self.environment[key] for key in ("torch", "device"))
+        return versions and noted["fingerprint"] == benchmark.fingerprint
+
+    def _empty(self, benchmark: Benchmark) -> dict[str, Any]:
+        return {
+            "kind": benchmark.kind,
+            "source": benchmark.source,
+            "checked_by": benchmark.checked_by,
+            "note": benchmark.note,
+            "fingerprint": benchmark.fingerprint,
+            "classes": benchmark.classes,
+            "environment": self.environment,
+            "cells": [],
+            "summary": None,
+            "finished": None,
+        }
+
+
+def one_by_one(args: argparse.Namespace) -> Iterator[argparse.Namespace]:
+    """The arguments of each checkpoint, where several files or seeds were named."""
+    for file in args.checkpoint or args.weights or [None]:
+        for seed in args.seed or [None]:
+            one = {"seed": seed, "checkpoint": args.checkpoint and file, "weights": args.weights and file}
+            yield argparse.Namespace(**vars(args) | one)
 
 
 def trained_here(args: argparse.Namespace) -> Subject:
@@ -144,18 +311,26 @@ def trained_here(args: argparse.Namespace) -> Subject:
     if not isinstance(content, dict) or not {"model", "classes", "config", "epoch"} <= content.keys():
         raise UserError(f"{file}: is no model.pt of main.py; score a plain state dict with --model NAME --weights FILE")
     config = load_config(None, {field: (str(file), value) for field, value in content["config"].items()} | overrides)
-    named = args.checkpoint or args.name
-    if named and args.load_conf and (asked.model, asked.dataset) != (config.model, config.dataset):
+    by_name = args.checkpoint or args.name
+    if by_name and args.load_conf and (asked.model, asked.dataset) != (config.model, config.dataset):
         raise UserError(
             f"{file}: is a {config.model} for {config.dataset}, but {args.load_conf} asks for "
             f"a {asked.model} for {asked.dataset}; leave out --load_conf, or name another checkpoint"
         )
-    return Subject(file, content["model"], config, tuple(content["classes"]), content["epoch"])
+    classes = tuple(content["classes"])
+    return Subject(file, content["model"], config, classes, len(classes), content["epoch"])
 
 
 def plain_state_dict(args: argparse.Namespace) -> Subject:
     """Anybody's state dict, also nested in a training checkpoint or saved from a wrapped module. Raises UserError."""
     said = overrides_from(args) | {"model": ("--model", args.model)}
+    families = {named(name).family for name in args.benchmarks if name != "all"} - {None}
+    conf = args.load_conf
+    if conf is None and len(families) == 1:  # the benchmarks say what the classifier is for
+        said = {"dataset": ("--benchmarks", families.pop()), "crop_padding": ("--benchmarks", 0)} | said
+    else:
+        conf = conf or DEFAULT_CONF
+    config = load_config(conf, said)
     content = load_tensors(args.weights)
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -163,12 +338,20 @@ def plain_state_dict(args: argparse.Namespace) -> Subject:
     if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise UserError(f"{args.weights}: holds no state dict (names with tensors)")
     weights = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in content.items()}
-    return Subject(args.weights, weights, load_config(args.load_conf or DEFAULT_CONF, said), None, None)
+    return Subject(args.weights, weights, config, None, outputs_of(weights, config), None)
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], file: Path, config: Config, num_classes: int) -> None:
+def outputs_of(weights: dict[str, Tensor], config: Config) -> int:
+    """How many classes the weights are for: the size of the bias that grows with them, or 10 where it is missing."""
+    with torch.device("meta"):
+        two, three = (build_model(config.model, classes, **config.model_options()).state_dict() for classes in (2, 3))
+    bias = next(name for name in two if two[name].shape != three[name].shape and two[name].ndim == 1)
+    return len(weights[bias]) if bias in weights and weights[bias].ndim == 1 else 10
+
+
+def load_weights(model: nn.Module, subject: Subject) -> None:
     """Fill `model`. Raises UserError that names the first tensors that do not fit."""
-    own = model.state_dict()
+    own, weights = model.state_dict(), subject.weights
     problems = [f"{name} is missing" for name in own if name not in weights]
     problems += [f"{name} is unknown" for name in weights if name not in own]
     problems += [
@@ -179,68 +362,44 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], file: Path, confi
     if problems:
         more = f" and {len(problems) - 2} more" if len(problems) > 2 else ""
         raise UserError(
-            f"{file}: does not fit {config.model} with {num_classes} classes: {'; '.join(problems[:2])}{more}"
+            f"{subject.file}: does not fit {subject.config.model} with {subject.num_classes} classes: "
+            f"{'; '.join(problems[:2])}{more}"
         )
     model.load_state_dict(weights)
 
 
-def report(subject: Subject, config: Config, scores: Scores, classes: tuple[str, ...]) -> dict[str, Any]:
-    """The content of results.json: shares in 0..1, counts, and what they are of."""
-    return {
-        "checkpoint": str(subject.file),
-        "sha256": sha256_of(subject.file),
-        "epoch": subject.epoch,
-        "dataset": config.dataset,
-        "images": scores.images,
-        "top1": scores.top1,
-        "top5": scores.top5,
-        "loss": scores.loss,
-        "per_class": {
-            name: {"images": images, "correct": correct, "top1": correct / images if images else None}
-            for name, images, correct in zip(classes, scores.class_images, scores.class_correct, strict=True)
-        },
-        "config": plain_values(config),
-    }
-
-
-def table(subject: Subject, config: Config, scores: Scores, classes: tuple[str, ...]) -> str:
-    """The scores in words for a terminal; of more than twenty classes the ten with the most errors."""
-    trained = f", after epoch {subject.epoch} of {config.epochs}" if subject.epoch is not None else ""
-    lines = [
-        f"{subject.file}: {config.model}{trained}, on {scores.images:,} test images of {config.dataset}",
-        "",
-        f"{'top-1':<16}{scores.top1:>9.2%}   ({scores.top1_correct:,} correct; error {1 - scores.top1:.2%})",
-    ]
-    if scores.top5 is not None:
-        lines.append(f"{'top-5':<16}{scores.top5:>9.2%}")
-    lines += [f"{'loss':<16}{scores.loss:>9.4f}", ""]
-    rows = [
-        (correct / images, name, images)
-        for name, images, correct in zip(classes, scores.class_images, scores.class_correct, strict=True)
-        if images
-    ]
-    if len(rows) > 20:
-        lines.append(f"the ten weakest of {len(rows)} classes:")
-        rows = sorted(rows)[:10]
-    width = max(16, 1 + max(len(name) for _, name, _ in rows))
-    return "\n".join([*lines, *(f"{name:<{width}}{share:>9.2%}   of {images:,}" for share, name, images in rows)])
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = CommandLine(prog="evaluate.py", description=__doc__)
-    add_arguments(parser)
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="a model.pt, wherever it lies")
-    parser.add_argument("--model", metavar="NAME", help="network of the --weights")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="a plain state dict")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="results.json (default: beside the checkpoint)")
-    parser.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)  # torch.distributed.launch passes it
+    add_arguments(parser, several_seeds=True)
+    add = parser.add_argument
+    add("--checkpoint", type=Path, nargs="+", metavar="FILE", help="a model.pt, wherever it lies, or several")
+    add("--model", metavar="NAME", help="network of the --weights")
+    add("--weights", type=Path, nargs="+", metavar="FILE", help="a plain state dict, or several")
+    names = ", ".join(entry.name for entry in BENCHMARKS)
+    add("--benchmarks", nargs="+", default=["clean"], metavar="NAME", help=f"{names}, or all that fit (default: clean)")
+    add("--amp", action="store_true", dest="bfloat16", help="score in bfloat16 (default: float32); results say so")
+    add("--batch_size", type=int, metavar="B", help=f"images in a forward pass (default: {BATCH})")
+    add("--format", choices=FORMATS, help="of what is printed (default: table; of --compare: markdown)")
+    add("--output", type=Path, metavar="FILE", help="results.json (default: beside the checkpoint)")
+    add("--overwrite", action="store_true", help="score anew what results.json holds already")
+    add("--compare", nargs="+", type=Path, metavar="RESULTS", help="score nothing: a table of these results.json")
+    add("--local-rank", "--local_rank", help=argparse.SUPPRESS)  # torch.distributed.launch passes it
     args = parser.parse_args()
+    several = max(len(args.checkpoint or args.weights or [1]), len(args.seed or [1])) > 1
+    if args.output and several:
+        parser.error("--output: names one file, and several checkpoints are scored")
     if args.output and not args.output.parent.is_dir():
         parser.error(f"--output {args.output}: there is no directory {args.output.parent}")
     if (args.model is None) != (args.weights is None):
         parser.error("--model and --weights go together")
     if args.weights and args.checkpoint:
         parser.error("--weights and --checkpoint exclude each other")
+    if len(args.seed or [1]) > 1 and (args.checkpoint or args.weights or args.name):
+        parser.error("--seed: several seeds find runs by their conf; leave out --checkpoint, --weights and --name")
+    if args.batch_size is not None and args.batch_size < 1:
+        parser.error(f"--batch_size: {args.batch_size} must be at least 1")
+    if "all" in args.benchmarks and len(args.benchmarks) > 1:
+        parser.error("--benchmarks: 'all' stands alone")
     return args
 
 

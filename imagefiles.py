@@ -15,7 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as on_pillow
 
-from utils import keyed_seed
+from utils import in_a_line, keyed_seed
 
 IMAGE_SUFFIXES = frozenset(IMG_EXTENSIONS)
 
@@ -154,4 +154,4 @@ def _collate(results: list[tuple[Tensor, int, str | None]]) -> tuple[Tensor, Ten
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    return f"{path} ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    return f"{path} ({in_a_line(error)})"

@@ -57,6 +57,7 @@ from dataloader import (
     load_data,
     make_copies,
 )
+from download import Downloads
 from evaluate import score
 from models import build_model
 from policies import PolicySource, Tally, build_policies
@@ -89,7 +90,7 @@ def train(config: Config, args: argparse.Namespace, world: World) -> None:
         check_run_directory(run, config, args)
 
     with world.one_first(config.fetches_data):
-        data = load_data(config, world.device, quiet=not world.leads)
+        data = load_data(config, world.device, Downloads(args.data_url, not args.no_download, quiet=not world.leads))
     fingerprint = data.fingerprint()
     world.require_equal("the images", lambda: fingerprint)
     choose_kernels(world.device, config.deterministic)

@@ -48,6 +48,11 @@ def did_you_mean(word: Any, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def in_a_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind if it says nothing."""
+    return str(error).splitlines()[0] if str(error).strip() else type(error).__name__
+
+
 def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 

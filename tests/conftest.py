@@ -21,6 +21,7 @@ from hypothesis import settings
 import dataloader
 import evaluate
 import main
+import robustness
 from processes import World, exit_with_status, join
 
 settings.register_profile("project", deadline=None, derandomize=True, database=None)
@@ -50,12 +51,12 @@ class Finished(NamedTuple):
 
 @pytest.fixture
 def script(monkeypatch):
-    """Run main.py or evaluate.py in this process, from the project's root: script("main.py", "--M", 2) -> Finished."""
+    """Run a script in this process, from the project's root: script("main.py", "--M", 2) -> Finished."""
     monkeypatch.chdir(ROOT)
 
     def run(name, *arguments):
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        entry = {"main.py": main.main, "evaluate.py": evaluate.main}[name]
+        entry = {"main.py": main.main, "evaluate.py": evaluate.main, "robustness.py": robustness.main}[name]
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as leaving:
             exit_with_status(entry)

@@ -6,6 +6,7 @@ import json
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,9 @@ from hypothesis import strategies as st
 import evaluate
 from checkpoint import load_tensors, sha256_of
 from config import Config
+from corruptions import CORRUPTIONS
 from dataloader import Normalise, ResidentSplit, load_test
+from metrics import Scores
 from models import build_model
 from utils import UserError
 
@@ -53,15 +56,15 @@ def test_counts_and_loss_by_hand():
     assert scores.loss == pytest.approx(F.cross_entropy(logits, torch.tensor(labels)).item(), rel=1e-6)
 
 
-def test_every_image_counts_once_whatever_the_batch(monkeypatch):
+def test_every_image_counts_once_whatever_the_batch():
     g = torch.Generator().manual_seed(0)
     labels = torch.randint(10, (1003,), generator=g).tolist()
     predicted = torch.randint(10, (1003,), generator=g).tolist()
     expected = sum(a == b for a, b in zip(predicted, labels, strict=True))
     results = []
     for batch in (1003, 256, 17):
-        monkeypatch.setattr(evaluate, "BATCH", batch)
-        results.append(evaluate.score(Oracle(10), as_split(predicted, labels), 10, PLAIN, ALONE))
+        predictions = evaluate.predict(Oracle(10), as_split(predicted, labels), PLAIN, ALONE, batch=batch)
+        results.append(Scores.of(predictions, 10))
     assert {(scores.images, scores.top1_correct) for scores in results} == {(1003, expected)}
     assert max(scores.loss for scores in results) - min(scores.loss for scores in results) < 1e-6
 
@@ -95,13 +98,16 @@ def test_a_run_is_found_and_scored_as_in_training(script, run, tmp_path):
         done = script("evaluate.py", *arguments)
         assert done.status == 0, done.err
         results = json.loads((run / "results.json").read_text())
-        assert (results["images"], results["top1"], results["loss"]) == (2000, last["test_top1"], last["test_loss"])
-        assert results["epoch"] == 3
+        clean = results["benchmarks"]["clean"]
+        (cell,) = clean["cells"]
+        assert (cell["images"], cell["top1"], cell["loss"]) == (2000, last["test_top1"], last["test_loss"])
+        assert (results["epoch"], results["seed"], results["precision"]) == (3, 0, "float32")
         assert results["sha256"] == sha256_of(run / "model.pt")
-        per_class = results["per_class"].values()
-        assert sum(row["correct"] for row in per_class) == round(results["top1"] * 2000)
-        assert all(row["top1"] == row["correct"] / 200 for row in per_class)
-        assert f"{results['top1']:.2%}" in done.out
+        assert clean["source"] == "embedded"
+        assert torch.__version__.startswith(clean["environment"]["torch"])
+        assert sum(cell["class_correct"]) == round(cell["top1"] * 2000)
+        assert cell["class_images"] == [200] * 10
+        assert f"{100 * cell['top1']:.2f}" in done.out
         assert "crescent" in done.out
         (run / "results.json").unlink()
 
@@ -128,12 +134,13 @@ def test_anybodys_state_dict(script, run, tmp_path, wrap):
     assert done.status == 0, done.err
     results = json.loads((tmp_path / "theirs.pth.results.json").read_text())
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    assert results["top1"] == last["test_top1"]
+    assert results["benchmarks"]["clean"]["summary"]["top1"] == last["test_top1"]
 
 
 def test_output_goes_where_it_is_told(script, run, tmp_path):
     assert script("evaluate.py", "--checkpoint", run / "model.pt", "--output", tmp_path / "mine.json").status == 0
-    assert json.loads((tmp_path / "mine.json").read_text())["images"] == 2000
+    assert json.loads((tmp_path / "mine.json").read_text())["benchmarks"]["clean"]["cells"][0]["images"] == 2000
+    assert (tmp_path / "mine.evaluation").is_dir()
     assert not (run / "results.json").exists()
 
 
@@ -209,3 +216,133 @@ def test_the_test_split_alone_is_read():
     split, classes = load_test(Config(dataset="shapes"), CPU)
     assert len(split.labels) == 2000
     assert len(classes) == 10
+
+
+# Several cells, several checkpoints
+
+
+@pytest.fixture
+def corrupted(script, tmp_path, run):
+    """A generated corruption set of the embedded test images, cut down to ten of them."""
+    folder = tmp_path / "data" / "generated-c-shapes"
+    folder.mkdir(parents=True)
+    split, classes = load_test(Config(dataset="shapes"), CPU)
+    rng = np.random.default_rng(0)
+    np.save(folder / "labels.npy", np.tile(split.labels[:10].numpy(), 5))
+    for row in CORRUPTIONS:
+        noise = rng.integers(0, 60, (50, 32, 32, 3), dtype=np.uint8)
+        np.save(folder / f"{row.name}.npy", noise + 150)
+    files = {path.name: sha256_of(path) for path in folder.glob("*.npy")}
+    made = {"classes": list(classes), "side": 32, "files": files}
+    (folder / "generated.json").write_text(json.dumps(made))
+    return ("evaluate.py", "--checkpoint", run / "model.pt", "--dataroot", folder.parent, "--benchmarks", "generated-c")
+
+
+def without_times(file):
+    content = json.loads(file.read_text())
+    for noted in content["benchmarks"].values():
+        del noted["finished"], noted["environment"]["command"]
+        for cell in noted["cells"]:
+            del cell["seconds"]
+    return content
+
+
+def test_a_stopped_evaluation_goes_on_with_the_cells_that_are_lacking(script, corrupted, run, monkeypatch):
+    assert script(*corrupted).status == 0
+    whole = without_times(run / "results.json")
+    (run / "results.json").unlink()
+    predict, scored = evaluate.predict, []
+
+    def stopping(*arguments, **options):
+        if len(scored) == 7:
+            raise KeyboardInterrupt
+        scored.append(arguments[1])
+        return predict(*arguments, **options)
+
+    monkeypatch.setattr(evaluate, "predict", stopping)
+    done = script(*corrupted)
+    assert done.status == 130
+    assert "the same command goes on with the rest" in done.err
+    assert len(json.loads((run / "results.json").read_text())["benchmarks"]["generated-c"]["cells"]) == 7
+    scored[:] = [None] * 8  # and no more stops
+    done = script(*corrupted)
+    assert done.status == 0, done.err
+    assert len(scored) == 8 + 95 - 7
+    assert without_times(run / "results.json") == whole
+    assert script(*corrupted).out == done.out
+    assert len(scored) == 8 + 95 - 7, "nothing was lacking"
+    assert script(*corrupted, "--overwrite").status == 0
+    assert len(scored) == 8 + 95 - 7 + 95
+
+
+def test_cells_of_another_checkpoint_precision_or_data_are_not_taken_over(script, corrupted, run, tmp_path):
+    def of(file):
+        noted = json.loads(file.read_text())["benchmarks"]
+        return {name: [cell["loss"] for cell in of_name["cells"]] for name, of_name in noted.items()}
+
+    def score(*more):
+        done = script(*corrupted, *more)
+        assert done.status == 0, done.err
+        return of(run / "results.json")["generated-c"]
+
+    first = score()
+    assert script("evaluate.py", "--checkpoint", run / "model.pt").status == 0
+    assert of(run / "results.json").keys() == {"generated-c", "clean"}, "what was scored before is kept"
+    assert of(run / "results.json")["generated-c"] == first
+    bfloat16 = score("--amp")
+    assert json.loads((run / "results.json").read_text())["precision"] == "bfloat16"
+    assert of(run / "results.json").keys() == {"generated-c"}, "another precision, other numbers"
+    assert bfloat16 != first
+    assert bfloat16 == pytest.approx(first, rel=0.05)
+    assert score() == first
+    content = load_tensors(run / "model.pt")
+    content["model"]["classifier.bias"] += torch.arange(10.0)
+    torch.save(content, run / "model.pt")
+    assert score() != first
+    folder = tmp_path / "data" / "generated-c-shapes"
+    np.save(folder / "fog.npy", np.load(folder / "fog.npy") // 2)
+    made = json.loads((folder / "generated.json").read_text())
+    made["files"]["fog.npy"] = sha256_of(folder / "fog.npy")
+    (folder / "generated.json").write_text(json.dumps(made))
+    (folder.parent / "hashes.json").unlink()
+    before = of(run / "results.json")["generated-c"]
+    after = score()
+    assert [a != b for a, b in zip(after, before, strict=True)] == [
+        row.name == "fog" for row in CORRUPTIONS for _ in range(5)
+    ]
+
+
+def test_a_file_that_is_no_result_is_not_written_over(script, run, tmp_path):
+    mine = tmp_path / "mine.json"
+    mine.write_text('{"notes": "of another kind"}')
+    asked = ("evaluate.py", "--checkpoint", run / "model.pt", "--output", mine)
+    assert_refused(script(*asked), "mine.json: holds no results")
+    assert mine.read_text() == '{"notes": "of another kind"}'
+    assert script(*asked, "--overwrite").status == 0
+
+
+def test_several_seeds_and_several_files(script, tmp_path):
+    (tmp_path / "my.yaml").write_text("\n".join(word.replace("=", ": ") for word in TINY) + "\ndataset: shapes\n")
+    of_conf = ("--load_conf", tmp_path / "my.yaml", "--logdir", tmp_path / "logs")
+    for seed in (0, 1):
+        assert script("main.py", *of_conf, "--seed", seed).status == 0
+    done = script("evaluate.py", *of_conf, "--seed", 0, 1, "--format", "csv")
+    assert done.status == 0, done.err
+    assert len(done.out.splitlines()) == 3
+    runs = [tmp_path / "logs" / f"my_{seed}" for seed in (0, 1)]
+    errors = [
+        100 * json.loads((r / "results.json").read_text())["benchmarks"]["clean"]["summary"]["error"] for r in runs
+    ]
+    done = script("evaluate.py", "--checkpoint", *(r / "model.pt" for r in runs))
+    (line,) = (line for line in done.out.splitlines() if line.startswith("clean (embedded) error"))
+    *of_runs, mean, _, std = line.split()[3:]
+    assert of_runs == [f"{error:.2f}" for error in errors]
+    assert float(mean) == pytest.approx(sum(errors) / 2, abs=0.006)
+    assert float(std) == pytest.approx(abs(errors[0] - errors[1]) / 2**0.5, abs=0.006)
+    assert f"{mean} +- {std}" in script("evaluate.py", "--compare", *runs).out
+    assert_refused(script("evaluate.py", *of_conf, "--seed", 0, 2), "my_2/model.pt: there is no such checkpoint")
+    assert_refused(script("evaluate.py", *of_conf, "--seed", 0, 1, "--output", tmp_path / "x.json"), "names one file")
+    assert_refused(
+        script("evaluate.py", *of_conf, "--seed", 0, 1, "--name", "x"), "several seeds find runs by their conf"
+    )
+    assert_refused(script("evaluate.py", *of_conf, "--batch_size", 0), "--batch_size: 0 must be at least 1")

@@ -190,12 +190,13 @@ def test_an_imagenet_run_trains_resumes_exactly_and_is_scored_at_two_sizes(scrip
     last = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[-1])
     assert script("evaluate.py", "--checkpoint", model).status == 0
     results = json.loads((tmp_path / "whole" / "results.json").read_text())
-    assert (results["images"], results["top1"], results["loss"]) == (6, last["test_top1"], last["test_loss"])
+    (cell,) = results["benchmarks"]["clean"]["cells"]
+    assert (cell["images"], cell["top1"], cell["loss"]) == (6, last["test_top1"], last["test_loss"])
     larger = script("evaluate.py", "--checkpoint", model, "--set", "eval_view=[64,64]")
     assert larger.status == 0
     other = json.loads((tmp_path / "whole" / "results.json").read_text())
     assert other["config"]["eval_view"] == [64, 64]
-    assert other["loss"] != results["loss"]
+    assert other["benchmarks"]["clean"]["summary"]["loss"] != cell["loss"]
 
 
 def test_padding_is_not_for_imagenet(script, tree, tmp_path):

@@ -1,0 +1,117 @@
+"""Corruptions of one's own test images, in the layout of CIFAR-10-C: drawn once, noted with their hashes, read back.
+
+The folder's generated.json says what was drawn of which images, and marks the set as generated, not official.
+"""
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from checkpoint import sha256_of, write_atomically, write_text
+from config import Config
+from corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from dataloader import Split, load_test
+from download import Downloads
+from utils import UserError, environment, keyed_generator
+
+MANIFEST = "generated.json"
+CHUNK = 250  # images that are drawn together: part of the key of their draws
+
+
+def generated_folder(config: Config) -> Path:
+    return Path(config.dataroot) / f"generated-c-{config.dataset}"
+
+
+def side_of_test_images(config: Config) -> int:
+    """In pixels, as the classifier sees them."""
+    return {"folder": config.image_size, "imagenet": config.eval_view[-1]}.get(config.dataset, 32)
+
+
+@torch.inference_mode()
+def make(config: Config, downloads: Downloads) -> Path:
+    """Draw every corruption of the test images at five severities, in the layout of CIFAR-10-C; returns the folder.
+
+    A file is written whole or not at all, so that a stopped run goes on with the next. Draws are keyed by seed,
+    corruption, severity and chunk of images. Raises UserError where the folder holds another set, or the disk is full.
+    """
+    folder = generated_folder(config)
+    split, classes = load_test(config, torch.device("cpu"), None, downloads)
+    images, side = len(split.labels), side_of_test_images(config)
+    made = {
+        "generated": "corruptions drawn by robustness.py --make, not the official images; frost is procedural",
+        "of": split.fingerprint(),
+        "dataset": config.dataset,
+        "classes": list(classes),
+        "images": images,
+        "side": side,
+        "seed": config.seed,
+        "severities": {row.name: np.array(row.severities).tolist() for row in CORRUPTIONS},
+    }
+    files, drawn_with = _begin(folder, made), environment(torch.device("cpu"))
+    rows = [row for row in CORRUPTIONS if f"{row.name}.npy" not in files]
+    needed, free = len(rows) * 5 * images * side**2 * 3, shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(f"{folder}: needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} are free; make room on that disk")
+
+    def note(path: Path) -> None:
+        files[path.name] = sha256_of(path)
+        text = json.dumps(made | {"environment": drawn_with, "files": files}, indent=2)
+        write_text(folder / MANIFEST, text + "\n")
+
+    note(write_atomically(folder / "labels.npy", partial(_save_labels, np.tile(split.labels.numpy(), 5))))
+    with tqdm(total=len(rows) * 5 * images, unit="image", disable=True if downloads.quiet else None) as bar:
+        for row in rows:
+            draw = partial(_draw, split, row.name, (5 * images, side, side, 3), config.seed, bar)
+            note(write_atomically(folder / f"{row.name}.npy", draw))
+    return folder
+
+
+def _begin(folder: Path, made: dict[str, Any]) -> dict[str, str]:
+    """Files of the same set that `folder` holds already, with their hashes. Raises UserError for another set."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error}); choose another place with --dataroot") from None
+    if not (folder / MANIFEST).exists():
+        if any(folder.glob("*.npy")):
+            raise UserError(f"{folder}: holds arrays that were not drawn here; move them away")
+        return {}
+    before = read_manifest(folder)
+    if other := [key for key, value in made.items() if before.get(key) != value]:
+        raise UserError(f"{folder}: holds corruptions with another {', '.join(other)}; remove it, or move it away")
+    return {name: sha256 for name, sha256 in before["files"].items() if (folder / name).is_file()}
+
+
+def _draw(split: Split, name: str, shape: tuple[int, ...], seed: int, bar: tqdm, path: Path) -> None:
+    images = shape[0] // 5
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        for severity in SEVERITIES:
+            bar.set_description(f"{name} {severity}")
+            batches = split.batches(torch.arange(images).split(CHUNK))
+            for number, (images_NCHW, _) in enumerate(batches):
+                generator = keyed_generator(seed, "corruption", name, severity, number)
+                drawn_NCHW = corrupt(images_NCHW, name, severity, generator)
+                file.write(drawn_NCHW.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+                bar.update(len(drawn_NCHW))
+
+
+def _save_labels(labels: np.ndarray, path: Path) -> None:
+    with path.open("wb") as file:
+        np.save(file, labels)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        made = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if not {"classes", "side", "files"} <= made.keys():
+            raise ValueError("entries are missing")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder / MANIFEST}: cannot be read ({error}); remove {folder} and draw them again") from None
+    return made

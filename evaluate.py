@@ -54,20 +54,35 @@ from utils import CommandLine, UserError, environment, warn
 BATCH = 256  # images in a forward pass; of no influence on the counts
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is to be scored: weights, the network and data they are for.
+
+    classes: None where the file does not say. epoch: likewise; a file that says it was trained by main.py.
+    """
+
+    file: Path
+    weights: dict[str, Tensor]
+    config: Config
+    classes: tuple[str, ...] | None
+    num_classes: int
+    epoch: int | None
+
+
 def main() -> None:
     args = parse_arguments()
     if args.compare:
         print(compare(args.compare, args.format or "markdown"))
         return
     with join(args.device) as world:
-        results = [evaluate(one, world) for one in one_by_one(args)]
+        subjects = [plain_state_dict(one) if one.weights else trained_here(one) for one in one_by_one(args)]
+        results = [evaluate(subject, args, world) for subject in subjects]
         if world.leads:
             print(report(results, args.format or "table"))
 
 
-def evaluate(args: argparse.Namespace, world: World) -> dict[str, Any]:
+def evaluate(subject: Subject, args: argparse.Namespace, world: World) -> dict[str, Any]:
     """Score one checkpoint on the benchmarks asked for; returns what its results.json says of them."""
-    subject = plain_state_dict(args) if args.weights else trained_here(args)
     config, num_classes = subject.config, subject.num_classes
     model = build_model(config.model, num_classes, **config.model_options())
     load_weights(model, subject)
@@ -183,21 +198,6 @@ def predict(
     return Predictions(split.labels, predicted_I.long(), confidence_I, loss_I, among_five_I.bool())
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What is to be scored: weights, the network and data they are for.
-
-    classes: None where the file does not say. epoch: likewise; a file that says it was trained by main.py.
-    """
-
-    file: Path
-    weights: dict[str, Tensor]
-    config: Config
-    classes: tuple[str, ...] | None
-    num_classes: int
-    epoch: int | None
-
-
 @dataclass
 class Results:
     """The content of results.json, the same in every process; the leader keeps it on disk, cell by cell."""
@@ -217,7 +217,7 @@ class Results:
             "sha256": sha256_of(subject.file),
             "conf": str(args.load_conf) if args.load_conf else None,
             "model": subject.config.model,
-            "seed": subject.config.seed,
+            "seed": None if subject.epoch is None else subject.config.seed,
             "epoch": subject.epoch,
             "classes": list(subject.classes) if subject.classes else None,
             "precision": "bfloat16" if args.bfloat16 else "float32",

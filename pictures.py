@@ -122,7 +122,7 @@ def reliability(bins: Mapping[str, Sequence[float]], title: str) -> "Figure":
 def gallery(images_NCHW: Tensor, captions: Sequence[str], title: str, in_a_row: int = 6) -> "Figure":
     """Images with a caption of three lines above each."""
     height, width = images_NCHW.shape[2:]
-    rows, gap = -(-len(captions) // in_a_row), height // 2
+    rows, gap = -(-len(captions) // in_a_row), 0.4 * height
     figure = Figure(figsize=(12, 0.6 + 12 * rows * (height + gap) / (in_a_row * width)), layout="constrained")
     axes = figure.subplots()
     axes.set_title(title)

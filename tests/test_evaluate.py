@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -87,9 +88,19 @@ def test_the_models_mode_is_put_back_and_its_statistics_untouched():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory):
+    return tmp_path_factory.mktemp("once") / "scored"
+
+
 @pytest.fixture
-def run(train):
-    return train("scored", "eval_every=1")
+def run(train, trained_once, tmp_path):
+    """A run of three epochs, each test's own; trained by the first."""
+    if trained_once.exists():
+        return shutil.copytree(trained_once, tmp_path / "scored")
+    run = train("scored", "eval_every=1")
+    shutil.copytree(run, trained_once)
+    return run
 
 
 def test_a_run_is_found_and_scored_as_in_training(script, run, tmp_path):

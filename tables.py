@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from config import load_config, plain_values
 from corruptions import SEVERITIES, STANDARD
 from utils import UserError, in_a_line
 
@@ -21,6 +22,25 @@ Result = Mapping[str, Any]  # the content of a results.json
 
 # Operations of policies that resemble corruptions of the benchmark, so that it is not unseen by such policies.
 RESEMBLING = ("Posterize", "Contrast", "Color", "Brightness", "Sharpness")
+
+
+# What a results.json holds, as far as it is read here. KINDS: of a cell, and of the summary, of each kind of benchmark.
+NUMBER = (int, float)
+RESULT = {
+    "checkpoint": str, "sha256": str, "model": str, "epoch": (int, type(None)), "precision": str, "config": dict,
+    "benchmarks": dict,
+}  # fmt: skip
+BENCHMARK = {
+    "kind": str, "source": str, "checked_by": str, "note": str, "fingerprint": str, "environment": dict, "cells": list,
+    "summary": (dict, type(None)),
+}  # fmt: skip
+CELL = {"part": str, "severity": (int, type(None)), "images": int}
+SCORED = CELL | {"error": NUMBER, "loss": NUMBER, "calibration_error": NUMBER}
+KINDS = {
+    "test set": (SCORED | {"top1": NUMBER, "class_images": [int], "class_correct": [int]}, {"error": NUMBER}),
+    "corruptions": (SCORED, {"error": dict.fromkeys(STANDARD, NUMBER), "mean_corruption_error": NUMBER}),
+    "perturbations": (CELL | {"flip_probability": NUMBER}, {"mean_flip_probability": NUMBER}),
+}
 
 
 class Published(NamedTuple):
@@ -105,22 +125,27 @@ def read_results(path: Path) -> dict[str, Any]:
         raise UserError(f"{file}: there is no such file; evaluate.py writes one beside each checkpoint") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read ({in_a_line(error)}); remove it or move it away") from None
-    ours = (
-        _holds(content, "checkpoint", "sha256", "model", "epoch", "precision", "config", "benchmarks")
-        and _holds(content["config"], "dataset", "train_size", "policy", "M", "ops", "epochs")
-        and _holds(content["benchmarks"])
-        and all(
-            _holds(noted, "kind", "source", "checked_by", "fingerprint", "environment", "cells", "summary")
-            for noted in content["benchmarks"].values()
-        )
-    )
-    if not ours:
+    if not _has_shape(content, RESULT) or not all(map(_is_benchmark, content["benchmarks"].values())):
         raise UserError(f"{file}: holds no results of this version of evaluate.py; remove it or move it away")
-    return content
+    config = load_config(None, {field: (str(file), value) for field, value in content["config"].items()})
+    return content | {"config": plain_values(config)}
 
 
-def _holds(record: Any, *keys: str) -> bool:
-    return isinstance(record, dict) and record.keys() >= set(keys)
+def _is_benchmark(noted: Any) -> bool:
+    if not _has_shape(noted, BENCHMARK) or noted["kind"] not in KINDS:
+        return False
+    cell, summary = KINDS[noted["kind"]]
+    finished = bool(noted["cells"]) and _has_shape(noted["summary"], summary)
+    return _has_shape(noted["cells"], [cell]) and (noted["summary"] is None or finished)
+
+
+def _has_shape(value: Any, shape: Any) -> bool:
+    """shape: a type or several, a list with the shape of all items, or a dict with those of the keys that must be."""
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(k in value and _has_shape(value[k], of) for k, of in shape.items())
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(_has_shape(item, shape[0]) for item in value)
+    return isinstance(value, shape)
 
 
 def headline(name: str, summary: Mapping[str, Any]) -> float:

@@ -27,7 +27,14 @@ def result(error, corruption_error=None, *, seed=0, source="official", name="run
     benchmarks = {"clean": noted("test set", [cell], {key: cell[key] for key in keys}, source)}
     if corruption_error is not None:
         cells = [
-            {"part": part, "severity": s, "images": 1000, "error": corruption_error + s / 100, "loss": 1.0}
+            {
+                "part": part,
+                "severity": s,
+                "images": 1000,
+                "error": corruption_error + s / 100,
+                "loss": 1.0,
+                "calibration_error": 0.04,
+            }
             for part in (*STANDARD, *EXTRA)
             for s in SEVERITIES
         ]

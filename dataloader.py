@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from augmentations import gather_pixels, upload
 from config import Config
-from download import Downloads, Remote, unpack
+from download import Downloads, Missing, Remote, unpack
 from imagefiles import IMAGE_SUFFIXES, CentreCrop, FileCheck, FitSquare, ImageFiles, RandomCrop
 from shapes import CLASSES as SHAPE_CLASSES
 from shapes import draw_shapes
@@ -38,11 +38,10 @@ PUBLIC = Downloads()  # from the public addresses, where something is missing
 PIECE = 256  # images that a worker reads at a time and hands over through shared memory: large batches are put together
 
 
-class Split(Protocol):
-    """Part of a data set, ready to be read in batches."""
+class Readable(Protocol):
+    """Images and labels, ready to be read in batches."""
 
     labels: Tensor  # int64, on the CPU
-    resident: bool  # every image is at hand at no cost
 
     def batches(self, indices: Sequence[Tensor], epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """(images uint8 (N, 3, H, W), labels int64 (N,)) on the device, for each index tensor in turn.
@@ -50,6 +49,12 @@ class Split(Protocol):
         epoch: key of whatever is drawn while an image is read.
         """
         ...
+
+
+class Split(Readable, Protocol):
+    """Part of a data set."""
+
+    resident: bool  # every image is at hand at no cost
 
     def fingerprint(self) -> str:
         """A hash that tells this split from one with other images, labels or order."""
@@ -85,7 +90,6 @@ class MappedSplit:
     first: int
     labels: Tensor
     device: torch.device
-    resident = False
 
     def batches(self, indices: Sequence[Tensor], epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         mapped = np.lib.format.open_memmap(self.path, mode="r")
@@ -93,11 +97,6 @@ class MappedSplit:
         for index in indices:
             images_NHWC = torch.from_numpy(np.asarray(images[(index + self.first).numpy()]))  # copies these alone
             yield upload(images_NHWC, self.device).permute(0, 3, 1, 2), upload(self.labels[index], self.device)
-
-    def fingerprint(self) -> str:
-        status = self.path.stat()
-        key = (self.path.name, status.st_size, status.st_mtime_ns, self.first)
-        return hashlib.sha256(repr(key).encode() + self.labels.numpy().tobytes()).hexdigest()
 
 
 @dataclass
@@ -120,7 +119,7 @@ class StreamedSplit:
     def _on_device(self, images: Tensor, positions: Tensor, reasons: list[str | None]) -> tuple[Tensor, Tensor]:
         for position, reason in zip(positions.tolist(), reasons, strict=True):
             if reason and position < 0:
-                raise UserError(f"an image became unreadable during the run: {reason}")
+                raise UserError(f"an image cannot be read: {reason}")
             if reason:
                 warn(f"an image cannot be read, the next one takes its place: {reason}")
         return images.to(self.device, non_blocking=True), upload(self.labels[positions], self.device)
@@ -385,7 +384,7 @@ def _open_folder(config: Config, split: str, classes: tuple[str, ...] | None, qu
     names = ("train",) if split == "train" else ("test", "val")
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     if folder is None:
-        raise UserError(f"{root}: holds no folder {' or '.join(names)}; images belong in {root / names[0]}/<class>/")
+        raise Missing(f"{root}: holds no folder {' or '.join(names)}; images belong in {root / names[0]}/<class>/")
     found = class_folders(folder)
     if classes is None and len(found) < 2:
         raise UserError(f"{folder}: holds {len(found)} class folders; a classifier needs at least two")
@@ -407,12 +406,18 @@ def list_images(folder: Path, label_of: Mapping[str, int]) -> tuple[list[Path], 
     """The image files in the named class folders, sorted within each, and their labels. Raises UserError for none."""
     paths, labels = [], []
     for name, label in label_of.items():
-        files = sorted(p for p in (folder / name).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        files = sorted(folder / name / entry.name for entry in image_files(folder / name))
         if not files:
             raise UserError(f"{folder / name}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
         paths += files
         labels += [label] * len(files)
     return paths, torch.tensor(labels)
+
+
+def image_files(folder: Path) -> list[os.DirEntry]:
+    """The image files in `folder`, known by their names, in no order."""
+    entries = os.scandir(folder)
+    return [e for e in entries if os.path.splitext(e.name)[1].lower() in IMAGE_SUFFIXES and e.is_file()]
 
 
 def _first_difference(found: Sequence[str], expected: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import tarfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ except ImportError:  # not a POSIX system
 STALL = 60.0  # seconds without a byte after which a connection is given up
 PAUSES = (1.0, 4.0, 16.0)  # seconds before each new try; after as many tries that gained nothing, the last has failed
 CHUNK = 1 << 20  # bytes
+_held: set[tuple[int, Path]] = set()  # threads with the folders that each has for itself
 ADDRESS = re.compile(r"https?://[\w.-]+(:\d+)?(/.*)?|file://(localhost)?/.*")
 
 
@@ -81,7 +83,7 @@ class Downloads:
                 if not self.allowed:
                     raise Missing(f"{path}: is not there\n{_by_hand(remote, folder)} run without --no-download")
                 folder.mkdir(parents=True, exist_ok=True)
-                with _alone(folder):
+                with alone(folder):
                     if not path.exists():  # nor has another process fetched it meanwhile
                         return self._download(remote, path)
             if fault := _fault(path, remote):
@@ -177,7 +179,8 @@ def _receive(url: str, part: Path, remote: Remote, quiet: bool) -> None:
                     raise _Failure("sent another range than was asked for", passes=True)
                 total = int(given[2])
             else:
-                size, total = 0, getattr(response, "length", None)  # http.client's; None for file://
+                length = response.headers.get("Content-Length", "")
+                size, total = 0, int(length) if length.isdecimal() else None
             if None not in (total, remote.size) and total != remote.size:
                 raise _Failure(f"would send {total} bytes instead of {remote.size}", passes=False)
             file.truncate(size)
@@ -209,12 +212,15 @@ def _bar(doing: str, total: int | None, quiet: bool, done: int = 0) -> tqdm:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """Others that would fetch into `folder` wait, if its file system tells them (that of a network may not)."""
-    if fcntl is None:
+    held = (threading.get_ident(), folder)
+    if fcntl is None or held in _held:
         yield
         return
+    folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
+    _held.add(held)
     try:
         with contextlib.suppress(OSError):
             try:
@@ -224,6 +230,7 @@ def _alone(folder: Path) -> Iterator[None]:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
+        _held.discard(held)
         os.close(descriptor)
 
 
@@ -235,7 +242,7 @@ def unpack(archive: Path, folder: Path, quiet: bool = False) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder), archive.open("rb") as file:
+        with alone(folder), archive.open("rb") as file:
             temporary = folder / f".unpacking-{archive.name}"
             if temporary.exists():
                 shutil.rmtree(temporary)
@@ -312,10 +319,10 @@ class Ledger:
     def __init__(self, folder: Path):
         self.folder, self.file = folder, folder / "hashes.json"
 
-    def check(self, path: Path, md5: str | None = None) -> str:
+    def check(self, path: Path, *, md5: str | None = None, sha256: str | None = None) -> str:
         """SHA-256 of a file, or of a folder's sorted names and SHA-256s; read only if a size or time is not as noted.
 
-        md5: as published, of a file; without it, the content that was seen first is the right one.
+        md5, sha256: as published, of a file; without any, the content that was seen first is the right one.
         Raises UserError when the content is not the right one, cannot be read, or hashes.json is damaged, and
         ValueError when `path` is not below the folder.
         """
@@ -326,10 +333,11 @@ class Ledger:
             entry = noted if state.items() <= noted.items() else _hashes(path) | state
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        if md5 is not None and entry["md5"] not in (md5, None):
-            differs = f"is not the published file (md5 {entry['md5']} instead of {md5})"
-            raise UserError(f"{path}: {differs}; remove it to have it fetched anew")
-        if md5 is None and noted and entry["sha256"] != noted["sha256"]:
+        for kind, published in (("md5", md5), ("sha256", sha256)):
+            if published not in (None, entry[kind]):
+                differs = f"has another content than was published ({kind} {entry[kind]} instead of {published})"
+                raise UserError(f"{path}: {differs}; put a right copy in its place, or remove it")
+        if md5 is None and sha256 is None and noted and entry["sha256"] != noted["sha256"]:
             differs = f"has changed since it was first used (SHA-256 {entry['sha256']} instead of {noted['sha256']})"
             raise UserError(f"{path}: {differs}\nput the first back, or delete its entry in {self.file}")
         if entry is not noted:

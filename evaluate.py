@@ -15,7 +15,9 @@ counts classes.
 """
 
 import argparse
+import dataclasses
 import json
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -28,45 +30,48 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from checkpoint import load_tensors, sha256_of, write_text
 from config import (
     DEFAULT_CONF,
     Config,
     add_arguments,
-    changed_settings,
     load_config,
     overrides_from,
     plain_values,
     run_directory,
 )
-from dataloader import Normalise, Split
+from dataloader import Normalise, Readable
 from download import Downloads, Missing
 from metrics import Predictions, Scores, measure, summarise
 from models import build_model
 from pictures import draw_pictures
 from processes import World, exit_with_status, join
 from robustness import BENCHMARKS, Benchmark, Cell, Entry, Wanted, fits, named
+from runlog import ImageProgress
 from tables import FORMATS, compare, read_results, report
 from utils import CommandLine, UserError, environment, warn
 
 BATCH = 256  # images in a forward pass; of no influence on the counts
+# The settings that scores depend on; all others are those of the training, whatever is said when it is scored.
+SCORING = ("model", "dropout", "dataset", "image_size", "eval_view", "skip_unreadable", "mean", "std")
 
 
 @dataclass(frozen=True)
 class Subject:
     """What is to be scored: weights, the network and data they are for.
 
-    classes: None where the file does not say. epoch: likewise; a file that says it was trained by main.py.
+    config: settings to score with. trained_with: those of the training; None, as epoch and classes, where the file does
+    not say: it is not one of main.py.
     """
 
     file: Path
     weights: dict[str, Tensor]
     config: Config
-    classes: tuple[str, ...] | None
     num_classes: int
-    epoch: int | None
+    classes: tuple[str, ...] | None = None
+    trained_with: Config | None = None
+    epoch: int | None = None
 
 
 def main() -> None:
@@ -88,30 +93,39 @@ def evaluate(subject: Subject, args: argparse.Namespace, world: World) -> dict[s
     load_weights(model, subject)
     model = model.to(world.device, memory_format=torch.channels_last)
     downloads = Downloads(args.data_url, not args.no_download, quiet=not world.leads)
-    with world.one_first(True):
+    with world.one_first(config.fetches_data or args.benchmarks != ["clean"]):
         wanted = Wanted(config, subject.classes, num_classes, world.device, downloads)
         benchmarks = open_benchmarks(args.benchmarks, wanted)
     world.require_equal("the images", lambda: [(benchmark.name, benchmark.fingerprint) for benchmark in benchmarks])
 
     results = Results.begin(subject, args, benchmarks, world)
     normalise = Normalise(config, world.device)
-    images = sum(cell.images for benchmark in benchmarks for cell in results.lacking(benchmark))
+    progress = ImageProgress(sum(c.images for b in benchmarks for c in results.lacking(b)), shown=world.leads)
     try:
-        with tqdm(total=images, unit="image", leave=False, disable=None if world.leads else True) as bar:
-            for benchmark in benchmarks:
-                lacking = results.lacking(benchmark)
-                for cell in lacking:
-                    bar.set_description(cell_in_words(benchmark, cell))
-                    started = time.perf_counter()
-                    predictions = predict(
-                        model, cell.open(), normalise, world, batch=args.batch_size, bfloat16=args.bfloat16, bar=bar
-                    )
-                    seconds = time.perf_counter() - started
-                    results.add(benchmark, measure(benchmark, cell, predictions, num_classes), seconds)
-                if lacking and world.leads:
-                    draw_pictures(results.pictures, benchmark, results.of(benchmark), subject.classes)
+        for benchmark in benchmarks:
+            lacking = results.lacking(benchmark)
+            for cell in lacking:
+                progress.begin(in_words(benchmark, cell))
+                started = time.perf_counter()
+                predictions = predict(
+                    model,
+                    cell.open(),
+                    normalise,
+                    world,
+                    batch=args.batch_size,
+                    bfloat16=args.bfloat16,
+                    progress=progress,
+                )
+                seconds = time.perf_counter() - started
+                check(predictions, benchmark, cell)
+                results.add(benchmark, measure(benchmark, cell, predictions, num_classes), seconds)
+            if world.leads and (lacking or not any(results.pictures.glob(f"{benchmark.name}_*.png"))):
+                draw_pictures(results.pictures, benchmark, results.of(benchmark), subject.classes)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("what was scored is kept; the same command goes on with the rest") from None
+        without = " without --overwrite" if args.overwrite else ""
+        raise KeyboardInterrupt(f"what was scored is kept; the same command{without} goes on with the rest") from None
+    finally:
+        progress.close()
     return results.content | {"benchmarks": {benchmark.name: results.of(benchmark) for benchmark in benchmarks}}
 
 
@@ -120,7 +134,7 @@ def open_benchmarks(names: list[str], wanted: Wanted) -> list[Benchmark]:
 
     Raises UserError for one that does not fit, is missing, or is not what it should be.
     """
-    fitting = [entry for entry in BENCHMARKS if fits(entry, wanted.config, wanted.classes)]
+    fitting = [entry for entry in BENCHMARKS if fits(entry, wanted)]
     if names == ["all"]:
         there = [benchmark for entry in fitting if (benchmark := _open_if_there(entry, wanted))]
         if not there:
@@ -129,9 +143,10 @@ def open_benchmarks(names: list[str], wanted: Wanted) -> list[Benchmark]:
     entries = [named(name) for name in dict.fromkeys(names)]
     for entry in entries:
         if entry not in fitting:
+            known = ", ".join(other.name for other in fitting)
             raise UserError(
-                f"--benchmarks {entry.name}: is for classifiers of {entry.family}'s classes, and this one is for "
-                f"{wanted.config.dataset}; those that fit are {', '.join(other.name for other in fitting)}"
+                f"--benchmarks {entry.name}: is for {entry.family}'s classes and image size, and this classifier for "
+                f"{wanted.num_classes} classes of {wanted.config.dataset}; those that fit are {known}"
             )
     return [entry.open(entry, wanted) for entry in entries]
 
@@ -145,11 +160,19 @@ def _open_if_there(entry: Entry, wanted: Wanted) -> Benchmark | None:
         return None
 
 
-def cell_in_words(benchmark: Benchmark, cell: Cell) -> str:
+def in_words(benchmark: Benchmark, cell: Cell) -> str:
     return " ".join(map(str, filter(None, (benchmark.name, cell.part, cell.severity))))
 
 
-def score(model: nn.Module, split: Split, num_classes: int, normalise: Normalise, world: World) -> Scores:
+def check(predictions: Predictions, benchmark: Benchmark, cell: Cell) -> None:
+    """Raises UserError unless there is one finite prediction for each image of the cell."""
+    if len(predictions.label_I) != cell.images:
+        raise UserError(f"{in_words(benchmark, cell)}: {len(predictions.label_I)} images instead of {cell.images}")
+    if not predictions.confidence_I.isfinite().all():
+        raise UserError(f"{in_words(benchmark, cell)}: the network gives values that are not finite numbers")
+
+
+def score(model: nn.Module, split: Readable, num_classes: int, normalise: Normalise, world: World) -> Scores:
     """Score `model` in float32 on every image of `split`."""
     return Scores.of(predict(model, split, normalise, world), num_classes)
 
@@ -157,13 +180,13 @@ def score(model: nn.Module, split: Split, num_classes: int, normalise: Normalise
 @torch.no_grad()
 def predict(
     model: nn.Module,
-    split: Split,
+    split: Readable,
     normalise: Normalise,
     world: World,
     *,
     batch: int | None = None,
     bfloat16: bool = False,
-    bar: tqdm | None = None,
+    progress: ImageProgress | None = None,
 ) -> Predictions:
     """What `model`, in evaluation mode, says of every image of `split`; the model's mode is put back.
 
@@ -191,8 +214,8 @@ def predict(
         among_five_B = (top_B5 == label_B[:, None]).any(1)
         results_B4 = torch.stack((top_B5[:, 0].double(), confidence_B.double(), loss_B.double(), among_five_B), dim=1)
         results_I4[index[0] : index[-1] + 1] = results_B4
-        if bar is not None:
-            bar.update(min(world.size * len(index), bar.total - bar.n))
+        if progress is not None:
+            progress.update(world.size * len(index))
     model.train(was_training)
     predicted_I, confidence_I, loss_I, among_five_I = world.sum(results_I4).cpu().unbind(1)
     return Predictions(split.labels, predicted_I.long(), confidence_I, loss_I, among_five_I.bool())
@@ -209,23 +232,30 @@ class Results:
 
     @classmethod
     def begin(cls, subject: Subject, args: argparse.Namespace, benchmarks: list[Benchmark], world: World) -> "Results":
-        """Cells that the file holds already are taken over: of the same checkpoint, images, precision and versions."""
-        beside = "results.json" if args.weights is None else f"{subject.file.name}.results.json"
+        """Cells that the file holds already are taken over: of the same checkpoint, images, precision and versions.
+
+        Raises UserError where scores of something else would be lost.
+        """
+        beside = "results.json" if subject.file.name == "model.pt" else f"{subject.file.name}.results.json"
         results = cls(args.output or subject.file.parent / beside, {}, environment(world.device), world.leads)
+        if world.leads and not os.access(results.file.parent, os.W_OK):
+            raise UserError(f"{results.file}: cannot be written there; name another place with --output")
+        trained_with = subject.trained_with
         results.content = {
             "checkpoint": str(subject.file),
             "sha256": sha256_of(subject.file),
-            "conf": str(args.load_conf) if args.load_conf else None,
+            "conf": args.load_conf and str(args.load_conf),
             "model": subject.config.model,
-            "seed": None if subject.epoch is None else subject.config.seed,
+            "seed": trained_with and trained_with.seed,
             "epoch": subject.epoch,
-            "classes": list(subject.classes) if subject.classes else None,
+            "classes": subject.classes and list(subject.classes),
             "precision": "bfloat16" if args.bfloat16 else "float32",
-            "config": plain_values(subject.config),
+            "scored_with": {name: plain_values(subject.config)[name] for name in SCORING},
+            "config": trained_with and plain_values(trained_with),
             "benchmarks": {},
         }
-        if world.leads and results.file.exists() and not args.overwrite:
-            results._take_over(read_results(results.file), benchmarks, subject.config)
+        if world.leads and results.file.exists():
+            results._take_over(benchmarks, args)
         results.content["benchmarks"] = world.from_leader(results.content["benchmarks"])
         for benchmark in benchmarks:
             results.content["benchmarks"].setdefault(benchmark.name, results._empty(benchmark))
@@ -255,21 +285,36 @@ class Results:
         if self.writes:
             write_text(self.file, json.dumps(self.content, indent=2) + "\n")
 
-    def _take_over(self, before: dict[str, Any], benchmarks: list[Benchmark], config: Config) -> None:
-        said = {field: (str(self.file), value) for field, value in before["config"].items()}
-        same = all(before[key] == self.content[key] for key in ("sha256", "model", "precision"))
-        if not same or changed_settings(load_config(None, said), config):
-            return
-        asked = {benchmark.name: benchmark for benchmark in benchmarks}
-        self.content["benchmarks"] = {
-            name: noted
-            for name, noted in before["benchmarks"].items()
-            if name not in asked or self._still_true(noted, asked[name])
-        }
+    def _take_over(self, benchmarks: list[Benchmark], args: argparse.Namespace) -> None:
+        try:
+            before = read_results(self.file)
+        except UserError as error:
+            if args.overwrite:
+                return
+            raise UserError(f"{error}\nname another file with --output, or replace it with --overwrite") from None
+        differing = [key for key in ("sha256", "precision", "scored_with") if before[key] != self.content[key]]
+        if "sha256" in differing and not args.output:
+            warn(f"{self.file}: is of other weights, gone since; it is written anew")
+        elif differing and not args.overwrite:
+            raise UserError(
+                f"{self.file}: holds scores with another {' and '.join(differing)}\n"
+                "name another file with --output, or replace it with --overwrite"
+            )
+        if not differing:
+            asked = {benchmark.name: benchmark for benchmark in benchmarks}
+            self.content["benchmarks"] = {
+                name: noted
+                for name, noted in before["benchmarks"].items()
+                if name not in asked or (not args.overwrite and self._still_true(noted, asked[name]))
+            }
 
     def _still_true(self, noted: dict[str, Any], benchmark: Benchmark) -> bool:
-        versions = all(noted["environment"].get(key) == self.environment[key] for key in ("torch", "device"))
-        return versions and noted["fingerprint"] == benchmark.fingerprint
+        """Of the same images, packages and device; and, as long as cells are lacking, scored by the same source."""
+        must_be_same = ["torch", "torchvision", "numpy", "pillow", "device"]
+        if not noted["summary"]:
+            must_be_same.append("git_revision")
+        same = all(noted["environment"].get(key) == self.environment[key] for key in must_be_same)
+        return same and noted["fingerprint"] == benchmark.fingerprint
 
     def _empty(self, benchmark: Benchmark) -> dict[str, Any]:
         return {
@@ -288,8 +333,8 @@ class Results:
 
 def one_by_one(args: argparse.Namespace) -> Iterator[argparse.Namespace]:
     """The arguments of each checkpoint, where several files or seeds were named."""
-    for file in args.checkpoint or args.weights or [None]:
-        for seed in args.seed or [None]:
+    for file in dict.fromkeys(args.checkpoint or args.weights or [None]):
+        for seed in dict.fromkeys(args.seed or [None]):
             one = {"seed": seed, "checkpoint": args.checkpoint and file, "weights": args.weights and file}
             yield argparse.Namespace(**vars(args) | one)
 
@@ -310,7 +355,10 @@ def trained_here(args: argparse.Namespace) -> Subject:
     content = load_tensors(file)
     if not isinstance(content, dict) or not {"model", "classes", "config", "epoch"} <= content.keys():
         raise UserError(f"{file}: is no model.pt of main.py; score a plain state dict with --model NAME --weights FILE")
-    config = load_config(None, {field: (str(file), value) for field, value in content["config"].items()} | overrides)
+    said = {field: (str(file), value) for field, value in content["config"].items()}
+    trained_with = load_config(None, said)
+    may_differ = {field.name for field in dataclasses.fields(Config) if field.metadata["may_change"]} | {*SCORING}
+    config = load_config(None, said | {field: value for field, value in overrides.items() if field in may_differ})
     by_name = args.checkpoint or args.name
     if by_name and args.load_conf and (asked.model, asked.dataset) != (config.model, config.dataset):
         raise UserError(
@@ -318,7 +366,7 @@ def trained_here(args: argparse.Namespace) -> Subject:
             f"a {asked.model} for {asked.dataset}; leave out --load_conf, or name another checkpoint"
         )
     classes = tuple(content["classes"])
-    return Subject(file, content["model"], config, classes, len(classes), content["epoch"])
+    return Subject(file, content["model"], config, len(classes), classes, trained_with, content["epoch"])
 
 
 def plain_state_dict(args: argparse.Namespace) -> Subject:
@@ -326,10 +374,12 @@ def plain_state_dict(args: argparse.Namespace) -> Subject:
     said = overrides_from(args) | {"model": ("--model", args.model)}
     families = {named(name).family for name in args.benchmarks if name != "all"} - {None}
     conf = args.load_conf
-    if conf is None and len(families) == 1:  # the benchmarks say what the classifier is for
-        said = {"dataset": ("--benchmarks", families.pop()), "crop_padding": ("--benchmarks", 0)} | said
-    else:
-        conf = conf or DEFAULT_CONF
+    if conf is None and "dataset" not in said:
+        if len(families) != 1:
+            raise UserError(f"{args.weights}: say what data it is for, with --load_conf or --set dataset=NAME")
+        said = {"dataset": ("--benchmarks", families.pop())} | said
+    if conf is None:
+        said = {"crop_padding": ("--benchmarks", 0)} | said  # for training; not every data set can have it
     config = load_config(conf, said)
     content = load_tensors(args.weights)
     for key in ("state_dict", "model_state_dict", "model"):
@@ -338,7 +388,7 @@ def plain_state_dict(args: argparse.Namespace) -> Subject:
     if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise UserError(f"{args.weights}: holds no state dict (names with tensors)")
     weights = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in content.items()}
-    return Subject(args.weights, weights, config, None, outputs_of(weights, config), None)
+    return Subject(args.weights, weights, config, outputs_of(weights, config))
 
 
 def outputs_of(weights: dict[str, Tensor], config: Config) -> int:
@@ -390,6 +440,10 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--output: names one file, and several checkpoints are scored")
     if args.output and not args.output.parent.is_dir():
         parser.error(f"--output {args.output}: there is no directory {args.output.parent}")
+    if args.output and (args.output.suffix != ".json" or args.output.is_dir()):
+        parser.error(f"--output {args.output}: name a file that ends in .json")
+    if args.compare and (args.checkpoint or args.weights or args.load_conf):
+        parser.error("--compare: scores nothing; leave out --checkpoint, --weights and --load_conf")
     if (args.model is None) != (args.weights is None):
         parser.error("--model and --weights go together")
     if args.weights and args.checkpoint:

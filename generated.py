@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from checkpoint import sha256_of, write_atomically, write_text
 from config import Config
 from corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from dataloader import Split, load_test
 from download import Downloads
-from utils import UserError, environment, keyed_generator
+from runlog import ImageProgress
+from utils import UserError, environment, has_shape, keyed_generator
 
 MANIFEST = "generated.json"
 CHUNK = 250  # images that are drawn together: part of the key of their draws
@@ -45,7 +45,7 @@ def make(config: Config, downloads: Downloads) -> Path:
     images, side = len(split.labels), side_of_test_images(config)
     made = {
         "generated": "corruptions drawn by robustness.py --make, not the official images; frost is procedural",
-        "of": split.fingerprint(),
+        "test_set": split.fingerprint(),
         "dataset": config.dataset,
         "classes": list(classes),
         "images": images,
@@ -65,10 +65,15 @@ def make(config: Config, downloads: Downloads) -> Path:
         write_text(folder / MANIFEST, text + "\n")
 
     note(write_atomically(folder / "labels.npy", partial(_save_labels, np.tile(split.labels.numpy(), 5))))
-    with tqdm(total=len(rows) * 5 * images, unit="image", disable=True if downloads.quiet else None) as bar:
+    progress = ImageProgress(len(rows) * 5 * images, shown=not downloads.quiet)
+    try:
         for row in rows:
-            draw = partial(_draw, split, row.name, (5 * images, side, side, 3), config.seed, bar)
+            draw = partial(_draw, split, row.name, (5 * images, side, side, 3), config.seed, progress)
             note(write_atomically(folder / f"{row.name}.npy", draw))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("whole files are kept; the same command goes on with the rest") from None
+    finally:
+        progress.close()
     return folder
 
 
@@ -84,22 +89,26 @@ def _begin(folder: Path, made: dict[str, Any]) -> dict[str, str]:
         return {}
     before = read_manifest(folder)
     if other := [key for key, value in made.items() if before.get(key) != value]:
-        raise UserError(f"{folder}: holds corruptions with another {', '.join(other)}; remove it, or move it away")
-    return {name: sha256 for name, sha256 in before["files"].items() if (folder / name).is_file()}
+        differing = ", ".join(other)
+        raise UserError(
+            f"{folder}: holds a set that differs in {differing} from what is asked for; remove it or move it"
+        )
+    there = {name: sha256 for name, sha256 in before["files"].items() if (folder / name).is_file()}
+    return {name: sha256 for name, sha256 in there.items() if sha256_of(folder / name) == sha256}
 
 
-def _draw(split: Split, name: str, shape: tuple[int, ...], seed: int, bar: tqdm, path: Path) -> None:
+def _draw(split: Split, name: str, shape: tuple[int, ...], seed: int, progress: ImageProgress, path: Path) -> None:
     images = shape[0] // 5
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         for severity in SEVERITIES:
-            bar.set_description(f"{name} {severity}")
+            progress.begin(f"{name} {severity}")
             batches = split.batches(torch.arange(images).split(CHUNK))
             for number, (images_NCHW, _) in enumerate(batches):
                 generator = keyed_generator(seed, "corruption", name, severity, number)
                 drawn_NCHW = corrupt(images_NCHW, name, severity, generator)
                 file.write(drawn_NCHW.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
-                bar.update(len(drawn_NCHW))
+                progress.update(len(drawn_NCHW))
 
 
 def _save_labels(labels: np.ndarray, path: Path) -> None:
@@ -110,8 +119,8 @@ def _save_labels(labels: np.ndarray, path: Path) -> None:
 def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         made = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if not {"classes", "side", "files"} <= made.keys():
-            raise ValueError("entries are missing")
-    except (OSError, ValueError, AttributeError) as error:
+        if not has_shape(made, {"test_set": str, "classes": [str], "side": int, "files": dict}):
+            raise ValueError("entries are missing or of another kind")
+    except (OSError, ValueError) as error:
         raise UserError(f"{folder / MANIFEST}: cannot be read ({error}); remove {folder} and draw them again") from None
     return made

@@ -67,6 +67,7 @@ from utils import (
     CommandLine,
     UserError,
     choose_kernels,
+    duration,
     environment,
     keyed_generator,
     random_state,
@@ -437,13 +438,6 @@ def epoch_line(state: TrainingState, metrics: dict[str, float], times: dict[str,
             words += [f"{name} loss {metrics[f'{name}_loss']:.3f}", f"{name} accuracy {metrics[f'{name}_top1']:.1%}"]
     left = (state.config.epochs - state.epoch) * (times["train_seconds"] + times["other_seconds"])
     return ", ".join([*words, f"{times['images_per_second']:,.0f} images/s", f"{duration(left)} left"])
-
-
-def duration(seconds: float) -> str:
-    """h:mm:ss, or m:ss below an hour."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def closing_words(run: Path, state: TrainingState) -> str:

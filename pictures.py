@@ -4,10 +4,11 @@ With matplotlib they have axes and words, and are written as PNG. TensorBoard ge
 plain fields of colour, whose meaning stands in its text tab.
 """
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,10 +20,8 @@ from torchvision.utils import make_grid
 from corruptions import SEVERITIES
 from robustness import Benchmark
 
-try:
+if TYPE_CHECKING:
     from matplotlib.figure import Figure
-except ImportError:  # pictures with axes are for those who have it
-    Figure = None
 
 
 class Picture(NamedTuple):
@@ -34,13 +33,22 @@ class Picture(NamedTuple):
     words: str
 
 
+@cache
+def figure_class() -> "type[Figure] | None":
+    """Matplotlib's class of figures, or None without it. It takes long to import, and training does not need it."""
+    try:
+        return importlib.import_module("matplotlib.figure").Figure
+    except ImportError:
+        return None
+
+
 def draw_pictures(folder: Path, benchmark: Benchmark, noted: Mapping[str, Any], classes: Sequence[str] | None) -> None:
     """The pictures of a finished benchmark, of which results.json says `noted`, in `folder`: PNG and TensorBoard's."""
     folder.mkdir(parents=True, exist_ok=True)
     writer = SummaryWriter(str(folder))
     for picture in pictures_of(benchmark, noted, classes or benchmark.classes):
         name = f"{benchmark.name}_{picture.name}"
-        if Figure is None:
+        if figure_class() is None:
             image_CHW = picture.plain()
         else:
             picture.figure().savefig(folder / f"{name}.png", dpi=130)
@@ -89,7 +97,7 @@ def _mistakes(benchmark: Benchmark, cell: Mapping[str, Any], classes: Sequence[s
 
 def heat_map(share: Tensor, rows: Sequence[str], columns: Sequence[str], title: str) -> "Figure":
     """A table of shares in 0..1, coloured, with each as a percentage."""
-    figure = Figure(figsize=(3.2 + 0.85 * len(columns), 1.2 + 0.32 * len(rows)), layout="constrained")
+    figure = figure_class()(figsize=(3.2 + 0.85 * len(columns), 1.2 + 0.32 * len(rows)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(100 * share.numpy(), cmap="YlOrRd", vmin=0, vmax=100, aspect="auto")
     axes.set_xticks(range(len(columns)), columns)
@@ -107,7 +115,7 @@ def reliability(bins: Mapping[str, Sequence[float]], title: str) -> "Figure":
     images = np.array(bins["images"])
     accuracy = np.array(bins["correct"]) / images.clip(min=1)
     edges = np.linspace(0, 1, len(images) + 1)
-    figure = Figure(figsize=(5.5, 6), layout="constrained")
+    figure = figure_class()(figsize=(5.5, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     above.bar(edges[:-1], accuracy, width=edges[1], align="edge", edgecolor="black", label="accuracy in the bin")
     above.plot((0, 1), (0, 1), "--", color="grey", label="calibrated")
@@ -123,14 +131,21 @@ def gallery(images_NCHW: Tensor, captions: Sequence[str], title: str, in_a_row: 
     """Images with a caption of three lines above each."""
     height, width = images_NCHW.shape[2:]
     rows, gap = -(-len(captions) // in_a_row), 0.4 * height
-    figure = Figure(figsize=(12, 0.6 + 12 * rows * (height + gap) / (in_a_row * width)), layout="constrained")
+    figure = figure_class()(figsize=(12, 0.6 + 12 * rows * (height + gap) / (in_a_row * width)), layout="constrained")
     axes = figure.subplots()
     axes.set_title(title)
     axes.axis("off")
     for position, (image_CHW, caption) in enumerate(zip(images_NCHW, captions, strict=True)):
         left, top = position % in_a_row * 1.05 * width, position // in_a_row * (height + gap)
         axes.imshow(image_CHW.permute(1, 2, 0).numpy(), extent=(left, left + width, top + height, top))
-        axes.text(left + width / 2, top - 0.03 * height, caption.replace(", ", "\n"), ha="center", fontsize="small")
+        axes.text(
+            left + width / 2,
+            top - 0.03 * height,
+            caption.replace(", ", "\n"),
+            ha="center",
+            size="small",
+            parse_math=False,
+        )
     axes.set(xlim=(0, 1.05 * width * min(in_a_row, len(captions))), ylim=(rows * (height + gap) - gap, -gap))
     return figure
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from utils import UserError
 
-PATIENCE = timedelta(hours=1)  # how long a process waits for the others: reading a large data set takes its time
+# How long a process waits for the others. One that ends is noticed at once; one may be fetching tens of GB.
+PATIENCE = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,8 @@ def _in_words(error: BaseException) -> tuple[int, str]:
         return 2, f"error: {where}{error}"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
         return 2, f"error: {where}out of memory; a smaller model or fewer images at a time need less"
+    if "timed out" in str(error).lower() and isinstance(error, (dist.DistError, RuntimeError)):
+        return 2, f"error: {where}has waited {PATIENCE} for another process, in vain; is that one stuck?"
     if isinstance(error, dist.DistError) or "closed by peer" in str(error):
         return 2, f"error: {where}another process has ended without a word; was it killed, or out of memory?"
     if "DataLoader worker" in str(error):

@@ -15,7 +15,8 @@ or, where none is published, the one noted at first use. `source` says what the 
 import argparse
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +26,17 @@ from torch import Tensor
 
 from config import DEFAULT_CONF, Config, add_setting_arguments, load_config, overrides_from
 from corruptions import CORRUPTIONS, EXTRA, SEVERITIES, STANDARD
-from dataloader import MappedSplit, Split, StreamedSplit, class_folders, list_images, load_test
-from download import Downloads, Ledger, Missing, Remote, unpack
+from dataloader import (
+    MappedSplit,
+    Readable,
+    Split,
+    StreamedSplit,
+    class_folders,
+    image_files,
+    list_images,
+    load_test,
+)
+from download import Downloads, Ledger, Missing, Remote, alone, unpack
 from generated import MANIFEST, generated_folder, make, read_manifest, side_of_test_images
 from imagefiles import CentreCrop, ImageFiles
 from processes import exit_with_status
@@ -39,7 +49,10 @@ SEQUENCES = (
     "brightness", "translate", "rotate", "tilt", "scale",
 )  # fmt: skip
 
-OFFICIAL_CIFAR_C = 50_000  # images in a file
+# How many images the official sets hold: of a file of CIFAR-C, of a cell of ImageNet-C, and so on.
+CIFAR_C_IMAGES, CIFAR_P_SEQUENCES, IMAGENET_IMAGES, IMAGENET_V2_IMAGES = 50_000, 10_000, 50_000, 10_000
+IMAGENET_CLASSES = 1000
+CLASSES = {"cifar10": 10, "cifar100": 100}  # of a family; ImageNet's may be a subset
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -49,7 +62,7 @@ class Cell(NamedTuple):
     part: str
     severity: int | None
     images: int
-    open: Callable[[], Split]
+    open: Callable[[], Readable]
     frames: int = 1
 
 
@@ -66,7 +79,8 @@ class Benchmark(NamedTuple):
     note: str = ""
 
 
-class Wanted(NamedTuple):
+@dataclass(frozen=True)
+class Wanted:
     """What opening a benchmark needs to know of the classifier and the machine. classes: None where nobody says."""
 
     config: Config
@@ -79,13 +93,22 @@ class Wanted(NamedTuple):
     def root(self) -> Path:
         return Path(self.config.dataroot)
 
+    @cached_property
+    def test_set(self) -> tuple[Split, tuple[str, ...]]:
+        """The test split of the classifier's own data set, and its classes. Raises UserError for another number."""
+        split, classes = load_test(self.config, self.device, self.classes, self.downloads)
+        if len(classes) != self.num_classes:
+            raise UserError(f"{self.config.dataset}: has {len(classes)} classes, and the classifier {self.num_classes}")
+        return split, classes
+
 
 class Entry(NamedTuple):
-    """A benchmark by name. family: the data set whose classes it has; None: any."""
+    """A benchmark by name. family: the data set whose classes it has; None: any. sign: what shows that it is there."""
 
     name: str
     family: str | None
     where: str  # below dataroot
+    sign: str  # below that
     comes_from: str
     open: Callable[["Entry", Wanted], Benchmark]
 
@@ -99,23 +122,24 @@ def named(name: str) -> Entry:
     raise UserError(f"--benchmarks: {name!r} is none of {', '.join(names)}, all{did_you_mean(name, names)}")
 
 
-def fits(entry: Entry, config: Config, classes: tuple[str, ...] | None) -> bool:
-    """Whether a classifier of these classes can be scored on it: CIFAR-10's, from whatever files, are known by name."""
-    if entry.family in (None, config.dataset):
+def fits(entry: Entry, wanted: Wanted) -> bool:
+    """Whether the classifier is for the benchmark's classes: CIFAR-10's, from whatever files, are known by name."""
+    if CLASSES.get(entry.family, wanted.num_classes) != wanted.num_classes:
+        return False
+    if entry.family in (None, wanted.config.dataset):
         return True
-    return entry.family == "cifar10" and classes == CIFAR10_CLASSES and config.image_size == 32
+    return entry.family == "cifar10" and wanted.classes == CIFAR10_CLASSES and wanted.config.image_size == 32
 
 
 def _open_clean(entry: Entry, wanted: Wanted) -> Benchmark:
     """The test set of the classifier's own data set."""
-    config = wanted.config
-    split, classes = load_test(config, wanted.device, wanted.classes, wanted.downloads)
+    split, classes = wanted.test_set
     images = len(split.labels)
     source, checked_by = {
         "shapes": ("embedded", "drawn by the program"),
         "folder": ("own", "decoding"),
-        "imagenet": ("official" if (images, len(classes)) == (50_000, 1000) else "subset", "count"),
-    }.get(config.dataset, ("official", "md5"))
+        "imagenet": (_imagenet_source(images, IMAGENET_IMAGES, classes), "count"),
+    }.get(wanted.config.dataset, ("official", "md5"))
     cell = Cell("", None, images, lambda: split)
     return Benchmark(entry.name, "test set", source, checked_by, split.fingerprint(), (cell,), classes)
 
@@ -123,8 +147,10 @@ def _open_clean(entry: Entry, wanted: Wanted) -> Benchmark:
 def _open_corruption_arrays(entry: Entry, wanted: Wanted, *, archive: Remote, md5: Mapping[str, str]) -> Benchmark:
     """CIFAR-10-C and CIFAR-100-C: a file per corruption, uint8 (5 n, 32, 32, 3), one severity after another."""
     folder = _unpacked(archive, wanted.root, (entry.where,), wanted)[0]
-    cells, files = _corruption_cells(folder, wanted, side=32)
-    official = 5 * cells[0].images == OFFICIAL_CIFAR_C
+    cells, files = _corruption_cells(
+        folder, wanted, 32, "put a copy back, or remove the folder to have it fetched anew"
+    )
+    official = 5 * cells[0].images == CIFAR_C_IMAGES
     ledger = Ledger(wanted.root)
     hashes = [ledger.check(path, md5=md5[path.stem] if official else None) for path in files]
     source, checked_by = ("official", "md5") if official else ("subset", "SHA-256 at first use")
@@ -140,20 +166,17 @@ def _open_generated(entry: Entry, wanted: Wanted) -> Benchmark:
     made = read_manifest(folder)
     lacking = [row.name for row in CORRUPTIONS if f"{row.name}.npy" not in made["files"]]
     if lacking:
-        raise UserError(f"{folder}: {lacking[0]} has not been drawn yet; {how}")
-    if wanted.classes is not None and tuple(made["classes"]) != wanted.classes:
-        raise UserError(f"{folder}: is of other classes than the checkpoint's")
-    side = side_of_test_images(wanted.config)
-    if made["side"] != side:
-        raise UserError(f"{folder}: its images have {made['side']} pixels a side, and the classifier's {side}; {how}")
-    cells, files = _corruption_cells(folder, wanted, side)
+        raise Missing(f"{folder}: {lacking[0]} has not been drawn yet; {how}")
+    split, classes = wanted.test_set
+    if made["test_set"] != split.fingerprint():
+        raise UserError(f"{folder}: was drawn of other test images than the present ones; remove it, and {how}")
+    cells, files = _corruption_cells(folder, wanted, side_of_test_images(wanted.config), how)
     ledger = Ledger(wanted.root)
     for path in files:
-        if ledger.check(path) != made["files"].get(path.name):
-            raise UserError(f"{path}: is not as it was drawn ({MANIFEST} has its hash); remove it and draw it again")
+        ledger.check(path, sha256=made["files"][path.name])
     note = "generated from this test set; frost is procedural; not comparable with published numbers"
     fingerprint = _digest(sorted(made["files"].values()))
-    return Benchmark(entry.name, "corruptions", "generated", "SHA-256", fingerprint, cells, note=note)
+    return Benchmark(entry.name, "corruptions", "generated", "SHA-256", fingerprint, cells, classes, note)
 
 
 def _open_perturbation_arrays(entry: Entry, wanted: Wanted, *, drive: str) -> Benchmark:
@@ -179,7 +202,7 @@ def _open_perturbation_arrays(entry: Entry, wanted: Wanted, *, drive: str) -> Be
     if len(counts) > 1:
         found = ", ".join(map(str, sorted(counts)))
         raise UserError(f"{folder}: its files hold different numbers of sequences ({found})")
-    source = "official" if counts == {10_000} else "subset"
+    source = "official" if counts == {CIFAR_P_SEQUENCES} else "subset"
     return Benchmark(entry.name, "perturbations", source, "shape, SHA-256 at first use", _digest(hashes), tuple(cells))
 
 
@@ -205,25 +228,25 @@ def _open_imagenet_c(entry: Entry, wanted: Wanted, *, archives: Mapping[Remote, 
     for archive, holds in archives.items():
         found |= zip(holds, _unpacked(archive, place, holds, wanted), strict=True)
     found |= {name: place / name for name in EXTRA if (place / name).is_dir()}
-    cells, counts = [], {}
-    classes = wanted.classes
+    classes = wanted.classes or class_folders(place / STANDARD[0] / str(SEVERITIES[0]))
+    cells, listing = [], hashlib.sha256()
     for name, folder in found.items():
         for severity in SEVERITIES:
             tree = folder / str(severity)
             if not tree.is_dir():
-                raise UserError(f"{tree}: is missing; remove {folder} to have it fetched anew")
-            own = class_folders(tree)
-            classes = classes or own
-            if own != classes or len(own) != wanted.num_classes:
-                raise UserError(f"{tree}: its {len(own)} classes are not the {wanted.num_classes} of the classifier")
-            images = sum(len(_files(tree / class_name)) for class_name in own)
-            counts[str(tree.relative_to(place))] = images
-            cells.append(Cell(name, severity, images, partial(_streamed, tree, own, CentreCrop(224, 224), wanted)))
-    if len(set(counts.values())) > 1:
-        fewest = min(counts, key=counts.get)
-        raise UserError(f"{place / fewest}: holds {counts[fewest]} images, others {max(counts.values())}")
-    source = "official" if set(counts.values()) == {50_000} else "subset"
-    return Benchmark(entry.name, "corruptions", source, "count", _digest([classes, counts]), tuple(cells), classes)
+                raise Missing(f"{tree}: is missing; remove {folder} to have it fetched anew")
+            if class_folders(tree) != classes or len(classes) != wanted.num_classes:
+                raise UserError(f"{tree}: its classes are not the {wanted.num_classes} of the classifier")
+            files = [(c, file.name, file.stat().st_size) for c in classes for file in image_files(tree / c)]
+            listing.update(repr((name, severity, sorted(files))).encode())
+            split = partial(_streamed, tree, classes, CentreCrop(224, 224), wanted)
+            cells.append(Cell(name, severity, len(files), split))
+    fewest = min(cells, key=lambda cell: cell.images)
+    most = max(cell.images for cell in cells)
+    if fewest.images != most:
+        raise UserError(f"{place / fewest.part / str(fewest.severity)}: holds {fewest.images} images, others {most}")
+    source = _imagenet_source(most, IMAGENET_IMAGES, classes)
+    return Benchmark(entry.name, "corruptions", source, "count", listing.hexdigest(), tuple(cells), classes)
 
 
 def _open_imagenet_v2(entry: Entry, wanted: Wanted, *, archive: Remote) -> Benchmark:
@@ -232,10 +255,10 @@ def _open_imagenet_v2(entry: Entry, wanted: Wanted, *, archive: Remote) -> Bench
     names = tuple(map(str, range(wanted.num_classes)))
     if set(class_folders(folder)) != set(names):
         raise UserError(f"{folder}: its class folders are not 0..{wanted.num_classes - 1}")
-    images = sum(len(_files(folder / name)) for name in names)
+    images = sum(len(image_files(folder / name)) for name in names)
     view = CentreCrop(*wanted.config.eval_view)
     cell = Cell("", None, images, partial(_streamed, folder, names, view, wanted))
-    source = "official" if (images, wanted.num_classes) == (10_000, 1000) else "subset"
+    source = _imagenet_source(images, IMAGENET_V2_IMAGES, names)
     fingerprint = Ledger(wanted.root).check(folder)
     return Benchmark(entry.name, "test set", source, "count, SHA-256 at first use", fingerprint, (cell,))
 
@@ -245,16 +268,16 @@ def _streamed(tree: Path, classes: Sequence[str], view: CentreCrop, wanted: Want
     return StreamedSplit(ImageFiles(paths, view), labels, wanted.device, wanted.config.workers)
 
 
-def _files(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+def _imagenet_source(images: int, official: int, classes: Sequence[str]) -> str:
+    return "official" if (images, len(classes)) == (official, IMAGENET_CLASSES) else "subset"
 
 
-def _corruption_cells(folder: Path, wanted: Wanted, side: int) -> tuple[tuple[Cell, ...], list[Path]]:
+def _corruption_cells(folder: Path, wanted: Wanted, side: int, remedy: str) -> tuple[tuple[Cell, ...], list[Path]]:
     """Cells of all corruptions in `folder`, the extra ones where they are there, and the files they are read from."""
     names = [*STANDARD, *(name for name in EXTRA if (folder / f"{name}.npy").is_file())]
     lacking = [f"{name}.npy" for name in (*STANDARD, "labels") if not (folder / f"{name}.npy").is_file()]
     if lacking:
-        raise UserError(f"{folder}: lacks {', '.join(lacking)}; put a copy back, or remove the folder to fetch it anew")
+        raise Missing(f"{folder}: lacks {', '.join(lacking)}; {remedy}")
     files = [folder / f"{name}.npy" for name in names]
     expected = f"(5 n, {side}, {side}, 3)"
     lengths = {path: _array(path, expected, lambda s: len(s) == 4 and s[0] % 5 == 0, side)[0] for path in files}
@@ -310,12 +333,13 @@ def _unpacked(archive: Remote, place: Path, holds: Sequence[str], wanted: Wanted
 
     An archive that was fetched for it is removed again, one that lay there is kept.
     """
-    if not all((place / name).is_dir() for name in holds):
-        lay_there = (place / archive.name).exists()
-        file = wanted.downloads.fetch(archive, place)
-        unpack(file, place, quiet=wanted.downloads.quiet)
-        if not lay_there:
-            file.unlink()
+    with alone(place):  # so that another process that waits for the archive finds it unpacked
+        if not all((place / name).is_dir() for name in holds):
+            lay_there = (place / archive.name).exists()
+            file = wanted.downloads.fetch(archive, place)
+            unpack(file, place, quiet=wanted.downloads.quiet)
+            if not lay_there:
+                file.unlink()
     folders = [place / name for name in holds]
     for folder in folders:
         if not folder.is_dir():
@@ -377,34 +401,36 @@ def _cifar10_1(version: str, count: int, bytes_of_labels: int) -> Entry:
     images = Remote(f"{address}_{version}_data.npy")
     labels = Remote(f"{address}_{version}_labels.npy", bytes_of_labels)
     opened = partial(_open_array_test_set, images=images, labels=labels, count=count)
-    return Entry(f"cifar10.1-{version}", "cifar10", "CIFAR-10.1", images.url, opened)
+    return Entry(f"cifar10.1-{version}", "cifar10", "CIFAR-10.1", images.name, images.url, opened)
 
 
 def _imagenet_v2(variant: str) -> Entry:
     archive = Remote(f"https://huggingface.co/datasets/vaishaal/ImageNetV2/resolve/main/imagenetv2-{variant}.tar.gz")
     where = f"imagenetv2-{variant}-format-val"
-    return Entry(f"imagenet-v2-{variant}", "imagenet", where, archive.url, partial(_open_imagenet_v2, archive=archive))
+    opened = partial(_open_imagenet_v2, archive=archive)
+    return Entry(f"imagenet-v2-{variant}", "imagenet", where, "0", archive.url, opened)
 
 
 def _cifar_p(classes: int, drive: str) -> Entry:
     address = f"https://drive.google.com/drive/folders/{drive}"
     opened = partial(_open_perturbation_arrays, drive=address)
-    return Entry(f"cifar{classes}-p", f"cifar{classes}", f"CIFAR-{classes}-P", f"by hand: {address}", opened)
+    where, sign = f"CIFAR-{classes}-P", f"{SEQUENCES[0]}.npy"
+    return Entry(f"cifar{classes}-p", f"cifar{classes}", where, sign, f"by hand: {address}", opened)
 
 
 BENCHMARKS = (
-    Entry("clean", None, "", "the data set's own test split", _open_clean),
-    Entry("cifar10-c", "cifar10", "CIFAR-10-C", CIFAR10_C.keywords["archive"].url, CIFAR10_C),
+    Entry("clean", None, "", "", "the data set's own test split", _open_clean),
+    Entry("cifar10-c", "cifar10", "CIFAR-10-C", "labels.npy", CIFAR10_C.keywords["archive"].url, CIFAR10_C),
     _cifar_p(10, "1dY1_zeRyjMKdfmMbQ_uK8O1i0MVI9UbZ"),
     _cifar10_1("v4", 2021, 8212),
     _cifar10_1("v6", 2000, 8128),
-    Entry("cifar100-c", "cifar100", "CIFAR-100-C", CIFAR100_C.keywords["archive"].url, CIFAR100_C),
+    Entry("cifar100-c", "cifar100", "CIFAR-100-C", "labels.npy", CIFAR100_C.keywords["archive"].url, CIFAR100_C),
     _cifar_p(100, "1Tpssw4Vn6X_4hmIW8KK5LzkKCZpAaae8"),
-    Entry("imagenet-c", "imagenet", "ImageNet-C", "https://zenodo.org/records/2235448", IMAGENET_C),
+    Entry("imagenet-c", "imagenet", "ImageNet-C", STANDARD[-1], "https://zenodo.org/records/2235448", IMAGENET_C),
     _imagenet_v2("matched-frequency"),
     _imagenet_v2("threshold0.7"),
     _imagenet_v2("top-images"),
-    Entry("generated-c", None, "generated-c-<dataset>", "python robustness.py --make", _open_generated),
+    Entry("generated-c", None, "generated-c-<dataset>", MANIFEST, "python robustness.py --make", _open_generated),
 )
 
 
@@ -419,7 +445,7 @@ def main() -> None:
     rows = []
     for entry in BENCHMARKS[1:]:
         where = generated_folder(config) if entry.name == "generated-c" else Path(config.dataroot) / entry.where
-        there = "yes" if where.is_dir() else "no"
+        there = "yes" if (where / entry.sign).exists() else "no"
         rows.append((entry.name, entry.family or "any", there, str(where), entry.comes_from))
     header = ("benchmark", "classes of", "there", "lies in", "comes from")
     print(render(Table(f"Benchmarks, and what of them is in {config.dataroot}", header, rows)))

@@ -1,4 +1,4 @@
-"""What a run tells: jsonl files, TensorBoard, a line per epoch on stdout, and a progress bar on a terminal.
+"""What long work tells: jsonl files, TensorBoard, a line per epoch on stdout, and a progress bar on a terminal.
 
 `metrics.jsonl` and `policies.jsonl` hold no clock times, so that two equal runs write equal files; clocks are in
 `times.jsonl`. TensorBoard's horizontal axis is the step throughout.
@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from utils import UserError
+from utils import UserError, duration
 
 JSONL_FILES = ("metrics.jsonl", "policies.jsonl", "times.jsonl")
 
@@ -116,6 +116,35 @@ class Progress:
         if self._speaks:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class ImageProgress:
+    """Images done of many, with time left: a bar on a terminal, elsewhere a line on stderr twice a minute at most.
+
+    shown: False for a process that leaves printing to another.
+    """
+
+    def __init__(self, images: int, *, shown: bool = True):
+        self._started = self._spoke_at = time.monotonic()
+        self._speaks = shown
+        self._done, self._images, self._doing = 0, images, ""
+        self._bar = tqdm(total=images, unit="image", leave=False, disable=None if shown else True, dynamic_ncols=True)
+
+    def begin(self, doing: str) -> None:
+        self._doing = doing
+        self._bar.set_description(doing)
+
+    def update(self, images: int) -> None:
+        self._done = min(self._done + images, self._images)
+        self._bar.update(self._done - self._bar.n)
+        now = time.monotonic()
+        if self._bar.disable and self._speaks and now - self._spoke_at > 30:
+            left = duration((now - self._started) / self._done * (self._images - self._done))
+            print(f"{self._doing}: {self._done:,} of {self._images:,} images, {left} left", file=sys.stderr, flush=True)
+            self._spoke_at = now
 
     def close(self) -> None:
         self._bar.close()

@@ -4,6 +4,7 @@ Numbers are per cent, means over runs with their sample standard deviation.
 """
 
 import csv
+import dataclasses
 import io
 import itertools
 import json
@@ -13,9 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config import load_config, plain_values
+from config import Config, load_config, plain_values
 from corruptions import SEVERITIES, STANDARD
-from utils import UserError, in_a_line
+from utils import UserError, has_shape, in_a_line
 
 FORMATS = ("table", "markdown", "json", "csv")
 Result = Mapping[str, Any]  # the content of a results.json
@@ -27,8 +28,8 @@ RESEMBLING = ("Posterize", "Contrast", "Color", "Brightness", "Sharpness")
 # What a results.json holds, as far as it is read here. KINDS: of a cell, and of the summary, of each kind of benchmark.
 NUMBER = (int, float)
 RESULT = {
-    "checkpoint": str, "sha256": str, "model": str, "epoch": (int, type(None)), "precision": str, "config": dict,
-    "benchmarks": dict,
+    "checkpoint": str, "sha256": str, "model": str, "epoch": (int, type(None)), "precision": str,
+    "scored_with": {"dataset": str}, "config": (dict, type(None)), "benchmarks": dict,
 }  # fmt: skip
 BENCHMARK = {
     "kind": str, "source": str, "checked_by": str, "note": str, "fingerprint": str, "environment": dict, "cells": list,
@@ -72,7 +73,7 @@ POLICIES = {"controller": "learned", "random": "random", "none": "none"}
 
 
 class Table(NamedTuple):
-    """Rows of text under a header, with a title and remarks. indent: of the first column, by row, where it differs."""
+    """Rows of text under a header, with a title and remarks."""
 
     title: str
     header: Sequence[str]
@@ -93,15 +94,16 @@ def report(results: Sequence[Result], form: str) -> str:
 def compare(paths: Iterable[Path], form: str) -> str:
     """Recorded results as rows of the README's table: runs that differ in nothing but the seed are one row.
 
-    Published numbers stand beside official data alone, on networks that were trained on the data set itself. Raises
-    UserError for a file that is no results.json.
+    Published numbers stand beside what they are comparable with alone, see `_comparable`. Raises UserError for a file
+    that is no results.json.
     """
-    entries = [
-        (_row_key(result, name, noted), result, name, noted)
+    different = {  # a copy of a result is no other run
+        (_row_key(result, name, noted), result["sha256"]): (result, name, noted)
         for result in map(read_results, paths)
         for name, noted in result["benchmarks"].items()
         if noted["summary"]
-    ]
+    }
+    entries = [(key, *found) for (key, _), found in different.items()]
     if not entries:
         raise UserError("--compare: none of the files holds a finished benchmark")
     rows, notes = [], {}
@@ -110,7 +112,7 @@ def compare(paths: Iterable[Path], form: str) -> str:
         rows.append(_row(results, names[0], noted))
         notes |= dict.fromkeys(_remarks(results[0], names[0], noted[0]))
     header = ("benchmark, network", "run", "policies", "images", "paper", "re-implementation", "others", "here", "runs")
-    table = Table("Test errors (%)", header, rows, list(notes))
+    table = Table("Per cent; several runs: mean and standard deviation", header, rows, list(notes))
     if form == "json":
         return json.dumps([dict(zip(header, row, strict=True)) for row in rows], indent=2)
     return _csv(header, rows) if form == "csv" else render(table, form)
@@ -124,38 +126,37 @@ def read_results(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{file}: there is no such file; evaluate.py writes one beside each checkpoint") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({in_a_line(error)}); remove it or move it away") from None
-    if not _has_shape(content, RESULT) or not all(map(_is_benchmark, content["benchmarks"].values())):
-        raise UserError(f"{file}: holds no results of this version of evaluate.py; remove it or move it away")
-    config = load_config(None, {field: (str(file), value) for field, value in content["config"].items()})
-    return content | {"config": plain_values(config)}
+        raise UserError(f"{file}: cannot be read as results of evaluate.py ({in_a_line(error)})") from None
+    if not has_shape(content, RESULT) or not all(map(_is_benchmark, content["benchmarks"].values())):
+        raise UserError(f"{file}: holds no results of this version of evaluate.py")
+    if content["config"] is not None:
+        config = load_config(None, {field: (str(file), value) for field, value in content["config"].items()})
+        content["config"] = plain_values(config)
+    return content
 
 
 def _is_benchmark(noted: Any) -> bool:
-    if not _has_shape(noted, BENCHMARK) or noted["kind"] not in KINDS:
+    if not has_shape(noted, BENCHMARK) or noted["kind"] not in KINDS:
         return False
     cell, summary = KINDS[noted["kind"]]
-    finished = bool(noted["cells"]) and _has_shape(noted["summary"], summary)
-    return _has_shape(noted["cells"], [cell]) and (noted["summary"] is None or finished)
+    finished = bool(noted["cells"]) and has_shape(noted["summary"], summary)
+    return has_shape(noted["cells"], [cell]) and (noted["summary"] is None or finished)
 
 
-def _has_shape(value: Any, shape: Any) -> bool:
-    """shape: a type or several, a list with the shape of all items, or a dict with those of the keys that must be."""
-    if isinstance(shape, dict):
-        return isinstance(value, dict) and all(k in value and _has_shape(value[k], of) for k, of in shape.items())
-    if isinstance(shape, list):
-        return isinstance(value, list) and all(_has_shape(item, shape[0]) for item in value)
-    return isinstance(value, shape)
-
-
-def headline(name: str, summary: Mapping[str, Any]) -> float:
-    """The one number that a benchmark is quoted by, an error in 0..1."""
-    by_kind = ("mce", "mean_corruption_error", "mean_flip_probability", "error")
-    return next(summary[key] for key in by_kind if key in summary)
+def headline(summary: Mapping[str, Any]) -> tuple[str, float]:
+    """The one number that a benchmark is quoted by, in 0..1, and its name."""
+    for key, name in (
+        ("mce", "mCE"),
+        ("mean_corruption_error", "mean corruption error"),
+        ("mean_flip_probability", "mean flip probability"),
+    ):
+        if key in summary:
+            return name, summary[key]
+    return "error", summary["error"]
 
 
 def _in_full(result: Result) -> list[Table]:
-    trained = f", after epoch {result['epoch']} of {result['config']['epochs']}" if result["epoch"] is not None else ""
+    trained = f", after epoch {result['epoch']} of {result['config']['epochs']}" if result["config"] else ""
     title = f"{result['checkpoint']}: {result['model']}{trained}, scored in {result['precision']}"
     rows, tables = [], []
     for name, noted in result["benchmarks"].items():
@@ -163,12 +164,12 @@ def _in_full(result: Result) -> list[Table]:
             (cell,) = noted["cells"]
             top5 = "-" if cell["top5"] is None else _percent(cell["top5"])
             numbers = (_percent(cell["error"]), _percent(cell["top1"]), top5, f"{cell['loss']:.4f}")
-            rows.append((name, noted["source"], f"{cell['images']:,}", *numbers, _percent(cell["calibration_error"])))
+            rows.append((name, _origin(noted), f"{cell['images']:,}", *numbers, _percent(cell["calibration_error"])))
             tables.append(_by_class(result, name, noted))
         else:
             tables.append(_by_severity(name, noted) if noted["kind"] == "corruptions" else _by_sequence(name, noted))
     if rows:
-        header = ("test set", "source", "images", "error", "top-1", "top-5", "loss", "calibration error")
+        header = ("test set", "data", "images", "error", "top-1", "top-5", "loss", "calibration error")
         tables.insert(0, Table(title, header, rows))
     else:
         tables[0] = tables[0]._replace(title=f"{title}\n\n{tables[0].title}")
@@ -225,33 +226,33 @@ def _by_sequence(name: str, noted: Mapping[str, Any]) -> Table:
 
 
 def _origin(noted: Mapping[str, Any]) -> str:
-    return f"{noted['source']} data (checked by {noted['checked_by']})"
+    return f"{noted['source']} (checked by {noted['checked_by']})"
 
 
 def _side_by_side(results: Sequence[Result]) -> Table:
+    """A column for each checkpoint. Numbers of other images stand in other rows: they have no common mean."""
     quantities = [_quantities(result) for result in results]
-    names = dict.fromkeys(name for of_run in quantities for name in of_run)
-    rows = [
-        (name, *(_percent(of_run[name]) if name in of_run else "-" for of_run in quantities), _over_runs(values))
-        for name in names
-        for values in [[of_run[name] for of_run in quantities if name in of_run]]
-    ]
+    rows = []
+    for key in dict.fromkeys(key for of_run in quantities for key in of_run):
+        values = [of_run[key] for of_run in quantities if key in of_run]
+        of_runs = (_percent(of_run[key]) if key in of_run else "-" for of_run in quantities)
+        rows.append((key[0], *of_runs, _over_runs(values)))
     notes = [f"run {i}: {result['checkpoint']}" for i, result in enumerate(results, start=1)]
     notes += dict.fromkeys(itertools.chain.from_iterable(map(_all_remarks, results)))
     header = ("per cent", *(f"run {i}" for i in range(1, len(results) + 1)), "mean +- std")
     return Table(f"{len(results)} checkpoints, scored in {results[0]['precision']}", header, rows, notes)
 
 
-def _quantities(result: Result) -> dict[str, float]:
-    """Name with the source of its images -> share; so that numbers of different sources stand in different rows."""
+def _quantities(result: Result) -> dict[tuple[str, str], float]:
+    """(name with the source of its images, fingerprint of the images) -> share."""
     quantities = {}
     for name, noted in result["benchmarks"].items():
         prefix = f"{name} ({noted['source']})"
         for key, value in noted["summary"].items():
             if isinstance(value, dict):
-                quantities |= {f"{prefix} {part}": of_part for part, of_part in value.items()}
+                quantities |= {(f"{prefix} {part}", noted["fingerprint"]): share for part, share in value.items()}
             elif value is not None and key not in ("top1", "loss"):
-                quantities[f"{prefix} {key.replace('_', ' ')}"] = value
+                quantities[f"{prefix} {key.replace('_', ' ')}", noted["fingerprint"]] = value
     return quantities
 
 
@@ -262,27 +263,46 @@ def _over_runs(values: Sequence[float]) -> str:
 
 
 def _row_key(result: Result, name: str, noted: Mapping[str, Any]) -> tuple[str, ...]:
-    """Equal for results that may be averaged: of the same benchmark and images, settings and precision."""
-    settings = {key: value for key, value in result["config"].items() if key not in ("seed", "dataroot")}
-    ours = result["epoch"] is not None
-    network = (result["config"]["dataset"], result["model"])
-    return (name, *network, noted["source"], noted["fingerprint"], result["precision"], str(ours), json.dumps(settings))
+    """Equal for results that may be averaged: of the same images, and runs that differ in the seed alone."""
+    if result["config"] is None:
+        trained = result["sha256"]
+    else:
+        own = {field.name for field in dataclasses.fields(Config) if field.metadata["may_change"]} | {"seed"}
+        settings = {key: value for key, value in result["config"].items() if key not in own}
+        trained = json.dumps([settings, result["epoch"]])
+    scored = json.dumps([result["scored_with"], result["precision"], noted["source"], noted["fingerprint"]])
+    return name, result["scored_with"]["dataset"], result["model"], trained, scored
+
+
+def _comparable(result: Result, noted: Mapping[str, Any]) -> bool:
+    """Whether the paper's number is of the same: learned policies, all training images, to the end, official data."""
+    config = result["config"]
+    return (
+        noted["source"] == "official"
+        and config is not None
+        and result["epoch"] == config["epochs"]
+        and config["policy"] == "controller"
+        and (config["train_size"], config["valid_size"], config["skip_unreadable"]) == (None, 0, False)
+        and config["dataset"] == result["scored_with"]["dataset"]
+    )
 
 
 def _row(results: Sequence[Result], name: str, noted: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    config = results[0]["config"]
-    ours = results[0]["epoch"] is not None
-    comparable = noted[0]["source"] == "official" and config["train_size"] is None and ours
-    published = PUBLISHED.get((name, config["dataset"], results[0]["model"]), Published())
-    images = noted[0]["cells"][0]["images"]
-    trained_on = {"folder": "own images", "shapes": "embedded shapes"}.get(config["dataset"], config["dataset"])
+    result, config = results[0], results[0]["config"]
+    trained_on = config["dataset"] if config else result["scored_with"]["dataset"]
+    published = PUBLISHED.get((name, trained_on, result["model"]), Published())
+    if noted[0]["source"] != "official":
+        published = Published()
+    elif not _comparable(result, noted[0]):
+        published = Published(others=published.others)
+    quantity, _ = headline(noted[0]["summary"])
     return (
-        f"{name} ({trained_on}), {results[0]['model']}",
-        re.sub(r"_\d+$", "", Path(results[0]["checkpoint"]).parent.name) if ours else results[0]["checkpoint"],
-        f"{POLICIES[config['policy']]}, M = {config['M']}" if ours else "-",
-        f"{noted[0]['source']}, {images:,}",
-        *(published if comparable else Published()),
-        _over_runs([headline(name, of_run["summary"]) for of_run in noted]),
+        f"{name} ({trained_on}), {result['model']}: {quantity}",
+        re.sub(r"_\d+$", "", Path(result["checkpoint"]).parent.name) if config else result["checkpoint"],
+        f"{POLICIES[config['policy']]}, M = {config['M']}" if config else "-",
+        f"{noted[0]['source']}, {noted[0]['cells'][0]['images']:,}",
+        *published,
+        _over_runs([headline(of_run["summary"])[1] for of_run in noted]),
         str(len(results)),
     )
 
@@ -296,11 +316,12 @@ def _remarks(result: Result, name: str, noted: Mapping[str, Any]) -> list[str]:
     """What must be said beside a number."""
     remarks = [f"{name}: {noted['note']}."] if noted.get("note") else []
     config = result["config"]
-    overlap = [op for op in RESEMBLING if op in config["ops"]]
-    if noted["kind"] == "corruptions" and result["epoch"] is not None and config["policy"] != "none" and overlap:
+    held = config["ops"] if config and config["policy"] != "none" else []
+    overlap = [op for op in RESEMBLING if op in held]
+    if noted["kind"] == "corruptions" and overlap:
         remarks.append(
-            f"{name}: the policies hold {', '.join(overlap)}, which resemble corruptions; AugMix leaves out such "
-            "operations. Train without them (ops) for a comparison."
+            f"{name}: the policies hold {', '.join(overlap)}, which resemble corruptions; AugMix leaves out contrast, "
+            "colour, brightness and sharpness. Train without them (ops) for a comparison."
         )
     return remarks
 

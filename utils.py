@@ -53,6 +53,25 @@ def in_a_line(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error).strip() else type(error).__name__
 
 
+def duration(seconds: float) -> str:
+    """h:mm:ss, or m:ss below an hour."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def has_shape(value: Any, shape: Any) -> bool:
+    """Whether a value read from a file is of this form.
+
+    shape: a type or several, a list with the shape of all items, or a dict with those of the keys that must be there.
+    """
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(k in value and has_shape(value[k], of) for k, of in shape.items())
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(has_shape(item, shape[0]) for item in value)
+    return isinstance(value, shape)
+
+
 def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 

@@ -598,7 +598,7 @@ def test_a_file_is_hashed_once(tmp_path, hashed):
     file.write_bytes(CONTENT)
     sha256 = hashlib.sha256(CONTENT).hexdigest()
     assert [Ledger(tmp_path).check(file) for _ in range(3)] == [sha256] * 3
-    assert Ledger(tmp_path).check(file, MD5) == sha256
+    assert Ledger(tmp_path).check(file, md5=MD5) == sha256
     assert hashed == ["file"]
     status = file.stat()
     noted = {"sha256": sha256, "md5": MD5, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
@@ -630,14 +630,16 @@ def test_changed_content_is_refused_until_its_entry_is_deleted(tmp_path):
 def test_a_published_file_is_known_by_its_hash_alone(tmp_path):
     file = tmp_path / "file"
     file.write_bytes(b"wrong")
-    with assert_refused(f"{file}: is not the published file (md5 ", f"instead of {MD5}", "remove it", lines=1):
-        Ledger(tmp_path).check(file, MD5)
+    with assert_refused(
+        f"{file}: has another content than was published (md5 ", f"instead of {MD5}", "remove it", lines=1
+    ):
+        Ledger(tmp_path).check(file, md5=MD5)
     assert names(tmp_path) == ["file"]
     Ledger(tmp_path).check(file)
     with assert_refused(f"instead of {MD5}", lines=1):
-        Ledger(tmp_path).check(file, MD5)
+        Ledger(tmp_path).check(file, md5=MD5)
     file.write_bytes(CONTENT)
-    assert Ledger(tmp_path).check(file, MD5) == hashlib.sha256(CONTENT).hexdigest()
+    assert Ledger(tmp_path).check(file, md5=MD5) == hashlib.sha256(CONTENT).hexdigest()
 
 
 def test_a_tree_of_files_is_hashed_as_a_whole(tmp_path, hashed):
@@ -649,7 +651,6 @@ def test_a_tree_of_files_is_hashed_as_a_whole(tmp_path, hashed):
     ledger = Ledger(tmp_path)
     first = ledger.check(tree)
     assert first == hashlib.sha256(listed.encode()).hexdigest()
-    assert ledger.check(tree, md5=MD5) == first
     assert sorted(hashed) == ["b", "tree", "x", "y", "é"]
     touch(tree / "a" / "x", -1)
     assert ledger.check(tree) == first
@@ -709,3 +710,26 @@ def test_only_what_is_below_the_folder_is_noted(tmp_path):
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with assert_refused(f"{tmp_path / 'file'}: cannot be read (No such file or directory)", lines=1):
         Ledger(tmp_path).check(tmp_path / "file")
+
+
+def test_a_file_whose_sha256_is_known_is_that_file(tmp_path):
+    """Also after another was noted: what is said of it now counts."""
+    file = tmp_path / "file"
+    file.write_bytes(b"first")
+    Ledger(tmp_path).check(file)
+    file.write_bytes(CONTENT)
+    sha256 = hashlib.sha256(CONTENT).hexdigest()
+    assert Ledger(tmp_path).check(file, sha256=sha256) == sha256
+    with assert_refused(f"(sha256 {sha256} instead of {'0' * 64})", lines=1):
+        Ledger(tmp_path).check(file, sha256="0" * 64)
+
+
+def test_who_has_a_folder_for_itself_may_fetch_and_unpack_there(server, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    with download.alone(tmp_path):
+        assert Downloads().fetch(server.remote, tmp_path).read_bytes() == CONTENT
+        other = os.open(tmp_path, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(other)

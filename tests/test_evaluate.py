@@ -179,11 +179,13 @@ def test_checkpoints_that_cannot_be_scored(script, run, tmp_path):
     )
     torch.save(load_tensors(model)["model"], tmp_path / "plain.pt")
     assert_refused(script("evaluate.py", "--checkpoint", tmp_path / "plain.pt"), "is no model.pt", "--weights")
-    wrong = ("--model", "wresnet16_1", "--weights", tmp_path / "plain.pt")
+    of_demo = ("--load_conf", "confs/demo.yaml")
+    wrong = ("--model", "wresnet16_1", "--weights", tmp_path / "plain.pt", *of_demo)
     assert_refused(script("evaluate.py", *wrong), "plain.pt: does not fit wresnet16_1 with 10 classes", "is missing")
     torch.save([1, 2], tmp_path / "list.pt")
     assert_refused(
-        script("evaluate.py", "--model", "wresnet10_1", "--weights", tmp_path / "list.pt"), "holds no state dict"
+        script("evaluate.py", "--model", "wresnet10_1", "--weights", tmp_path / "list.pt", *of_demo),
+        "holds no state dict",
     )
     assert_refused(script("evaluate.py", "--model", "wresnet10_1"), "--model and --weights go together")
     assert_refused(script("evaluate.py", "--set", "lr=x"), "--set: lr: 'x' is not a number")
@@ -244,7 +246,7 @@ def corrupted(script, tmp_path, run):
         noise = rng.integers(0, 60, (50, 32, 32, 3), dtype=np.uint8)
         np.save(folder / f"{row.name}.npy", noise + 150)
     files = {path.name: sha256_of(path) for path in folder.glob("*.npy")}
-    made = {"classes": list(classes), "side": 32, "files": files}
+    made = {"test_set": split.fingerprint(), "classes": list(classes), "side": 32, "files": files}
     (folder / "generated.json").write_text(json.dumps(made))
     return ("evaluate.py", "--checkpoint", run / "model.pt", "--dataroot", folder.parent, "--benchmarks", "generated-c")
 
@@ -300,27 +302,70 @@ def test_cells_of_another_checkpoint_precision_or_data_are_not_taken_over(script
     assert script("evaluate.py", "--checkpoint", run / "model.pt").status == 0
     assert of(run / "results.json").keys() == {"generated-c", "clean"}, "what was scored before is kept"
     assert of(run / "results.json")["generated-c"] == first
-    bfloat16 = score("--amp")
-    assert json.loads((run / "results.json").read_text())["precision"] == "bfloat16"
-    assert of(run / "results.json").keys() == {"generated-c"}, "another precision, other numbers"
+    assert_refused(script(*corrupted, "--amp"), "holds scores with another precision", "--output")
+    assert_refused(script(*corrupted, "--set", "mean=[0,0,0]"), "holds scores with another scored_with")
+    assert script(*corrupted, "--set", "lr=3", "policy=none").status == 0
+    said = json.loads((run / "results.json").read_text())["config"]
+    assert (said["lr"], said["policy"]) == (0.1, "controller"), "those of the training"
+    assert of(run / "results.json")["generated-c"] == first
+    assert script(*corrupted, "--amp", "--output", tmp_path / "bfloat16.json").status == 0
+    assert json.loads((tmp_path / "bfloat16.json").read_text())["precision"] == "bfloat16"
+    bfloat16 = of(tmp_path / "bfloat16.json")["generated-c"]
     assert bfloat16 != first
     assert bfloat16 == pytest.approx(first, rel=0.05)
-    assert score() == first
+    assert script("evaluate.py", "--checkpoint", run / "model.pt", "--overwrite").status == 0
+    assert of(run / "results.json")["generated-c"] == first, "nobody asked to score that anew"
     content = load_tensors(run / "model.pt")
     content["model"]["classifier.bias"] += torch.arange(10.0)
     torch.save(content, run / "model.pt")
+    assert script(*corrupted, "--output", tmp_path / "bfloat16.json").status == 2
+    assert "of other weights" in script(*corrupted).err
     assert score() != first
     folder = tmp_path / "data" / "generated-c-shapes"
     np.save(folder / "fog.npy", np.load(folder / "fog.npy") // 2)
     made = json.loads((folder / "generated.json").read_text())
     made["files"]["fog.npy"] = sha256_of(folder / "fog.npy")
     (folder / "generated.json").write_text(json.dumps(made))
-    (folder.parent / "hashes.json").unlink()
     before = of(run / "results.json")["generated-c"]
     after = score()
     assert [a != b for a, b in zip(after, before, strict=True)] == [
         row.name == "fog" for row in CORRUPTIONS for _ in range(5)
     ]
+
+
+@pytest.mark.parametrize(("key", "finished"), [("pillow", True), ("device", True), ("git_revision", False)])
+def test_cells_of_other_versions_are_scored_anew(script, corrupted, run, key, finished):
+    assert script(*corrupted).status == 0
+    content = json.loads((run / "results.json").read_text())
+    noted = content["benchmarks"]["generated-c"]
+    noted["environment"][key] = "other"
+    for cell in noted["cells"]:
+        cell["loss"] = -1.0
+    if not finished:
+        noted["summary"], noted["cells"] = None, noted["cells"][:3]
+    (run / "results.json").write_text(json.dumps(content))
+    assert script(*corrupted).status == 0
+    cells = json.loads((run / "results.json").read_text())["benchmarks"]["generated-c"]["cells"]
+    assert len(cells) == 95
+    assert all(cell["loss"] > 0 for cell in cells)
+
+
+def test_pictures_that_are_missing_are_drawn_again(script, run):
+    asked = ("evaluate.py", "--checkpoint", run / "model.pt")
+    assert script(*asked).status == 0
+    shutil.rmtree(run / "evaluation")
+    assert script(*asked).status == 0
+    assert {path.name for path in (run / "evaluation").glob("*.png")} == {"clean_mistakes.png", "clean_reliability.png"}
+
+
+def test_two_checkpoints_of_one_folder_keep_their_own_results(script, run):
+    shutil.copy(run / "model.pt", run / "other.pt")
+    done = script("evaluate.py", "--checkpoint", run / "model.pt", run / "other.pt", run / "other.pt")
+    assert done.status == 0, done.err
+    assert done.out.startswith("2 checkpoints")
+    assert (run / "results.json").exists()
+    assert (run / "other.pt.results.json").exists()
+    assert (run / "other.pt.evaluation" / "clean_mistakes.png").exists()
 
 
 def test_a_file_that_is_no_result_is_not_written_over(script, run, tmp_path):
@@ -357,3 +402,6 @@ def test_several_seeds_and_several_files(script, tmp_path):
         script("evaluate.py", *of_conf, "--seed", 0, 1, "--name", "x"), "several seeds find runs by their conf"
     )
     assert_refused(script("evaluate.py", *of_conf, "--batch_size", 0), "--batch_size: 0 must be at least 1")
+    assert_refused(script("evaluate.py", "--output", tmp_path), "name a file that ends in .json")
+    assert_refused(script("evaluate.py", "--output", tmp_path / "model.pt"), "name a file that ends in .json")
+    assert_refused(script("evaluate.py", "--compare", *runs, "--checkpoint", runs[0]), "--compare: scores nothing")

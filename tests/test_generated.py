@@ -1,6 +1,7 @@
 """A corruption set of one's own images: drawn in the official layout, marked, checked, continued after a stop."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -100,7 +101,9 @@ def test_a_stopped_one_goes_on_with_what_is_lacking(images, tmp_path, monkeypatc
 
 def test_another_set_is_not_written_over(images):
     folder = make(of_folder(images), QUIET)
-    with pytest.raises(UserError, match="holds corruptions with another seed; remove it, or move it away"):
+    with pytest.raises(
+        UserError, match="holds a set that differs in seed from what is asked for; remove it or move it"
+    ):
         make(of_folder(images, seed=1), QUIET)
     (folder / "generated.json").write_text("{")
     with pytest.raises(UserError, match=r"generated.json: cannot be read"):
@@ -126,19 +129,26 @@ def test_from_ones_own_images_to_the_table(script, images, tmp_path):
     assert "generated, not official" in done.out
     done = script(*score)
     assert done.status == 0, done.err
-    assert "generated-c: error (%) by severity, 95 x 6 images, generated data" in done.out
+    assert "generated-c: error (%) by severity, 95 x 6 images, generated (checked by SHA-256)" in done.out
     assert "frost is procedural; not comparable with published numbers" in done.out
     folder = images / "generated-c-folder"
-    content = bytearray((folder / "snow.npy").read_bytes())
-    content[500] ^= 1
-    (folder / "snow.npy").write_bytes(content)
-    (images / "hashes.json").unlink()
-    assert_refused(script(*score), "snow.npy: is not as it was drawn")
+    snow = (folder / "snow.npy").read_bytes()
+    (folder / "snow.npy").write_bytes(snow[:-1] + bytes([snow[-1] ^ 1]))
+    assert_refused(script(*score), "snow.npy: has another content than was published (sha256")
+    assert script("robustness.py", "--make", "--set", *mine).status == 0
+    assert (folder / "snow.npy").read_bytes() == snow, "drawn anew"
+    assert script(*score).status == 0
+    shutil.rmtree(folder)
+    assert script("robustness.py", "--make", "--seed", 1, "--set", *mine).status == 0
+    assert script(*score).status == 0, "another set in the place of one that was used"
     made = json.loads((folder / "generated.json").read_text())
-    (folder / "generated.json").write_text(json.dumps(made | {"classes": ["dogs", "cats"]}))
-    assert_refused(script(*score), "is of other classes than the checkpoint's")
-    (folder / "generated.json").write_text(json.dumps(made | {"side": 64}))
-    assert_refused(script(*score), "its images have 64 pixels a side, and the classifier's 32")
-    del made["files"]["fog.npy"]
+    fog = made["files"].pop("fog.npy")
     (folder / "generated.json").write_text(json.dumps(made))
     assert_refused(script(*score), "fog has not been drawn yet", "python robustness.py --make")
+    made["files"]["fog.npy"] = fog
+    for key, value in (("classes", None), ("files", [1]), ("side", "32"), ("test_set", None)):
+        (folder / "generated.json").write_text(json.dumps(made | {key: value}))
+        assert_refused(script(*score), "generated.json: cannot be read")
+    (folder / "generated.json").write_text(json.dumps(made))
+    (images / "test" / "cats" / "2.png").unlink()
+    assert_refused(script(*score), "was drawn of other test images than the present ones")

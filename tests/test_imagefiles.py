@@ -155,14 +155,14 @@ def test_without_the_look_a_damaged_training_image_is_replaced_by_the_next(tree,
     assert torch.equal(images[1], RandomCrop(24, flip=True)(tree / "train" / "n01" / "0.JPEG", draws))
     assert "warning: an image cannot be read, the next one takes its place: " in capsys.readouterr().err
     (tree / "train" / "n01" / "0.JPEG").write_bytes(b"")
-    with pytest.raises(UserError, match=r"an image became unreadable during the run: .*n00.7\.JPEG"):
+    with pytest.raises(UserError, match=r"an image cannot be read during the run: .*n00.7\.JPEG"):
         list(data.train.batches([torch.tensor([6, 7])]))
 
 
 def test_test_images_are_never_replaced(tree):
     split, _ = load_test(imagenet(tree, check_files=False), CPU)
     (tree / "val" / "n00" / "1.JPEG").write_bytes(b"")
-    with pytest.raises(UserError, match=r"an image became unreadable during the run: .*n00.1\.JPEG"):
+    with pytest.raises(UserError, match=r"an image cannot be read during the run: .*n00.1\.JPEG"):
         list(split.batches([torch.arange(6)]))
 
 

@@ -49,7 +49,7 @@ def test_tensorboard_gets_them_always_and_files_are_written_with_matplotlib(
     tmp_path, monkeypatch, with_matplotlib, made, names
 ):
     if not with_matplotlib:
-        monkeypatch.setattr(pictures, "Figure", None)
+        monkeypatch.setattr(pictures, "figure_class", lambda: None)
     pictures.draw_pictures(tmp_path / "evaluation", *made(), None)
     events = EventAccumulator(str(tmp_path / "evaluation")).Reload()
     assert set(events.Tags()["images"]) == names

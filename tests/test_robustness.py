@@ -4,13 +4,15 @@ import functools
 import hashlib
 import http.server
 import json
+import subprocess
+import sys
 import tarfile
 import threading
 
 import numpy as np
 import pytest
 import torch
-from conftest import ALONE, assert_refused, on_ranks, scripts_on_ranks
+from conftest import ALONE, ROOT, assert_refused, on_ranks, scripts_on_ranks
 from PIL import Image
 
 import evaluate
@@ -66,7 +68,7 @@ def weights(tmp_path):
 
 def wanted(root, dataset="cifar10", num_classes=10, classes=None, **settings):
     config = Config(dataset=dataset, dataroot=str(root), crop_padding=0, workers=0, **settings)
-    return Wanted(config, classes, num_classes, CPU, Downloads(allowed=False))
+    return Wanted(config, classes, num_classes, CPU, Downloads(allowed=False, quiet=True))
 
 
 def opened(name, asked):
@@ -201,8 +203,8 @@ def test_extra_corruptions_may_be_absent(cifar_c, tmp_path):
 
 
 def test_files_of_the_official_length_must_have_the_published_hash(cifar_c, tmp_path, monkeypatch):
-    monkeypatch.setattr(robustness, "OFFICIAL_CIFAR_C", 5 * IMAGES)
-    with pytest.raises(UserError, match=r"gaussian_noise.npy: is not the published file \(md5"):
+    monkeypatch.setattr(robustness, "CIFAR_C_IMAGES", 5 * IMAGES)
+    with pytest.raises(UserError, match=r"gaussian_noise.npy: has another content than was published \(md5"):
         opened("cifar10-c", wanted(tmp_path))
     files = [*cifar_c.glob("*.npy")]
     hashes = {path.stem: hashlib.md5(path.read_bytes()).hexdigest() for path in files}
@@ -215,6 +217,14 @@ def test_the_published_hashes_are_whole_and_all_different():
     hashes = [*robustness.CIFAR10_C.keywords["md5"].values(), *robustness.CIFAR100_C.keywords["md5"].values()]
     assert len(set(hashes)) == 40
     assert all(len(h) == 32 and int(h, 16) for h in hashes)
+    archives = [robustness.CIFAR10_C.keywords["archive"], robustness.CIFAR100_C.keywords["archive"]]
+    archives += robustness.IMAGENET_C.keywords["archives"]
+    everything = "\n".join([*hashes, *(f"{a.url} {a.size} {a.md5}" for a in archives)])
+    # Of the list as it was once compared with the published one: no digit changes unseen.
+    assert (
+        hashlib.sha256(everything.encode()).hexdigest()
+        == "5754321474aa044a406fa491469fe7e41b30a81d16c824029577292573f62d2d"
+    )
 
 
 # From the address to the table
@@ -258,7 +268,7 @@ def test_from_the_public_address_to_the_table(script, zenodo, weights, tmp_path)
     done = script(*command, "--dataroot", root)
     assert done.status == 0, done.err
     assert zenodo == ["/CIFAR-10-C.tar?download=1"]
-    assert "95 x 20 images, subset data" in done.out
+    assert "95 x 20 images, subset (checked by SHA-256 at first use)" in done.out
     results = json.loads((tmp_path / "theirs.pth.results.json").read_text())["benchmarks"]["cifar10-c"]
     assert len(results["cells"]) == 95
     assert f"{100 * results['summary']['mean_corruption_error']:.2f}" in done.out
@@ -415,6 +425,7 @@ def test_imagenet_v2s_folders_are_numbers(tmp_path):
     folder = tmp_path / "imagenetv2-top-images-format-val"
     for label in range(12):
         photographs(folder / str(label), 2, 20 * label)
+    (folder / "3" / "notes.txt").write_text("no image")
     benchmark = opened("imagenet-v2-top-images", wanted(tmp_path, "imagenet", 12))
     assert (benchmark.source, benchmark.cells[0].images) == ("subset", 24)
     predictions = evaluate.predict(RedShade(), benchmark.cells[0].open(), PLAIN, ALONE)
@@ -423,6 +434,44 @@ def test_imagenet_v2s_folders_are_numbers(tmp_path):
     (folder / "11").rename(folder / "12")
     with pytest.raises(UserError, match=r"its class folders are not 0\.\.11"):
         opened("imagenet-v2-top-images", wanted(tmp_path, "imagenet", 12))
+
+
+def test_images_of_imagenet_c_are_seen_as_they_are_stored(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
+    for corruption in STANDARD:
+        for severity in SEVERITIES:
+            for name in ("a", "b"):
+                folder = tmp_path / "ImageNet-C" / corruption / str(severity) / name
+                folder.mkdir(parents=True)
+                (folder / "0.png").write_bytes(b"")
+    path = tmp_path / "ImageNet-C" / "fog" / "1" / "b" / "0.png"
+    Image.fromarray(pixels).save(path)
+    cells = {(c.part, c.severity): c for c in opened("imagenet-c", wanted(tmp_path, "imagenet", 2)).cells}
+    ((images, labels),) = cells["fog", 1].open().batches([torch.tensor([1])])
+    assert np.array_equal(images[0].permute(1, 2, 0).numpy(), pixels)
+    assert labels.tolist() == [1]
+    with pytest.raises(UserError, match="an image cannot be read"):
+        next(cells["fog", 2].open().batches([torch.tensor([1])]))
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "count"),
+    [("imagenet-v2-top-images", "IMAGENET_V2_IMAGES", 24), ("cifar10-p", "CIFAR_P_SEQUENCES", 4)],
+)
+def test_what_is_official_is_known_by_its_numbers(cifar_p, tmp_path, monkeypatch, name, number, count):
+    """Where there is no hash; ImageNet's is a thousand classes besides."""
+    for label in range(12):
+        photographs(tmp_path / "imagenetv2-top-images-format-val" / str(label), 2, 20 * label, size=8)
+    family, classes = ("imagenet", 12) if name.startswith("imagenet") else ("cifar10", 10)
+    monkeypatch.setattr(robustness, number, count)
+    monkeypatch.setattr(robustness, "IMAGENET_CLASSES", 12)
+    assert opened(name, wanted(tmp_path, family, classes)).source == "official"
+    monkeypatch.setattr(robustness, number, count + 1)
+    assert opened(name, wanted(tmp_path, family, classes)).source == "subset"
+    if family == "imagenet":
+        monkeypatch.setattr(robustness, number, count)
+        monkeypatch.setattr(robustness, "IMAGENET_CLASSES", 13)
+        assert opened(name, wanted(tmp_path, family, classes)).source == "subset"
 
 
 def test_imagenet_c_is_scored_by_class_folders_as_stored(tmp_path):
@@ -438,8 +487,13 @@ def test_imagenet_c_is_scored_by_class_folders_as_stored(tmp_path):
     some = benchmark.cells[::20]
     assert all(evaluate.predict(RedShade(), c.open(), PLAIN, ALONE).correct_I.all() for c in some)
     place = tmp_path / "ImageNet-C"
-    with pytest.raises(UserError, match=r"its 12 classes are not the 1000 of the classifier"):
+    with pytest.raises(UserError, match=r"its classes are not the 1000 of the classifier"):
         opened("imagenet-c", wanted(tmp_path, "imagenet", 1000))
+    photographs(place / "snow" / "2" / "other", 1, 0)
+    (place / "snow" / "2" / "n0000" / "0.png").write_bytes((place / "snow" / "2" / "other" / "0.png").read_bytes())
+    (place / "snow" / "2" / "other" / "0.png").unlink()
+    (place / "snow" / "2" / "other").rmdir()
+    assert opened("imagenet-c", wanted(tmp_path, "imagenet", 12)).fingerprint != benchmark.fingerprint
     (place / "fog" / "3" / "n0000" / "0.png").unlink()
     with pytest.raises(UserError, match=r"fog/3: holds 11 images, others 12"):
         opened("imagenet-c", wanted(tmp_path, "imagenet", 12))
@@ -455,12 +509,15 @@ def test_imagenet_c_is_scored_by_class_folders_as_stored(tmp_path):
 
 
 def test_which_benchmarks_fit_a_classifier():
-    def fitting(config, classes=None):
-        return {entry.name for entry in robustness.BENCHMARKS if fits(entry, config, classes)}
+    def fitting(config, classes=None, num_classes=None):
+        number = num_classes or len(classes or robustness.CLASSES.get(config.dataset, 1) * [0])
+        asked = Wanted(config, classes, number, CPU, Downloads())
+        return {entry.name for entry in robustness.BENCHMARKS if fits(entry, asked)}
 
     any_data = {"clean", "generated-c"}
     of_cifar10 = any_data | {"cifar10-c", "cifar10-p", "cifar10.1-v4", "cifar10.1-v6"}
     assert fitting(Config(dataset="cifar10")) == of_cifar10
+    assert fitting(Config(dataset="cifar10"), num_classes=100) == any_data
     assert fitting(Config(dataset="folder"), robustness.CIFAR10_CLASSES) == of_cifar10
     assert fitting(Config(dataset="folder", image_size=64), robustness.CIFAR10_CLASSES) == any_data
     assert fitting(Config(dataset="folder"), ("cats", "dogs")) == any_data
@@ -474,7 +531,7 @@ def test_benchmarks_that_do_not_fit_or_do_not_exist_are_refused(script, weights)
     assert_refused(script(*plain, "--benchmarks", "cifar-c"), "'cifar-c' is none of clean, cifar10-c", "did you mean")
     assert_refused(
         script(*plain, "--set", "dataset=cifar10", "--benchmarks", "cifar100-c"),
-        "cifar100-c: is for classifiers of cifar100's classes", "those that fit are clean, cifar10-c",
+        "cifar100-c: is for cifar100's classes", "10 classes of cifar10; those that fit are clean, cifar10-c",
     )  # fmt: skip
     assert_refused(script(*plain, "--benchmarks", "all", "clean"), "'all' stands alone")
 
@@ -492,6 +549,38 @@ def test_all_takes_what_is_there_and_names_the_rest(script, cifar_c, weights, tm
     assert "none of those that fit" in done.err.splitlines()[-1]
 
 
+def test_all_leaves_out_what_is_not_whole(script, cifar_c, cifar_p, weights, tmp_path):
+    (cifar_p / "tilt.npy").unlink()
+    (cifar_c / "fog.npy").unlink()
+    (tmp_path / "CIFAR-10.1").mkdir()
+    np.save(tmp_path / "CIFAR-10.1" / "cifar10.1_v6_data.npy", labelled((2000, 32, 32, 3), np.zeros(2000)))
+    np.save(tmp_path / "CIFAR-10.1" / "cifar10.1_v6_labels.npy", np.zeros(2000, np.int32))
+    plain = ("evaluate.py", "--model", "wresnet10_1", "--weights", weights, "--set", "dataset=cifar10")
+    done = script(*plain, "--benchmarks", "all", "--dataroot", tmp_path, "--no-download")
+    assert done.status == 0, done.err
+    assert "lacks fog.npy" in done.err
+    assert "lacks tilt.npy" in done.err
+    assert "official (checked by shape, SHA-256 at first use)" in done.out
+
+
+def test_others_weights_are_not_scored_on_data_they_are_not_for(script, tmp_path, weights):
+    assert_refused(script("evaluate.py", "--model", "wresnet10_1", "--weights", weights), "say what data it is for")
+    torch.save(build_model("wresnet10_1", 12).state_dict(), tmp_path / "twelve.pth")
+    twelve = ("evaluate.py", "--model", "wresnet10_1", "--weights", tmp_path / "twelve.pth")
+    assert_refused(script(*twelve, "--set", "dataset=shapes"), "shapes: has 10 classes, and the classifier 12")
+    assert_refused(script(*twelve, "--benchmarks", "cifar10-c"), "this classifier for 12 classes of cifar10")
+
+
+def test_values_that_are_not_finite_are_refused(script, cifar_c, weights, tmp_path):
+    broken = load_tensors(weights)
+    broken["classifier.bias"][3] = float("nan")
+    torch.save(broken, tmp_path / "broken.pth")
+    command = ("evaluate.py", "--model", "wresnet10_1", "--weights", tmp_path / "broken.pth")
+    done = script(*command, "--benchmarks", "cifar10-c", "--dataroot", tmp_path)
+    assert_refused(done, "cifar10-c gaussian_noise 1: the network gives values that are not finite")
+    assert not (tmp_path / "broken.pth.results.json").exists()
+
+
 def test_the_list_of_benchmarks_says_what_is_there(script, cifar_c, tmp_path):
     done = script("robustness.py", "--dataroot", tmp_path)
     assert done.status == 0, done.err
@@ -500,3 +589,31 @@ def test_the_list_of_benchmarks_says_what_is_there(script, cifar_c, tmp_path):
     assert rows["cifar100-c"][2] == "no"
     assert rows["generated-c"][2] == "no"
     assert rows.keys() >= {entry.name for entry in robustness.BENCHMARKS if entry.name != "clean"}
+
+
+@pytest.mark.slow
+def test_a_set_of_the_official_size_does_not_fill_the_memory(tmp_path):
+    """1.5 GB of images, in files full of holes: scored within a process that may not grow by a fifth of that."""
+    code = f"""
+import resource, sys
+sys.path.insert(0, {str(ROOT)!r})
+import numpy as np, torch
+import evaluate
+from config import Config
+from dataloader import MappedSplit, Normalise
+from processes import World
+
+cpu = torch.device("cpu")
+model = torch.nn.Sequential(torch.nn.AvgPool2d(32), torch.nn.Flatten(), torch.nn.Linear(3, 10))
+normalise, labels = Normalise(Config(), cpu), torch.zeros(10_000, dtype=torch.long)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+for number in range(10):
+    path = {str(tmp_path)!r} + f"/{{number}}.npy"
+    np.lib.format.open_memmap(path, "w+", np.uint8, (50_000, 32, 32, 3)).flush()
+    for severity in range(5):
+        evaluate.predict(model, MappedSplit(path, severity * 10_000, labels, cpu), normalise, World((cpu,)))
+        before = peak() if (number, severity) == (0, 0) else before
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 300

@@ -15,7 +15,7 @@ from utils import UserError
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def result(error, corruption_error=None, *, seed=0, source="official", name="run", epoch=200, **settings):
+def result(error, corruption_error=None, *, seed=0, source="official", name="run", epoch=200, ours=True, **settings):
     """A results.json of WRN-28-10 on CIFAR-10 with the given error, and perhaps the same error in every corruption."""
     config = Config(seed=seed, **{"model": "wresnet28_10", "dataset": "cifar10"} | settings)
     cell = {
@@ -45,8 +45,10 @@ def result(error, corruption_error=None, *, seed=0, source="official", name="run
         }
         benchmarks["cifar10-c"] = noted("corruptions", cells, means, source)
     return {
-        "checkpoint": f"logs/{name}_{seed}/model.pt", "sha256": "ab", "model": config.model, "epoch": epoch,
-        "seed": seed, "classes": None, "precision": "float32", "config": plain_values(config), "benchmarks": benchmarks,
+        "checkpoint": f"logs/{name}_{seed}/model.pt", "sha256": f"{name} {seed} {settings}", "model": config.model,
+        "epoch": epoch if ours else None, "seed": seed, "classes": None, "precision": "float32",
+        "scored_with": {"dataset": "cifar10"}, "config": plain_values(config) if ours else None,
+        "benchmarks": benchmarks,
     }  # fmt: skip
 
 
@@ -79,9 +81,9 @@ def test_one_checkpoint_in_full():
     assert "logs/run_0/model.pt: wresnet28_10, after epoch 200 of 200, scored in float32" in text
     lines = text.splitlines()
     assert next(line for line in lines if line.startswith("clean  ")).split() == [
-        "clean", "official", "1,000", "5.00", "95.00", "99.00", "0.2500", "3.00"
+        "clean", "official", "(checked", "by", "md5)", "1,000", "5.00", "95.00", "99.00", "0.2500", "3.00"
     ]  # fmt: skip
-    assert "cifar10-c: error (%) by severity, 95 x 1,000 images, official data (checked by md5)" in text
+    assert "cifar10-c: error (%) by severity, 95 x 1,000 images, official (checked by md5)" in text
     fog, mean, spatter = (next(line for line in lines if line.startswith(w)) for w in ("fog", "mean", "(spatter"))
     assert lines.index(fog) < lines.index(mean) < lines.index(spatter), "extra corruptions stand apart"
     fog, mean = fog.split(), mean.split()
@@ -121,11 +123,17 @@ def test_runs_that_differ_in_the_seed_are_one_row_beside_the_published_numbers(w
     paths = written(*(result(e, e, seed=i) for i, e in enumerate((0.020, 0.030))))
     text = tables.compare(paths, "markdown")
     rows = {row[0]: row for row in rows_of(text)}
-    assert rows["clean (cifar10), wresnet28_10"] == [
-        "clean (cifar10), wresnet28_10", "run", "learned, M = 8", "official, 1,000", "1.90 +- 0.15", "2.35", "-",
+    assert rows["clean (cifar10), wresnet28_10: error"] == [
+        "clean (cifar10), wresnet28_10: error", "run", "learned, M = 8", "official, 1,000", "1.90 +- 0.15", "2.35", "-",
         "2.50 +- 0.71", "2",
     ]  # fmt: skip
-    assert rows["cifar10-c (cifar10), wresnet28_10"][4:] == ["-", "10.41", "no augmentation 26.54", "5.50 +- 0.71", "2"]
+    assert rows["cifar10-c (cifar10), wresnet28_10: mean corruption error"][4:] == [
+        "-",
+        "10.41",
+        "no augmentation 26.54",
+        "5.50 +- 0.71",
+        "2",
+    ]
     assert "the policies hold Posterize, Contrast, Color, Brightness, Sharpness, which resemble corruptions" in text
 
 
@@ -135,11 +143,15 @@ def test_runs_that_differ_in_the_seed_are_one_row_beside_the_published_numbers(w
         {"source": "subset"},
         {"source": "generated"},
         {"train_size": 1000},
+        {"valid_size": 5000},
+        {"skip_unreadable": True},
         {"dataset": "folder"},
-        {"epoch": None},
+        {"policy": "none"},
+        {"epoch": 100},
+        {"ours": False},
     ],
 )
-def test_published_numbers_stand_beside_official_data_and_whole_training_sets_alone(written, other):
+def test_published_numbers_stand_beside_what_is_comparable_alone(written, other):
     text = tables.compare(written(result(0.02), result(0.04, seed=1, **other)), "markdown")
     rows = rows_of(text)[2:]
     assert len(rows) == 2, "never averaged"
@@ -152,6 +164,28 @@ def test_runs_with_other_settings_are_other_rows(written):
     rows = rows_of(text)[2:]
     assert sorted(row[7] for row in rows) == ["2.00", "3.00", "5.00"]
     assert {row[2] for row in rows} == {"learned, M = 8", "none, M = 8"}
+
+
+def test_runs_that_differ_in_what_cannot_matter_are_one_row_and_copies_count_once(written):
+    one, other = result(0.02), result(0.04, seed=1, workers=7, dataroot="elsewhere")
+    (row,) = rows_of(tables.compare(written(one, other, one), "markdown"))[2:]
+    assert row[7:] == ["3.00 +- 1.41", "2"]
+
+
+def test_other_weights_of_others_images_precisions_or_epochs_are_other_rows(written):
+    foreign = [result(e, ours=False, name=name) for e, name in ((0.02, "a"), (0.03, "b"))]
+    rows = rows_of(tables.compare(written(*foreign), "markdown"))[2:]
+    assert [row[7:] for row in rows] == [["2.00", "1"], ["3.00", "1"]]
+    for change in ({"precision": "bfloat16"}, {"epoch": 100}, {"scored_with": {"dataset": "cifar10", "mean": [0.5]}}):
+        rows = rows_of(tables.compare(written(result(0.02), result(0.03, seed=1) | change), "markdown"))[2:]
+        assert len(rows) == 2, change
+    moved = result(0.03, seed=1)
+    moved["benchmarks"]["clean"]["fingerprint"] = "other images"
+    assert len(rows_of(tables.compare(written(result(0.02), moved), "markdown"))) == 4
+    text = tables.report([result(0.02), moved], "markdown")
+    assert [row[1:] for row in rows_of(text) if row[0] == "clean (official) error"] == [
+        ["2.00", "-", "2.00"], ["-", "3.00", "3.00"]
+    ]  # fmt: skip
 
 
 def test_what_resembles_corruptions_is_said_of_policies_that_hold_it_alone(written):
@@ -178,11 +212,12 @@ def test_from_the_command_line(script, written, tmp_path):
     assert script("evaluate.py", "--compare", tmp_path).out == done.out, "a run's directory will do"
     assert_refused(script("evaluate.py", "--compare", tmp_path / "none.json"), "none.json: there is no such file")
     for content, words in (
-        ("{", "cannot be read"),
+        ("{", "cannot be read as results"),
         ("[]", "holds no results"),
         ('{"benchmarks": {}}', "holds no results"),
         (json.dumps(result(0.02) | {"benchmarks": {"clean": {"kind": "test set"}}}), "holds no results"),
         (json.dumps(result(0.02) | {"benchmarks": {"clean": 3}}), "holds no results"),
+        (json.dumps(result(0.02) | {"config": {"lr": "fast"}}), "other.json: lr: 'fast' is not a number"),
         (json.dumps(result(0.02) | {"benchmarks": {}}), "none of the files holds a finished benchmark"),
     ):
         (tmp_path / "other.json").write_text(content)
@@ -191,15 +226,26 @@ def test_from_the_command_line(script, written, tmp_path):
 
 def test_a_damaged_results_file_is_not_written_over(tmp_path):
     (tmp_path / "results.json").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"results.json: cannot be read .*remove it or move it away"):
+    with pytest.raises(UserError, match=r"results.json: cannot be read as results"):
         tables.read_results(tmp_path)
 
 
+def test_numbers_of_corruptions_are_as_published():
+    """AugMix's page and RobustBench, for CIFAR-10-C; the re-implementation's page; Hendrycks' leaderboard."""
+    assert {key: value for key, value in tables.PUBLISHED.items() if key[0] != "clean"} == {
+        ("cifar10-c", "cifar10", "wresnet28_10"): ("-", "10.41", "no augmentation 26.54"),
+        ("cifar10-c", "cifar10", "shakeshake26_2x32d"): ("-", "16.69", "-"),
+        ("cifar10-c", "cifar10", "wresnet40_2"): ("-", "-", "AugMix with JSD 11.2"),
+        ("imagenet-c", "imagenet", "resnet50"): ("-", "-", "mCE: none 76.7, AugMix 65.3"),
+    }
+
+
 def test_published_errors_are_those_of_the_readme():
-    for conf in sorted((ROOT / "confs").glob("*/*.yaml")):
-        if not (rows := re.findall(rf"^\|.*\]\({conf.relative_to(ROOT).as_posix()}\).*$", README, re.MULTILINE)):
-            continue
-        paper, reimplementation = (word.strip() for word in rows[0].split("|")[3:5])
+    confs = sorted((ROOT / "confs").glob("*/*.yaml"))
+    assert len(confs) == 12
+    for conf in confs:
+        (row,) = re.findall(rf"^\|.*\]\({conf.relative_to(ROOT).as_posix()}\).*$", README, re.MULTILINE)
+        paper, reimplementation = (word.strip() for word in row.split("|")[3:5])
         config = load_config(conf, {})
         published = tables.PUBLISHED.get(("clean", config.dataset, config.model), tables.Published())
         assert (published.paper, published.reimplementation) == (paper.split(" / ")[0], reimplementation), conf

@@ -21,6 +21,7 @@ from hypothesis import settings
 import dataloader
 import evaluate
 import main
+import pictures
 import robustness
 from processes import World, exit_with_status, join
 
@@ -31,6 +32,7 @@ torch.set_num_threads(1)
 dataloader.draw_shapes = functools.cache(dataloader.draw_shapes)  # always the same, and wanted by every run
 
 ROOT = Path(__file__).parent.parent
+FIGURE_CLASS = pictures.figure_class
 ALONE = World((torch.device("cpu"),))
 # The smallest run that still has several steps, policies and epochs.
 TINY = ("model=wresnet10_1", "train_size=40", "batch_size=10", "M=2", "epochs=3", "eval_every=3", "workers=0")
@@ -47,6 +49,17 @@ class Finished(NamedTuple):
     status: int
     out: str
     err: str
+
+
+@pytest.fixture(autouse=True)
+def plain_pictures(monkeypatch):
+    """Figures with axes take half a second each: only tests that ask for `with_axes` draw them."""
+    monkeypatch.setattr(pictures, "figure_class", lambda: None)
+
+
+@pytest.fixture
+def with_axes(monkeypatch):
+    monkeypatch.setattr(pictures, "figure_class", FIGURE_CLASS)
 
 
 @pytest.fixture

@@ -350,7 +350,7 @@ def test_cells_of_other_versions_are_scored_anew(script, corrupted, run, key, fi
     assert all(cell["loss"] > 0 for cell in cells)
 
 
-def test_pictures_that_are_missing_are_drawn_again(script, run):
+def test_pictures_that_are_missing_are_drawn_again(script, run, with_axes):
     asked = ("evaluate.py", "--checkpoint", run / "model.pt")
     assert script(*asked).status == 0
     shutil.rmtree(run / "evaluation")
@@ -365,7 +365,7 @@ def test_two_checkpoints_of_one_folder_keep_their_own_results(script, run):
     assert done.out.startswith("2 checkpoints")
     assert (run / "results.json").exists()
     assert (run / "other.pt.results.json").exists()
-    assert (run / "other.pt.evaluation" / "clean_mistakes.png").exists()
+    assert (run / "other.pt.evaluation").is_dir()
 
 
 def test_a_file_that_is_no_result_is_not_written_over(script, run, tmp_path):

@@ -155,14 +155,14 @@ def test_without_the_look_a_damaged_training_image_is_replaced_by_the_next(tree,
     assert torch.equal(images[1], RandomCrop(24, flip=True)(tree / "train" / "n01" / "0.JPEG", draws))
     assert "warning: an image cannot be read, the next one takes its place: " in capsys.readouterr().err
     (tree / "train" / "n01" / "0.JPEG").write_bytes(b"")
-    with pytest.raises(UserError, match=r"an image cannot be read during the run: .*n00.7\.JPEG"):
+    with pytest.raises(UserError, match=r"an image cannot be read: .*n00.7\.JPEG"):
         list(data.train.batches([torch.tensor([6, 7])]))
 
 
 def test_test_images_are_never_replaced(tree):
     split, _ = load_test(imagenet(tree, check_files=False), CPU)
     (tree / "val" / "n00" / "1.JPEG").write_bytes(b"")
-    with pytest.raises(UserError, match=r"an image cannot be read during the run: .*n00.1\.JPEG"):
+    with pytest.raises(UserError, match=r"an image cannot be read: .*n00.1\.JPEG"):
         list(split.batches([torch.arange(6)]))
 
 
@@ -192,10 +192,10 @@ def test_an_imagenet_run_trains_resumes_exactly_and_is_scored_at_two_sizes(scrip
     results = json.loads((tmp_path / "whole" / "results.json").read_text())
     (cell,) = results["benchmarks"]["clean"]["cells"]
     assert (cell["images"], cell["top1"], cell["loss"]) == (6, last["test_top1"], last["test_loss"])
-    larger = script("evaluate.py", "--checkpoint", model, "--set", "eval_view=[64,64]")
+    larger = script("evaluate.py", "--checkpoint", model, "--set", "eval_view=[64,64]", "--overwrite")
     assert larger.status == 0
     other = json.loads((tmp_path / "whole" / "results.json").read_text())
-    assert other["config"]["eval_view"] == [64, 64]
+    assert other["scored_with"]["eval_view"] == [64, 64]
     assert other["benchmarks"]["clean"]["summary"]["loss"] != cell["loss"]
 
 

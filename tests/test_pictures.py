@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import FIGURE_CLASS
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -48,8 +49,8 @@ def perturbed():
 def test_tensorboard_gets_them_always_and_files_are_written_with_matplotlib(
     tmp_path, monkeypatch, with_matplotlib, made, names
 ):
-    if not with_matplotlib:
-        monkeypatch.setattr(pictures, "figure_class", lambda: None)
+    if with_matplotlib:
+        monkeypatch.setattr(pictures, "figure_class", FIGURE_CLASS)
     pictures.draw_pictures(tmp_path / "evaluation", *made(), None)
     events = EventAccumulator(str(tmp_path / "evaluation")).Reload()
     assert set(events.Tags()["images"]) == names
@@ -60,7 +61,7 @@ def test_tensorboard_gets_them_always_and_files_are_written_with_matplotlib(
             assert min(image.size) > 200
 
 
-def test_the_heat_map_shows_every_cell_as_a_percentage():
+def test_the_heat_map_shows_every_cell_as_a_percentage(with_axes):
     benchmark, noted = corrupted()
     (picture,) = pictures.pictures_of(benchmark, noted, None)
     (axes, _) = picture.figure().axes
@@ -74,7 +75,7 @@ def test_the_heat_map_shows_every_cell_as_a_percentage():
     assert (lighter[:, 1:] < lighter[:, :-1]).all()
 
 
-def test_the_mistakes_are_the_images_that_were_mistaken():
+def test_the_mistakes_are_the_images_that_were_mistaken(with_axes):
     benchmark, noted = plain_test_set()
     calibration, mistakes = pictures.pictures_of(benchmark, noted, [f"class{i}" for i in range(10)])
     (axes,) = mistakes.figure().axes

@@ -289,7 +289,7 @@ def test_from_the_public_address_to_the_table(script, zenodo, weights, tmp_path)
 
 def test_several_processes_fetch_once_and_give_the_numbers_of_one(zenodo, weights, tmp_path):
     root, found = tmp_path / "data", []
-    for size in (2, 3, 1):
+    for size in (2, 1):
         output = tmp_path / f"{size}.json"
         said = ("--model", "wresnet10_1", "--weights", weights, "--benchmarks", "cifar10-c", "--dataroot", root)
         ranks = scripts_on_ranks(size, "evaluate.py", *said, "--output", output)
@@ -298,7 +298,7 @@ def test_several_processes_fetch_once_and_give_the_numbers_of_one(zenodo, weight
         cells = json.loads(output.read_text())["benchmarks"]["cifar10-c"]["cells"]
         found.append([{key: value for key, value in cell.items() if key != "seconds"} for cell in cells])
     assert zenodo == ["/CIFAR-10-C.tar?download=1"]
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1]
 
 
 def test_a_mirror_and_no_download(script, zenodo, weights, tmp_path):

@@ -16,14 +16,11 @@ counts classes.
 
 import argparse
 import dataclasses
-import json
-import os
 import re
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import load_tensors, sha256_of, write_text
+from checkpoint import load_tensors, sha256_of
 from config import (
     DEFAULT_CONF,
     Config,
@@ -43,13 +40,14 @@ from config import (
 )
 from dataloader import Normalise, Readable
 from download import Downloads, Missing
-from metrics import Predictions, Scores, measure, summarise
+from metrics import Predictions, Scores, measure
 from models import build_model
 from pictures import draw_pictures
 from processes import World, exit_with_status, join
+from resultsfile import Results
 from robustness import BENCHMARKS, Benchmark, Cell, Entry, Wanted, fits, named
 from runlog import ImageProgress
-from tables import FORMATS, compare, read_results, report
+from tables import FORMATS, compare, report
 from utils import CommandLine, UserError, environment, warn
 
 BATCH = 256  # images in a forward pass; of no influence on the counts
@@ -98,7 +96,12 @@ def evaluate(subject: Subject, args: argparse.Namespace, world: World) -> dict[s
         benchmarks = open_benchmarks(args.benchmarks, wanted)
     world.require_equal("the images", lambda: [(benchmark.name, benchmark.fingerprint) for benchmark in benchmarks])
 
-    results = Results.begin(subject, args, benchmarks, world)
+    beside = "results.json" if subject.file.name == "model.pt" else f"{subject.file.name}.results.json"
+    file = args.output or subject.file.parent / beside
+    results = Results(file, head_of_results(subject, args), environment(world.device), writes=world.leads)
+    if world.leads:
+        results.take_over(benchmarks, overwrite=args.overwrite, replace=args.output is None)
+    results.share(world.from_leader(results.benchmarks), benchmarks)
     normalise = Normalise(config, world.device)
     progress = ImageProgress(sum(c.images for b in benchmarks for c in results.lacking(b)), shown=world.leads)
     try:
@@ -126,7 +129,7 @@ def evaluate(subject: Subject, args: argparse.Namespace, world: World) -> dict[s
         raise KeyboardInterrupt(f"what was scored is kept; the same command{without} goes on with the rest") from None
     finally:
         progress.close()
-    return results.content | {"benchmarks": {benchmark.name: results.of(benchmark) for benchmark in benchmarks}}
+    return results.head | {"benchmarks": {benchmark.name: results.of(benchmark) for benchmark in benchmarks}}
 
 
 def open_benchmarks(names: list[str], wanted: Wanted) -> list[Benchmark]:
@@ -221,114 +224,21 @@ def predict(
     return Predictions(split.labels, predicted_I.long(), confidence_I, loss_I, among_five_I.bool())
 
 
-@dataclass
-class Results:
-    """The content of results.json, the same in every process; the leader keeps it on disk, cell by cell."""
-
-    file: Path
-    content: dict[str, Any]
-    environment: dict[str, Any]
-    writes: bool
-
-    @classmethod
-    def begin(cls, subject: Subject, args: argparse.Namespace, benchmarks: list[Benchmark], world: World) -> "Results":
-        """Cells that the file holds already are taken over: of the same checkpoint, images, precision and versions.
-
-        Raises UserError where scores of something else would be lost.
-        """
-        beside = "results.json" if subject.file.name == "model.pt" else f"{subject.file.name}.results.json"
-        results = cls(args.output or subject.file.parent / beside, {}, environment(world.device), world.leads)
-        if world.leads and not os.access(results.file.parent, os.W_OK):
-            raise UserError(f"{results.file}: cannot be written there; name another place with --output")
-        trained_with = subject.trained_with
-        results.content = {
-            "checkpoint": str(subject.file),
-            "sha256": sha256_of(subject.file),
-            "conf": args.load_conf and str(args.load_conf),
-            "model": subject.config.model,
-            "seed": trained_with and trained_with.seed,
-            "epoch": subject.epoch,
-            "classes": subject.classes and list(subject.classes),
-            "precision": "bfloat16" if args.bfloat16 else "float32",
-            "scored_with": {name: plain_values(subject.config)[name] for name in SCORING},
-            "config": trained_with and plain_values(trained_with),
-            "benchmarks": {},
-        }
-        if world.leads and results.file.exists():
-            results._take_over(benchmarks, args)
-        results.content["benchmarks"] = world.from_leader(results.content["benchmarks"])
-        for benchmark in benchmarks:
-            results.content["benchmarks"].setdefault(benchmark.name, results._empty(benchmark))
-        return results
-
-    @property
-    def pictures(self) -> Path:
-        """Where pictures and TensorBoard's events go: "evaluation" beside results.json, named alike beside others."""
-        name = self.file.stem.removesuffix("results")
-        return self.file.with_name(f"{name.removesuffix('.')}.evaluation" if name else "evaluation")
-
-    def of(self, benchmark: Benchmark) -> dict[str, Any]:
-        return self.content["benchmarks"][benchmark.name]
-
-    def lacking(self, benchmark: Benchmark) -> list[Cell]:
-        """The cells that have not been scored."""
-        scored = {(cell["part"], cell["severity"]) for cell in self.of(benchmark)["cells"]}
-        return [cell for cell in benchmark.cells if (cell.part, cell.severity) not in scored]
-
-    def add(self, benchmark: Benchmark, record: dict[str, Any], seconds: float) -> None:
-        """Note a cell; after a benchmark's last one, its means and the time of day."""
-        noted = self.of(benchmark)
-        noted["cells"].append(record | {"seconds": round(seconds, 3)})
-        if not self.lacking(benchmark):
-            noted["summary"] = summarise(benchmark, noted["cells"])
-            noted["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
-        if self.writes:
-            write_text(self.file, json.dumps(self.content, indent=2) + "\n")
-
-    def _take_over(self, benchmarks: list[Benchmark], args: argparse.Namespace) -> None:
-        try:
-            before = read_results(self.file)
-        except UserError as error:
-            if args.overwrite:
-                return
-            raise UserError(f"{error}\nname another file with --output, or replace it with --overwrite") from None
-        differing = [key for key in ("sha256", "precision", "scored_with") if before[key] != self.content[key]]
-        if "sha256" in differing and not args.output:
-            warn(f"{self.file}: is of other weights, gone since; it is written anew")
-        elif differing and not args.overwrite:
-            raise UserError(
-                f"{self.file}: holds scores with another {' and '.join(differing)}\n"
-                "name another file with --output, or replace it with --overwrite"
-            )
-        if not differing:
-            asked = {benchmark.name: benchmark for benchmark in benchmarks}
-            self.content["benchmarks"] = {
-                name: noted
-                for name, noted in before["benchmarks"].items()
-                if name not in asked or (not args.overwrite and self._still_true(noted, asked[name]))
-            }
-
-    def _still_true(self, noted: dict[str, Any], benchmark: Benchmark) -> bool:
-        """Of the same images, packages and device; and, as long as cells are lacking, scored by the same source."""
-        must_be_same = ["torch", "torchvision", "numpy", "pillow", "device"]
-        if not noted["summary"]:
-            must_be_same.append("git_revision")
-        same = all(noted["environment"].get(key) == self.environment[key] for key in must_be_same)
-        return same and noted["fingerprint"] == benchmark.fingerprint
-
-    def _empty(self, benchmark: Benchmark) -> dict[str, Any]:
-        return {
-            "kind": benchmark.kind,
-            "source": benchmark.source,
-            "checked_by": benchmark.checked_by,
-            "note": benchmark.note,
-            "fingerprint": benchmark.fingerprint,
-            "classes": benchmark.classes,
-            "environment": self.environment,
-            "cells": [],
-            "summary": None,
-            "finished": None,
-        }
+def head_of_results(subject: Subject, args: argparse.Namespace) -> dict[str, Any]:
+    """What results.json says of all benchmarks alike."""
+    trained_with = subject.trained_with
+    return {
+        "checkpoint": str(subject.file),
+        "sha256": sha256_of(subject.file),
+        "conf": args.load_conf and str(args.load_conf),
+        "model": subject.config.model,
+        "seed": trained_with and trained_with.seed,
+        "epoch": subject.epoch,
+        "classes": subject.classes and list(subject.classes),
+        "precision": "bfloat16" if args.bfloat16 else "float32",
+        "scored_with": {name: plain_values(subject.config)[name] for name in SCORING},
+        "config": trained_with and plain_values(trained_with),
+    }
 
 
 def one_by_one(args: argparse.Namespace) -> Iterator[argparse.Namespace]:

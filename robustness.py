@@ -40,8 +40,7 @@ from download import Downloads, Ledger, Missing, Remote, alone, unpack
 from generated import MANIFEST, generated_folder, make, read_manifest, side_of_test_images
 from imagefiles import CentreCrop, ImageFiles
 from processes import exit_with_status
-from tables import Table, render
-from utils import CommandLine, UserError, did_you_mean, in_a_line
+from utils import CommandLine, Table, UserError, did_you_mean, in_a_line, render
 
 # Perturbations of the flip probability: the ten of the reference evaluation, in its order.
 SEQUENCES = (

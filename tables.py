@@ -14,34 +14,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config import Config, load_config, plain_values
+from config import Config
 from corruptions import SEVERITIES, STANDARD
-from utils import UserError, has_shape, in_a_line
+from resultsfile import read_results
+from utils import Table, UserError, render
 
 FORMATS = ("table", "markdown", "json", "csv")
 Result = Mapping[str, Any]  # the content of a results.json
 
 # Operations of policies that resemble corruptions of the benchmark, so that it is not unseen by such policies.
 RESEMBLING = ("Posterize", "Contrast", "Color", "Brightness", "Sharpness")
-
-
-# What a results.json holds, as far as it is read here. KINDS: of a cell, and of the summary, of each kind of benchmark.
-NUMBER = (int, float)
-RESULT = {
-    "checkpoint": str, "sha256": str, "model": str, "epoch": (int, type(None)), "precision": str,
-    "scored_with": {"dataset": str}, "config": (dict, type(None)), "benchmarks": dict,
-}  # fmt: skip
-BENCHMARK = {
-    "kind": str, "source": str, "checked_by": str, "note": str, "fingerprint": str, "environment": dict, "cells": list,
-    "summary": (dict, type(None)),
-}  # fmt: skip
-CELL = {"part": str, "severity": (int, type(None)), "images": int}
-SCORED = CELL | {"error": NUMBER, "loss": NUMBER, "calibration_error": NUMBER}
-KINDS = {
-    "test set": (SCORED | {"top1": NUMBER, "class_images": [int], "class_correct": [int]}, {"error": NUMBER}),
-    "corruptions": (SCORED, {"error": dict.fromkeys(STANDARD, NUMBER), "mean_corruption_error": NUMBER}),
-    "perturbations": (CELL | {"flip_probability": NUMBER}, {"mean_flip_probability": NUMBER}),
-}
 
 
 class Published(NamedTuple):
@@ -70,15 +52,6 @@ PUBLISHED = {  # by benchmark, data set trained on, and network
     ("imagenet-c", "imagenet", "resnet50"): Published("-", "-", "mCE: none 76.7, AugMix 65.3"),
 }
 POLICIES = {"controller": "learned", "random": "random", "none": "none"}
-
-
-class Table(NamedTuple):
-    """Rows of text under a header, with a title and remarks."""
-
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    notes: Sequence[str] = ()
 
 
 def report(results: Sequence[Result], form: str) -> str:
@@ -116,31 +89,6 @@ def compare(paths: Iterable[Path], form: str) -> str:
     if form == "json":
         return json.dumps([dict(zip(header, row, strict=True)) for row in rows], indent=2)
     return _csv(header, rows) if form == "csv" else render(table, form)
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """A results.json, or that of a run's directory. Raises UserError."""
-    file = path / "results.json" if path.is_dir() else path
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file}: there is no such file; evaluate.py writes one beside each checkpoint") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read as results of evaluate.py ({in_a_line(error)})") from None
-    if not has_shape(content, RESULT) or not all(map(_is_benchmark, content["benchmarks"].values())):
-        raise UserError(f"{file}: holds no results of this version of evaluate.py")
-    if content["config"] is not None:
-        config = load_config(None, {field: (str(file), value) for field, value in content["config"].items()})
-        content["config"] = plain_values(config)
-    return content
-
-
-def _is_benchmark(noted: Any) -> bool:
-    if not has_shape(noted, BENCHMARK) or noted["kind"] not in KINDS:
-        return False
-    cell, summary = KINDS[noted["kind"]]
-    finished = bool(noted["cells"]) and has_shape(noted["summary"], summary)
-    return has_shape(noted["cells"], [cell]) and (noted["summary"] is None or finished)
 
 
 def headline(summary: Mapping[str, Any]) -> tuple[str, float]:
@@ -347,17 +295,3 @@ def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     return text.getvalue().rstrip("\n")
-
-
-def render(table: Table, form: str = "table") -> str:
-    """A table as aligned text or as Markdown."""
-    if form == "markdown":
-        lines = [f"| {' | '.join(row)} |" for row in (table.header, ["---"] * len(table.header), *table.rows)]
-        return "\n".join([table.title, "", *lines, *(f"\n{note}" for note in table.notes)])
-    columns = []
-    for header, *cells in zip(table.header, *table.rows, strict=True):
-        width = max(map(len, (header, *cells)))
-        of_numbers = all(re.fullmatch(r"[-+.,\d ]*", cell) for cell in cells)
-        columns.append([cell.rjust(width) if of_numbers else cell.ljust(width) for cell in (header, *cells)])
-    lines = ("  ".join(row).rstrip() for row in zip(*columns, strict=True))
-    return "\n".join([table.title, "", *lines, *table.notes])

@@ -1,17 +1,18 @@
-"""Plumbing that names nothing of the science: errors for users, the command line, keyed randomness, the environment."""
+"""Plumbing that names nothing of the science: messages, tables, the command line, keyed randomness, the environment."""
 
 import argparse
 import difflib
 import hashlib
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -70,6 +71,29 @@ def has_shape(value: Any, shape: Any) -> bool:
     if isinstance(shape, list):
         return isinstance(value, list) and all(has_shape(item, shape[0]) for item in value)
     return isinstance(value, shape)
+
+
+class Table(NamedTuple):
+    """Rows of text under a header, with a title and remarks."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+
+
+def render(table: Table, form: str = "table") -> str:
+    """A table as aligned text or as Markdown."""
+    if form == "markdown":
+        lines = [f"| {' | '.join(row)} |" for row in (table.header, ["---"] * len(table.header), *table.rows)]
+        return "\n".join([table.title, "", *lines, *(f"\n{note}" for note in table.notes)])
+    columns = []
+    for header, *cells in zip(table.header, *table.rows, strict=True):
+        width = max(map(len, (header, *cells)))
+        of_numbers = all(re.fullmatch(r"[-+.,\d ]*", cell) for cell in cells)
+        columns.append([cell.rjust(width) if of_numbers else cell.ljust(width) for cell in (header, *cells)])
+    lines = ("  ".join(row).rstrip() for row in zip(*columns, strict=True))
+    return "\n".join([table.title, "", *lines, *table.notes])
 
 
 def warn(message: str) -> None:

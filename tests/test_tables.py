@@ -10,6 +10,7 @@ from conftest import ROOT, assert_refused
 import tables
 from config import Config, load_config, plain_values
 from corruptions import EXTRA, SEVERITIES, STANDARD
+from resultsfile import read_results
 from utils import UserError
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -227,7 +228,7 @@ def test_from_the_command_line(script, written, tmp_path):
 def test_a_damaged_results_file_is_not_written_over(tmp_path):
     (tmp_path / "results.json").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=r"results.json: cannot be read as results"):
-        tables.read_results(tmp_path)
+        read_results(tmp_path)
 
 
 def test_numbers_of_corruptions_are_as_published():

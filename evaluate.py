@@ -96,12 +96,7 @@ def evaluate(subject: Subject, args: argparse.Namespace, world: World) -> dict[s
         benchmarks = open_benchmarks(args.benchmarks, wanted)
     world.require_equal("the images", lambda: [(benchmark.name, benchmark.fingerprint) for benchmark in benchmarks])
 
-    beside = "results.json" if subject.file.name == "model.pt" else f"{subject.file.name}.results.json"
-    file = args.output or subject.file.parent / beside
-    results = Results(file, head_of_results(subject, args), environment(world.device), writes=world.leads)
-    if world.leads:
-        results.take_over(benchmarks, overwrite=args.overwrite, replace=args.output is None)
-    results.share(world.from_leader(results.benchmarks), benchmarks)
+    results = begin_results(subject, args, benchmarks, world)
     normalise = Normalise(config, world.device)
     progress = ImageProgress(sum(c.images for b in benchmarks for c in results.lacking(b)), shown=world.leads)
     try:
@@ -110,15 +105,8 @@ def evaluate(subject: Subject, args: argparse.Namespace, world: World) -> dict[s
             for cell in lacking:
                 progress.begin(in_words(benchmark, cell))
                 started = time.perf_counter()
-                predictions = predict(
-                    model,
-                    cell.open(),
-                    normalise,
-                    world,
-                    batch=args.batch_size,
-                    bfloat16=args.bfloat16,
-                    progress=progress,
-                )
+                how = {"batch": args.batch_size, "bfloat16": args.bfloat16, "progress": progress}
+                predictions = predict(model, cell.open(), normalise, world, **how)
                 seconds = time.perf_counter() - started
                 check(predictions, benchmark, cell)
                 results.add(benchmark, measure(benchmark, cell, predictions, num_classes), seconds)
@@ -161,6 +149,30 @@ def _open_if_there(entry: Entry, wanted: Wanted) -> Benchmark | None:
         if not wanted.downloads.quiet:
             warn(f"{entry.name} is left out: {error}")
         return None
+
+
+def begin_results(subject: Subject, args: argparse.Namespace, benchmarks: list[Benchmark], world: World) -> Results:
+    """Results beside the checkpoint or where they are asked for, with what was scored before and is still true."""
+    beside = "results.json" if subject.file.name == "model.pt" else f"{subject.file.name}.results.json"
+    trained_with = subject.trained_with
+    head = {
+        "checkpoint": str(subject.file),
+        "sha256": sha256_of(subject.file),
+        "conf": args.load_conf and str(args.load_conf),
+        "model": subject.config.model,
+        "seed": trained_with and trained_with.seed,
+        "epoch": subject.epoch,
+        "classes": subject.classes and list(subject.classes),
+        "precision": "bfloat16" if args.bfloat16 else "float32",
+        "scored_with": {name: plain_values(subject.config)[name] for name in SCORING},
+        "config": trained_with and plain_values(trained_with),
+    }
+    file = args.output or subject.file.parent / beside
+    results = Results(file, head, environment(world.device), writes=world.leads)
+    if world.leads:
+        results.take_over(benchmarks, overwrite=args.overwrite, replace=args.output is None)
+    results.share(world.from_leader(results.benchmarks), benchmarks)
+    return results
 
 
 def in_words(benchmark: Benchmark, cell: Cell) -> str:
@@ -222,23 +234,6 @@ def predict(
     model.train(was_training)
     predicted_I, confidence_I, loss_I, among_five_I = world.sum(results_I4).cpu().unbind(1)
     return Predictions(split.labels, predicted_I.long(), confidence_I, loss_I, among_five_I.bool())
-
-
-def head_of_results(subject: Subject, args: argparse.Namespace) -> dict[str, Any]:
-    """What results.json says of all benchmarks alike."""
-    trained_with = subject.trained_with
-    return {
-        "checkpoint": str(subject.file),
-        "sha256": sha256_of(subject.file),
-        "conf": args.load_conf and str(args.load_conf),
-        "model": subject.config.model,
-        "seed": trained_with and trained_with.seed,
-        "epoch": subject.epoch,
-        "classes": subject.classes and list(subject.classes),
-        "precision": "bfloat16" if args.bfloat16 else "float32",
-        "scored_with": {name: plain_values(subject.config)[name] for name in SCORING},
-        "config": trained_with and plain_values(trained_with),
-    }
 
 
 def one_by_one(args: argparse.Namespace) -> Iterator[argparse.Namespace]:

@@ -48,7 +48,7 @@ from resultsfile import Results
 from robustness import BENCHMARKS, Benchmark, Cell, Entry, Wanted, fits, named
 from runlog import ImageProgress
 from tables import FORMATS, compare, report
-from utils import CommandLine, UserError, environment, warn
+from utils import CommandLine, UserError, environment, has_shape, warn
 
 BATCH = 256  # images in a forward pass; of no influence on the counts
 # The settings that scores depend on; all others are those of the training, whatever is said when it is scored.
@@ -258,7 +258,7 @@ def trained_here(args: argparse.Namespace) -> Subject:
         )
         raise UserError(f"{file}: there is no such checkpoint; {remedy}")
     content = load_tensors(file)
-    if not isinstance(content, dict) or not {"model", "classes", "config", "epoch"} <= content.keys():
+    if not has_shape(content, {"model": dict, "classes": [str], "config": dict, "epoch": int}):
         raise UserError(f"{file}: is no model.pt of main.py; score a plain state dict with --model NAME --weights FILE")
     said = {field: (str(file), value) for field, value in content["config"].items()}
     trained_with = load_config(None, said)

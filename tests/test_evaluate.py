@@ -182,6 +182,9 @@ def test_checkpoints_that_cannot_be_scored(script, run, tmp_path):
     of_demo = ("--load_conf", "confs/demo.yaml")
     wrong = ("--model", "wresnet16_1", "--weights", tmp_path / "plain.pt", *of_demo)
     assert_refused(script("evaluate.py", *wrong), "plain.pt: does not fit wresnet16_1 with 10 classes", "is missing")
+    for key, value in (("config", 3), ("classes", None), ("model", []), ("epoch", "last")):
+        torch.save(load_tensors(model) | {key: value}, tmp_path / "odd.pt")
+        assert_refused(script("evaluate.py", "--checkpoint", tmp_path / "odd.pt"), "odd.pt: is no model.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     assert_refused(
         script("evaluate.py", "--model", "wresnet10_1", "--weights", tmp_path / "list.pt", *of_demo),

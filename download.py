@@ -11,7 +11,7 @@ import shutil
 import tarfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -74,8 +74,8 @@ class Downloads:
         """folder / remote.name, whole and with the published size and hash; what is there already is checked only.
 
         What has come before a failure or Ctrl-C stays in <name>.part, and a later call carries on from there. Raises
-        Missing when it is not there and may not or cannot be fetched, and UserError when what is there is wrong or the
-        disk is full.
+        Missing when it is not there and may not or cannot be fetched, as on a full disk or into a folder that cannot be
+        written to, and UserError when what is there is wrong.
         """
         path = folder / remote.name
         try:
@@ -83,16 +83,37 @@ class Downloads:
                 if not self.allowed:
                     raise Missing(f"{path}: is not there\n{_by_hand(remote, folder)} run without --no-download")
                 folder.mkdir(parents=True, exist_ok=True)
-                with alone(folder):
+                with _alone(folder):
                     if not path.exists():  # nor has another process fetched it meanwhile
                         return self._download(remote, path)
             if fault := _fault(path, remote):
                 raise UserError(f"{path}: {fault}; remove it to have it fetched anew, or put a right copy there")
         except OSError as error:
-            raise UserError(
-                f"{folder}: cannot be read or written ({error}); make room, mend its permissions or use another folder"
-            ) from None
+            raise Missing(_unusable(folder, error)) from None
         return path
+
+    def fetch_unpacked(self, archive: Remote, folder: Path, holds: Sequence[str]) -> list[Path]:
+        """The folders that `archive` holds, in `folder`: fetched and unpacked where one is missing.
+
+        An archive that was fetched for it is removed again, one that lay there is kept. Raises what `fetch` and
+        `unpack` raise, and UserError when the archive does not hold them.
+        """
+        folders = [folder / name for name in holds]
+        if not all(path.is_dir() for path in folders):
+            try:
+                with _alone(folder) if self.allowed else contextlib.nullcontext():
+                    # Another process may have unpacked and removed the archive while this one waited.
+                    if not all(path.is_dir() for path in folders):
+                        lay_there = (folder / archive.name).exists()
+                        unpack(self.fetch(archive, folder), folder, quiet=self.quiet)
+                        if not lay_there:
+                            (folder / archive.name).unlink()
+            except OSError as error:
+                raise Missing(_unusable(folder, error)) from None
+        for path in folders:
+            if not path.is_dir():
+                raise UserError(f"{folder / archive.name}: does not hold {path.name}")
+        return folders
 
     def _download(self, remote: Remote, path: Path) -> Path:
         url, part = self._address(remote), path.with_name(f"{path.name}.part")
@@ -131,6 +152,10 @@ class Downloads:
 
 def _by_hand(remote: Remote, folder: Path) -> str:
     return f"fetch {remote.url} by hand and put it into {folder}, or"
+
+
+def _unusable(folder: Path, error: OSError) -> str:
+    return f"{folder}: cannot be read or written ({error}); make room, mend its permissions or use another folder"
 
 
 class _Failure(Exception):
@@ -212,7 +237,7 @@ def _bar(doing: str, total: int | None, quiet: bool, done: int = 0) -> tqdm:
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def _alone(folder: Path) -> Iterator[None]:
     """Others that would fetch into `folder` wait, if its file system tells them (that of a network may not)."""
     held = (threading.get_ident(), folder)
     if fcntl is None or held in _held:
@@ -242,7 +267,7 @@ def unpack(archive: Path, folder: Path, quiet: bool = False) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with alone(folder), archive.open("rb") as file:
+        with _alone(folder), archive.open("rb") as file:
             temporary = folder / f".unpacking-{archive.name}"
             if temporary.exists():
                 shutil.rmtree(temporary)

@@ -36,7 +36,7 @@ from dataloader import (
     list_images,
     load_test,
 )
-from download import Downloads, Ledger, Missing, Remote, alone, unpack
+from download import Downloads, Ledger, Missing, Remote
 from generated import MANIFEST, generated_folder, make, read_manifest, side_of_test_images
 from imagefiles import CentreCrop, ImageFiles
 from processes import exit_with_status
@@ -145,7 +145,7 @@ def _open_clean(entry: Entry, wanted: Wanted) -> Benchmark:
 
 def _open_corruption_arrays(entry: Entry, wanted: Wanted, *, archive: Remote, md5: Mapping[str, str]) -> Benchmark:
     """CIFAR-10-C and CIFAR-100-C: a file per corruption, uint8 (5 n, 32, 32, 3), one severity after another."""
-    folder = _unpacked(archive, wanted.root, (entry.where,), wanted)[0]
+    (folder,) = wanted.downloads.fetch_unpacked(archive, wanted.root, (entry.where,))
     cells, files = _corruption_cells(
         folder, wanted, 32, "put a copy back, or remove the folder to have it fetched anew"
     )
@@ -220,12 +220,12 @@ def _open_array_test_set(entry: Entry, wanted: Wanted, *, images: Remote, labels
 def _open_imagenet_c(entry: Entry, wanted: Wanted, *, archives: Mapping[Remote, tuple[str, ...]]) -> Benchmark:
     """ImageNet-C: <corruption>/<severity>/<class>/*.JPEG, stored at 224x224 and scored as they are.
 
-    The archives have hashes; unpacked files are known by their numbers. The extra four, 15 GB, are not fetched.
+    The archives have hashes; unpacked files are known by names and sizes. The extra four, 15 GB, are not fetched.
     """
     place = wanted.root / entry.where
     found: dict[str, Path] = {}
     for archive, holds in archives.items():
-        found |= zip(holds, _unpacked(archive, place, holds, wanted), strict=True)
+        found |= zip(holds, wanted.downloads.fetch_unpacked(archive, place, holds), strict=True)
     found |= {name: place / name for name in EXTRA if (place / name).is_dir()}
     classes = wanted.classes or class_folders(place / STANDARD[0] / str(SEVERITIES[0]))
     cells, listing = [], hashlib.sha256()
@@ -250,7 +250,7 @@ def _open_imagenet_c(entry: Entry, wanted: Wanted, *, archives: Mapping[Remote, 
 
 def _open_imagenet_v2(entry: Entry, wanted: Wanted, *, archive: Remote) -> Benchmark:
     """ImageNet-V2: class folders "0".."999", which are numbers: 10 comes after 9, not after 1."""
-    (folder,) = _unpacked(archive, wanted.root, (entry.where,), wanted)
+    (folder,) = wanted.downloads.fetch_unpacked(archive, wanted.root, (entry.where,))
     names = tuple(map(str, range(wanted.num_classes)))
     if set(class_folders(folder)) != set(names):
         raise UserError(f"{folder}: its class folders are not 0..{wanted.num_classes - 1}")
@@ -325,25 +325,6 @@ def _mapped(path: Path) -> np.ndarray:
         raise UserError(f"{path}: there is no such file") from None
     except Exception as error:  # damage shows in many ways: ValueError, EOFError, SyntaxError, ...
         raise UserError(f"{path}: cannot be read as an array ({in_a_line(error)})") from None
-
-
-def _unpacked(archive: Remote, place: Path, holds: Sequence[str], wanted: Wanted) -> list[Path]:
-    """The folders that `archive` holds, in `place`: fetched and unpacked where one is missing.
-
-    An archive that was fetched for it is removed again, one that lay there is kept.
-    """
-    with alone(place):  # so that another process that waits for the archive finds it unpacked
-        if not all((place / name).is_dir() for name in holds):
-            lay_there = (place / archive.name).exists()
-            file = wanted.downloads.fetch(archive, place)
-            unpack(file, place, quiet=wanted.downloads.quiet)
-            if not lay_there:
-                file.unlink()
-    folders = [place / name for name in holds]
-    for folder in folders:
-        if not folder.is_dir():
-            raise UserError(f"{place / archive.name}: does not hold {folder.name}")
-    return folders
 
 
 def _digest(content: Any) -> str:

@@ -726,10 +726,62 @@ def test_a_file_whose_sha256_is_known_is_that_file(tmp_path):
 
 def test_who_has_a_folder_for_itself_may_fetch_and_unpack_there(server, tmp_path):
     fcntl = pytest.importorskip("fcntl")
-    with download.alone(tmp_path):
+    with download._alone(tmp_path):
         assert Downloads().fetch(server.remote, tmp_path).read_bytes() == CONTENT
         other = os.open(tmp_path, os.O_RDONLY)
         with pytest.raises(BlockingIOError):
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(other)
+
+
+def archive_of(tmp_path, *folders):
+    """A mirror with an archive of a file in each of these folders, and what is published of it."""
+    archive = tmp_path / "public" / "set.tar"
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w") as tar:
+        for name in folders:
+            member = tarfile.TarInfo(f"{name}/file")
+            member.size = len(CONTENT)
+            tar.addfile(member, io.BytesIO(CONTENT))
+    remote = Remote(
+        "http://nowhere.invalid/set.tar", archive.stat().st_size, hashlib.md5(archive.read_bytes()).hexdigest()
+    )
+    return Downloads(archive.parent.as_uri()), remote
+
+
+def test_folders_of_an_archive_are_fetched_once_and_it_is_not_kept(tmp_path):
+    downloads, remote = archive_of(tmp_path, "a", "b")
+    data = tmp_path / "data"
+    for _ in range(2):
+        assert downloads.fetch_unpacked(remote, data, ("a", "b")) == [data / "a", data / "b"]
+        assert names(data) == ["a", "a/file", "b", "b/file"]
+        (tmp_path / "public" / "set.tar").unlink(missing_ok=True)
+    with assert_refused("set.tar: is not there", "by hand"):
+        Downloads(allowed=False).fetch_unpacked(remote, tmp_path / "other", ("a",))
+    assert not (tmp_path / "other").exists(), "nothing is made where nothing may be fetched"
+
+
+def test_an_archive_that_lay_there_is_kept(tmp_path):
+    _, remote = archive_of(tmp_path, "a")
+    Downloads(allowed=False).fetch_unpacked(remote, tmp_path / "public", ("a",))
+    assert names(tmp_path / "public") == ["a", "a/file", "set.tar"]
+    with assert_refused("set.tar: does not hold c", lines=1):
+        Downloads(allowed=False).fetch_unpacked(remote, tmp_path / "public", ("a", "c"))
+
+
+def test_several_that_want_an_archive_unpacked_wait_for_each_other(tmp_path):
+    pytest.importorskip("fcntl")
+    downloads, remote = archive_of(tmp_path, "a", "b")
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda _: downloads.fetch_unpacked(remote, tmp_path / "data", ("a", "b")), range(6)))
+    assert found == [[tmp_path / "data" / "a", tmp_path / "data" / "b"]] * 6
+    assert names(tmp_path / "data") == ["a", "a/file", "b", "b/file"]
+
+
+def test_what_cannot_be_put_anywhere_is_missing(tmp_path):
+    downloads, remote = archive_of(tmp_path, "a")
+    (tmp_path / "file").write_bytes(b"")
+    for fetch in (downloads.fetch, lambda *asked: downloads.fetch_unpacked(*asked, ("a",))):
+        with pytest.raises(download.Missing, match="file: cannot be read or written"):
+            fetch(remote, tmp_path / "file")

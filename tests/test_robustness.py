@@ -563,6 +563,15 @@ def test_all_leaves_out_what_is_not_whole(script, cifar_c, cifar_p, weights, tmp
     assert "official (checked by shape, SHA-256 at first use)" in done.out
 
 
+def test_all_leaves_out_what_cannot_be_put_anywhere(script, weights, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    plain = ("evaluate.py", "--model", "wresnet10_1", "--weights", weights, "--set", "dataset=cifar10")
+    done = script(*plain, "--benchmarks", "all", "--dataroot", tmp_path / "file")
+    assert done.status == 2
+    assert done.err.count("is left out") == 6
+    assert "none of those that fit" in done.err.splitlines()[-1]
+
+
 def test_others_weights_are_not_scored_on_data_they_are_not_for(script, tmp_path, weights):
     assert_refused(script("evaluate.py", "--model", "wresnet10_1", "--weights", weights), "say what data it is for")
     torch.save(build_model("wresnet10_1", 12).state_dict(), tmp_path / "twelve.pth")

@@ -135,7 +135,9 @@ def gather_pixels(images_BCHW: Tensor, x_BHW: Tensor, y_BHW: Tensor) -> Tensor:
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a small CPU tensor to the device, from pinned memory, without waiting for it."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def _check_images(images_BCHW: Tensor) -> None:

@@ -104,6 +104,7 @@ class Config:
     seed: int = setting(0, "of every random draw")
     amp: bool = setting(False, "mixed precision")
     amp_dtype: str = setting("bfloat16", "of mixed precision: bfloat16, or float16 (CUDA only, with loss scaling)")
+    tf32: bool = setting(True, "CUDA: TensorFloat-32 in what is not in mixed precision: faster; scores never use it")
     compile: bool = setting(False, "compile the network (torch.compile): slow to start, then faster", may_change=True)
     deterministic: bool = setting(False, "CUDA: same seed, same bits, at some cost in speed; the CPU always is")
     eval_every: int = setting(1, "epochs between two scorings for the log (held-out part, else test set)")

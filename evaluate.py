@@ -48,7 +48,7 @@ from resultsfile import Results
 from robustness import BENCHMARKS, Benchmark, Cell, Entry, Wanted, fits, named
 from runlog import ImageProgress
 from tables import FORMATS, compare, report
-from utils import CommandLine, UserError, environment, has_shape, warn
+from utils import CommandLine, UserError, environment, full_float32, has_shape, warn
 
 BATCH = 256  # images in a forward pass; of no influence on the counts
 # The settings that scores depend on; all others are those of the training, whatever is said when it is scored.
@@ -220,7 +220,7 @@ def predict(
     for index, (images_BCHW, label_B) in zip(mine, split.batches(mine), strict=True):
         filled_BCHW = torch.cat((images_BCHW, images_BCHW[:1].expand(size - len(index), -1, -1, -1)))
         inputs_BCHW = normalise(filled_BCHW).contiguous(memory_format=torch.channels_last)
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False), precision:
+        with full_float32(), precision:
             # forward() itself: a compiled network is scored as an uncompiled one, and not compiled anew for it
             logits_BC = model.forward(inputs_BCHW)[: len(index)].float()
         top_B5 = logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices

@@ -94,7 +94,7 @@ def train(config: Config, args: argparse.Namespace, world: World) -> None:
         data = load_data(config, world.device, Downloads(args.data_url, not args.no_download, quiet=not world.leads))
     fingerprint = data.fingerprint()
     world.require_equal("the images", lambda: fingerprint)
-    choose_kernels(world.device, config.deterministic)
+    choose_kernels(world.device, config.deterministic, config.tf32)
     seed_default_generators(world.devices, config.seed, "network")
     model = build_model(config.model, len(data.classes), **config.model_options())
     seed_default_generators(world.devices, config.seed, "noise", world.rank)
@@ -163,7 +163,12 @@ class TrainingState:
     @classmethod
     def start(cls, config: Config, world: World, model: nn.Module) -> "TrainingState":
         optimizer = torch.optim.SGD(
-            model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov
+            model.parameters(),
+            config.lr,
+            config.momentum,
+            weight_decay=config.weight_decay,
+            nesterov=config.nesterov,
+            fused=world.device.type == "cuda" or None,  # all parameters in one kernel, and no wait for float16's scaler
         )
         scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp and config.amp_dtype == "float16")
         policies, normalise = build_policies(config), Normalise(config, world.device)
@@ -241,12 +246,9 @@ def train_one_epoch(state: TrainingState, split: Split, progress: Progress) -> t
             inputs_BCHW = make_inputs(state, images_NCHW, at_hand, draws, micro)
             labels_B = labels_N[micro.start - at_hand.start : micro.stop - at_hand.start].repeat_interleave(config.M)
             with each_waits_for_the_last(state.trained, last=micro == micro_batches[-1]):
-                with torch.autocast(world.device.type, getattr(torch, config.amp_dtype), enabled=config.amp):
-                    logits_BC = state.trained(inputs_BCHW).float()
-                loss_B = F.cross_entropy(logits_BC, labels_B, reduction="none", label_smoothing=config.label_smoothing)
-                state.scaler.scale(loss_B.mean() / len(micro_batches)).backward()
+                loss_B, correct_B = learn(state, inputs_BCHW, labels_B, share=1 / len(micro_batches))
             policies.observe(loss_B.view(-1, config.M))
-            loss_and_correct += torch.stack((loss_B.detach().sum(), (logits_BC.argmax(1) == labels_B).sum()))
+            loss_and_correct += torch.stack((loss_B.sum(), correct_B.sum()))
             seen += len(labels_B)
         descend(state, learning_rate(config, step, len(batches)))
 
@@ -299,6 +301,16 @@ def make_inputs(state: TrainingState, images_NCHW: Tensor, at_hand: range, draws
     inputs_BCHW = state.normalise(augment(state, images_NCHW, at_hand, draws, wanted))
     inputs_BCHW = cutout(inputs_BCHW, state.config.cutout, draws.blank_B2[wanted.start * M : wanted.stop * M])
     return inputs_BCHW.contiguous(memory_format=torch.channels_last)
+
+
+def learn(state: TrainingState, inputs_BCHW: Tensor, labels_B: Tensor, share: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Forward and backward: adds `share` of the mean loss's gradient. Returns (loss_B float32, which were right)."""
+    config = state.config
+    with torch.autocast(inputs_BCHW.device.type, getattr(torch, config.amp_dtype), enabled=config.amp):
+        logits_BC = state.trained(inputs_BCHW).float()
+    loss_B = F.cross_entropy(logits_BC, labels_B, reduction="none", label_smoothing=config.label_smoothing)
+    state.scaler.scale(loss_B.mean() * share).backward()
+    return loss_B.detach(), logits_BC.detach().argmax(1) == labels_B
 
 
 def descend(state: TrainingState, lr: float) -> None:

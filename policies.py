@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from augmentations import OPS, Plan, row_of
+from augmentations import OPS, Plan, row_of, upload
 from config import Config
 from controller import Controller, advantage, reinforce
 from utils import keyed_seed
@@ -77,7 +77,7 @@ class PolicySource:
 
     def observe(self, loss_NM: Tensor) -> None:
         """Add losses to the interval's mean loss of each policy, L^_m; stays on the losses' device."""
-        loss_sum_M = self.tally.loss_sum_M.to(loss_NM.device) + loss_NM.detach().double().sum(0)
+        loss_sum_M = upload(self.tally.loss_sum_M, loss_NM.device) + loss_NM.detach().double().sum(0)
         self.tally = Tally(loss_sum_M, self.tally.images + len(loss_NM))
 
     def update(self, average: Callable[[Tensor], Tensor] = lambda loss_M: loss_M) -> dict[str, Any]:

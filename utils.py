@@ -1,6 +1,7 @@
 """Plumbing that names nothing of the science: messages, tables, the command line, keyed randomness, the environment."""
 
 import argparse
+import contextlib
 import difflib
 import hashlib
 import os
@@ -9,7 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -110,12 +111,28 @@ def keyed_generator(*key: Any) -> torch.Generator:
     return torch.Generator().manual_seed(keyed_seed(*key))
 
 
-def choose_kernels(device: torch.device, deterministic: bool) -> None:
-    """On CUDA, kernels that give the same bits each time, or the fastest; on the CPU they always do."""
+def choose_kernels(device: torch.device, deterministic: bool, tf32: bool) -> None:
+    """On CUDA, kernels that give the same bits each time, or the fastest; on the CPU they always do.
+
+    tf32: products of float32 numbers with 10 bits of mantissa each, on the GPUs that can.
+    """
     if deterministic and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """On CUDA, float32 with all its bits, and the same ones each time, whatever was chosen for training."""
+    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
+    try:
+        matmul.allow_tf32 = False
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def seed_default_generators(devices: Sequence[torch.device], *key: Any) -> None:

@@ -12,16 +12,23 @@ Shape suffixes:
     C   channels, 3 (red, green, blue)
     H, W   rows and columns of an image
     K   positions of a plan, executed in order
+    N   distinct images that B copies are made of
     P   pixels of an image, H * W
+    U   distinct magnitudes in a group
 Digits are sizes: BC256 is a table of 256 entries per image and channel, 6B six numbers per image.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+CACHED_VALUES = 2**18  # of images that a processor works on at a time
+CACHED_TABLES = 64  # of distinct shears and rotations, of one image's size each
 
 
 class Plan(NamedTuple):
@@ -45,8 +52,8 @@ def apply(images_BCHW: Tensor, plan: Plan, others: Tensor | None = None) -> Tens
 
     others: further images, uint8 (_, 3, H, W), that only serve as partners: partner B + i is others[i].
 
-    Images are sorted by operation, so that each operation present runs once per position. Which rows go where
-    is known on the CPU: choosing them never waits for the device.
+    On the CPU each operation present is called once per position, with the images that it is for; elsewhere all images
+    pass through a few families of operations. What goes where is known on the CPU: nothing waits for the device.
 
     Raises ValueError for a batch that is not uint8 (B, 3, H, W), for a plan of another size or with rows that are not
     in `OPS`, and for one that lacks the partners or centres that its operations need.
@@ -60,20 +67,13 @@ def apply(images_BCHW: Tensor, plan: Plan, others: Tensor | None = None) -> Tens
         )
     if op_BK.numel() and not -1 <= op_BK.min() <= op_BK.max() < len(OPS):
         raise ValueError(f"op_BK holds {op_BK.min()}..{op_BK.max()}; rows are 0..{len(OPS) - 1}, and -1 for none")
-    out_BCHW = images_BCHW.clone()
+    for field, needed in (("partner_BK", "partner"), ("centre_BK2", "centre")):
+        needy = torch.isin(op_BK, torch.tensor([row for row, op in enumerate(OPS) if op.needs == needed]))
+        if getattr(plan, field) is None and needy.any():
+            raise ValueError(f"{OPS[op_BK[needy][0]].name} is in the plan, but its {field} is missing")
     partners_BCHW = images_BCHW if others is None else torch.cat((images_BCHW, others))
-    for k in range(op_BK.shape[1]):
-        order_B = op_BK[:, k].argsort(stable=True)
-        counts = (op_BK[:, k] + 1).bincount(minlength=len(OPS) + 1).tolist()
-        groups = out_BCHW.index_select(0, upload(order_B, images_BCHW.device)).split(counts)
-        members = order_B.split(counts)
-        done = [groups[0]] + [
-            _run(op, group, partners_BCHW, plan, members_of_op, k)
-            for op, group, members_of_op in zip(OPS, groups[1:], members[1:], strict=True)
-            if len(members_of_op)
-        ]
-        out_BCHW = torch.cat(done).index_select(0, upload(order_B.argsort(), images_BCHW.device))
-    return out_BCHW
+    run = _in_groups if images_BCHW.device.type == "cpu" else _in_families
+    return run(images_BCHW.contiguous(), plan, partners_BCHW)
 
 
 def portion(plan: Plan, start: int, stop: int) -> tuple[Plan, Tensor]:
@@ -120,17 +120,53 @@ def row_of(name: str) -> int:
     raise ValueError(f"unknown operation {name!r}; there are {', '.join(op.name for op in OPS)}")
 
 
+def gather_rows(
+    images_NCHW: Tensor, image_B: Tensor, row_BH: Tensor, shift_BH: Tensor, mirrored_B: Tensor | None = None
+) -> Tensor:
+    """Put B images together from whole rows: row y of image b is row row_BH[b, y] of image image_B[b].
+
+    It is read from column shift_BH[b, y] on; what lies outside is black. mirrored_B: bool, whether an image is read
+    from the mirror images. All but the images are on the CPU, int64, and shift_BH may be broadcastable to (B, H).
+
+    Much faster than pixel by pixel: with black on all sides, every row is W bytes that can be copied at once.
+    """
+    C, H, W = images_NCHW.shape[1:]
+    if mirrored_B is not None and mirrored_B.any():
+        image_B = image_B + len(images_NCHW) * mirrored_B
+        images_NCHW = torch.cat((images_NCHW, images_NCHW.flip(3)))
+    padded_NCHW = F.pad(images_NCHW, (W, W, 1, 1))
+    image_step, channel_step, row_step, _ = padded_NCHW.stride()
+    start_BH = image_B[:, None] * image_step + (row_BH.clamp(-1, H) + 1) * row_step + (shift_BH.clamp(-W, W) + W)
+    channel_C1 = torch.arange(0, C * channel_step, channel_step, device=images_NCHW.device)[:, None]
+    start_BCH = upload(start_BH, images_NCHW.device)[:, None] + channel_C1
+    windows = padded_NCHW.as_strided((padded_NCHW.numel() - W + 1, W), (1, 1))
+    return windows.index_select(0, start_BCH.view(-1)).view(*start_BCH.shape, W)
+
+
 def gather_pixels(images_BCHW: Tensor, x_BHW: Tensor, y_BHW: Tensor) -> Tensor:
     """Fetch for every output pixel the input pixel at (x, y), black where that lies outside.
 
     x_BHW, y_BHW: int64 indices, each broadcastable to (B, H, W) of the output.
     """
-    height, width = images_BCHW.shape[-2:]
-    inside_BHW = ((x_BHW >= 0) & (x_BHW < width)) & ((y_BHW >= 0) & (y_BHW < height))
-    index_BHW = torch.where(inside_BHW, y_BHW * width + x_BHW, 0)
-    index_BCP = index_BHW.flatten(1).unsqueeze(1).expand(-1, images_BCHW.shape[1], -1)
-    pixels_BCHW = images_BCHW.flatten(2).gather(2, index_BCP).unflatten(2, index_BHW.shape[1:])
-    return pixels_BCHW * inside_BHW.unsqueeze(1)
+    index_BHW, inside_BHW = _flat_index(x_BHW, y_BHW, *images_BCHW.shape[-2:])
+    return _gather_flat(images_BCHW, index_BHW.flatten(1), inside_BHW.flatten(1)).unflatten(2, index_BHW.shape[1:])
+
+
+def _flat_index(x: Tensor, y: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Index of the pixel at (x, y) in a flattened image, and whether it is inside; 0 where it is not."""
+    inside = ((x >= 0) & (x < width)) & ((y >= 0) & (y < height))
+    return torch.where(inside, y * width + x, 0), inside
+
+
+def _gather_flat(images_BCHW: Tensor, index_BP: Tensor, inside_BP: Tensor) -> Tensor:
+    index_BCP = index_BP[:, None].expand(-1, images_BCHW.shape[1], -1)
+    return images_BCHW.flatten(2).gather(2, index_BCP).mul_(inside_BP.view(torch.uint8)[:, None])
+
+
+def piece_size(images_BCHW: Tensor) -> int:
+    """How many of these images to work on at a time: on the CPU so few that they stay in its cache."""
+    whole = max(1, len(images_BCHW))
+    return whole if images_BCHW.device.type != "cpu" else max(1, CACHED_VALUES * whole // max(1, images_BCHW.numel()))
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
@@ -145,18 +181,36 @@ def _check_images(images_BCHW: Tensor) -> None:
         raise ValueError(f"need uint8 images (B, 3, H, W), got {images_BCHW.dtype} {tuple(images_BCHW.shape)}")
 
 
-def _run(op: "Op", group_BCHW: Tensor, partners_BCHW: Tensor, plan: Plan, members: Tensor, k: int) -> Tensor:
-    """Run `op` on the images `members` as they are at position k; partners_BCHW: all, as they were before the plan."""
+def _in_groups(images_BCHW: Tensor, plan: Plan, partners_BCHW: Tensor) -> Tensor:
+    """`apply` for the CPU: images sorted by operation, so that each operation present is called once per position.
+
+    A group too large for the processor's cache is taken in pieces.
+    """
+    piece = piece_size(images_BCHW)
+    buffers = torch.empty_like(images_BCHW), torch.empty_like(images_BCHW)
+    place_B = torch.arange(len(images_BCHW))  # where each image stands, as sorted for the last position
+    for k in range(plan.op_BK.shape[1]):
+        order_B = plan.op_BK[:, k].argsort(stable=True)
+        counts = (plan.op_BK[:, k] + 1).bincount(minlength=len(OPS) + 1).tolist()
+        done = 0
+        for op, members in zip((None, *OPS), order_B.split(counts), strict=True):
+            for numbers in members.split(piece) if len(members) else ():
+                group_BCHW = images_BCHW.index_select(0, place_B.index_select(0, numbers))
+                result_BCHW = _run(op, group_BCHW, partners_BCHW, plan, numbers, k) if op else group_BCHW
+                buffers[k % 2][done : done + len(numbers)] = result_BCHW
+                done += len(numbers)
+        images_BCHW, place_B = buffers[k % 2], order_B.argsort()
+    return torch.index_select(images_BCHW, 0, place_B, out=buffers[plan.op_BK.shape[1] % 2])
+
+
+def _run(op: "Op", images_BCHW: Tensor, partners_BCHW: Tensor, plan: Plan, numbers: Tensor, k: int) -> Tensor:
+    """Run `op` on the images of these numbers, as they are at position k; partners_BCHW: as before the plan."""
     extra = []
     if op.needs == "partner":
-        if plan.partner_BK is None:
-            raise ValueError(f"{op.name} is in the plan, but its partner_BK is missing")
-        extra = [partners_BCHW.index_select(0, upload(plan.partner_BK[members, k], partners_BCHW.device))]
+        extra = [partners_BCHW.index_select(0, upload(plan.partner_BK[numbers, k], partners_BCHW.device))]
     elif op.needs == "centre":
-        if plan.centre_BK2 is None:
-            raise ValueError(f"{op.name} is in the plan, but its centre_BK2 is missing")
-        extra = [plan.centre_BK2[members, k]]
-    return op.kernel(group_BCHW, plan.magnitude_BK[members, k], *extra)
+        extra = [plan.centre_BK2[numbers, k]]
+    return op.kernel(images_BCHW, plan.magnitude_BK[numbers, k], *extra)
 
 
 def _per_image(values_B: Tensor, like_BCHW: Tensor, dtype: torch.dtype) -> Tensor:
@@ -169,59 +223,101 @@ def _per_image(values_B: Tensor, like_BCHW: Tensor, dtype: torch.dtype) -> Tenso
 
 def shear_x(images_BCHW: Tensor, slope_B: Tensor) -> Tensor:
     """`Image.transform(size, AFFINE, (1, slope, 0, 0, 1, 0))`: about the top left corner."""
-    one, zero = torch.ones_like(slope_B), torch.zeros_like(slope_B)
-    return _affine(images_BCHW, torch.stack((one, slope_B, zero, zero, one, zero)))
+    height, width = images_BCHW.shape[-2:]
+    x0_B1, _, x_per_y_B1, *_ = _fixed_point(_shear_x_matrix, slope_B, width, height)[..., None]
+    row_BH = torch.arange(height).expand(len(slope_B), -1)
+    return gather_rows(images_BCHW, torch.arange(len(slope_B)), row_BH, (x0_B1 + row_BH * x_per_y_B1) >> 16)
 
 
 def shear_y(images_BCHW: Tensor, slope_B: Tensor) -> Tensor:
     """`Image.transform(size, AFFINE, (1, 0, 0, slope, 1, 0))`: about the top left corner."""
-    one, zero = torch.ones_like(slope_B), torch.zeros_like(slope_B)
-    return _affine(images_BCHW, torch.stack((one, zero, zero, slope_B, one, zero)))
+    return _affine(images_BCHW, _shear_y_matrix, slope_B)
 
 
 def translate_x(images_BCHW: Tensor, fraction_B: Tensor) -> Tensor:
     """`Image.transform(size, AFFINE, (1, 0, fraction * width, 0, 1, 0))`: positive moves the content left."""
     height, width = images_BCHW.shape[-2:]
-    x_BW = upload(_translated(fraction_B * width, width), images_BCHW.device)
-    return gather_pixels(images_BCHW, x_BW[:, None, :], torch.arange(height, device=images_BCHW.device)[None, :, None])
+    x_BW = _translated(fraction_B * width, width)
+    shift_B1, row_BH = x_BW[:, :1], torch.arange(height).expand(len(x_BW), -1)
+    if torch.equal(x_BW - shift_B1, torch.arange(width).expand_as(x_BW)):
+        return gather_rows(images_BCHW, torch.arange(len(x_BW)), row_BH, shift_B1.expand_as(row_BH))
+    x_BW, row_BH = upload(x_BW, images_BCHW.device), upload(row_BH, images_BCHW.device)
+    return gather_pixels(images_BCHW, x_BW[:, None, :], row_BH[:, :, None])
 
 
 def translate_y(images_BCHW: Tensor, fraction_B: Tensor) -> Tensor:
     """`Image.transform(size, AFFINE, (1, 0, 0, 0, 1, fraction * height))`: positive moves the content up."""
-    height, width = images_BCHW.shape[-2:]
-    y_BH = upload(_translated(fraction_B * height, height), images_BCHW.device)
-    return gather_pixels(images_BCHW, torch.arange(width, device=images_BCHW.device)[None, None, :], y_BH[:, :, None])
+    height = images_BCHW.shape[-2]
+    y_BH = _translated(fraction_B * height, height)
+    return gather_rows(images_BCHW, torch.arange(len(y_BH)), y_BH, torch.zeros_like(y_BH))
 
 
 def rotate(images_BCHW: Tensor, degrees_B: Tensor) -> Tensor:
     """`Image.rotate(degrees)`: counter-clockwise about the centre, same size."""
-    height, width = images_BCHW.shape[-2:]
-    # Python's own cos and decimal rounding, as in Pillow: torch's may differ in the last bit. There are few angles.
-    angles, which_B = degrees_B.unique(return_inverse=True)
-    matrices = torch.tensor([_rotation(angle, width, height) for angle in angles.tolist()], dtype=torch.float64)
-    return _affine(images_BCHW, matrices.view(-1, 6)[which_B].T)
+    return _affine(images_BCHW, _rotation_matrix, degrees_B)
 
 
-def _rotation(degrees: float, width: int, height: int) -> tuple[float, ...]:
-    """The output-to-input matrix that `Image.rotate` makes."""
+def _shear_x_matrix(slope: float, width: int, height: int) -> tuple[float, ...]:
+    return 1.0, slope, 0.0, 0.0, 1.0, 0.0
+
+
+def _shear_y_matrix(slope: float, width: int, height: int) -> tuple[float, ...]:
+    return 1.0, 0.0, 0.0, slope, 1.0, 0.0
+
+
+def _rotation_matrix(degrees: float, width: int, height: int) -> tuple[float, ...]:
+    """The output-to-input matrix of `Image.rotate`, with its cos of Python: torch's may differ in the last bit."""
     radians = -math.radians(degrees % 360.0)
     cos, sin = round(math.cos(radians), 15), round(math.sin(radians), 15)
     x, y = width / 2, height / 2
     return cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y
 
 
-def _affine(images_BCHW: Tensor, matrix_6B: Tensor) -> Tensor:
-    """Nearest neighbour through (x, y) -> (a x + b y + c, d x + e y + f), in Pillow's 16.16 fixed point."""
+def _fixed_point(matrix_of: Callable[..., tuple[float, ...]], magnitude_B: Tensor, width: int, height: int) -> Tensor:
+    """(x, y) -> (a x + b y + c, d x + e y + f) in Pillow's 16.16 fixed point, int64 (6, B).
+
+    The x to fetch for the output pixel at column 0 and row 0, its steps per column and per row; then the same of y.
+    """
+    magnitude_U, which_B = magnitude_B.unique(return_inverse=True)
+    fixed_U6 = []
+    for magnitude in magnitude_U.tolist():
+        a, b, c, d, e, f = matrix_of(magnitude, width, height)
+        starts_and_steps = (c + a * 0.5 + b * 0.5, a, b, f + d * 0.5 + e * 0.5, d, e)
+        fixed_U6.append([math.floor(value * 65536.0 + 0.5) for value in starts_and_steps])
+    return torch.tensor(fixed_U6, dtype=torch.int64).view(-1, 6)[which_B].T
+
+
+def _affine(images_BCHW: Tensor, matrix_of: Callable[..., tuple[float, ...]], magnitude_B: Tensor) -> Tensor:
+    """Nearest neighbour through the matrices of the magnitudes."""
     height, width = images_BCHW.shape[-2:]
-    a, b, c, d, e, f = matrix_6B
-    starts_and_steps = torch.stack((c + a * 0.5 + b * 0.5, a, b, f + d * 0.5 + e * 0.5, d, e))
-    fixed_6B = upload((starts_and_steps * 65536.0 + 0.5).floor().long(), images_BCHW.device)
+    fixed_6B = _fixed_point(matrix_of, magnitude_B, width, height)
+    fixed_B6 = list(map(tuple, fixed_6B.T.tolist()))
+    if images_BCHW.device.type != "cpu" or not 0 < len(set(fixed_B6)) <= CACHED_TABLES:
+        return _through(images_BCHW, upload(fixed_6B, images_BCHW.device))
+    sources = [_sources(*fixed, height, width) for fixed in fixed_B6]
+    index_BP, inside_BP = (torch.stack(tables) for tables in zip(*sources, strict=True))
+    return _gather_flat(images_BCHW, index_BP, inside_BP).view_as(images_BCHW)
+
+
+@functools.lru_cache(maxsize=CACHED_TABLES)
+def _sources(*fixed_height_width: int) -> tuple[Tensor, Tensor]:
+    """Index and inside of `_flat_index` for every pixel. There are few levels: tables of them are worth keeping."""
+    *fixed, height, width = fixed_height_width
+    x_1HW, y_1HW = _coordinates(torch.tensor(fixed)[:, None], height, width)
+    index_1HW, inside_1HW = _flat_index(x_1HW, y_1HW, height, width)
+    return index_1HW.flatten(), inside_1HW.flatten()
+
+
+def _through(images_BCHW: Tensor, fixed_6B: Tensor) -> Tensor:
+    return gather_pixels(images_BCHW, *_coordinates(fixed_6B, *images_BCHW.shape[-2:]))
+
+
+def _coordinates(fixed_6B: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """x and y, (B, H, W) each, of the pixel to fetch for each pixel, on the device of fixed_6B."""
     x0, x_per_x, x_per_y, y0, y_per_x, y_per_y = fixed_6B[:, :, None, None]
-    column = torch.arange(width, device=images_BCHW.device)
-    row = torch.arange(height, device=images_BCHW.device)[:, None]
-    return gather_pixels(
-        images_BCHW, (x0 + row * x_per_y + column * x_per_x) >> 16, (y0 + row * y_per_y + column * y_per_x) >> 16
-    )
+    column = torch.arange(width, device=fixed_6B.device)
+    row = torch.arange(height, device=fixed_6B.device)[:, None]
+    return (x0 + row * x_per_y + column * x_per_x) >> 16, (y0 + row * y_per_y + column * y_per_x) >> 16
 
 
 def _translated(offset_B: Tensor, size: int) -> Tensor:
@@ -236,12 +332,7 @@ def _translated(offset_B: Tensor, size: int) -> Tensor:
 
 def autocontrast(images_BCHW: Tensor, _: Tensor) -> Tensor:
     """`ImageOps.autocontrast(image)`: stretch each channel to 0..255, in float64 and in Pillow's order."""
-    low_BC1, high_BC1 = (pixels.double() for pixels in images_BCHW.flatten(2).aminmax(dim=2, keepdim=True))
-    span_BC1 = high_BC1 - low_BC1
-    scale_BC1 = torch.full_like(span_BC1, 255.0) / span_BC1  # 255.0 / span would multiply by a rounded reciprocal
-    value_256 = torch.arange(256, dtype=torch.float64, device=images_BCHW.device)
-    table_BC256 = (value_256 * scale_BC1 + -low_BC1 * scale_BC1).clamp(0, 255)
-    return _look_up(images_BCHW, torch.where(span_BC1 > 0, table_BC256, value_256))
+    return _look_up(images_BCHW.flatten(2).long(), _autocontrast_table(images_BCHW)).view_as(images_BCHW)
 
 
 def invert(images_BCHW: Tensor, _: Tensor) -> Tensor:
@@ -250,59 +341,82 @@ def invert(images_BCHW: Tensor, _: Tensor) -> Tensor:
 
 
 def equalize(images_BCHW: Tensor, _: Tensor) -> Tensor:
-    """`ImageOps.equalize(image)`: flatten each channel's histogram, all in integers."""
+    """`ImageOps.equalize(image)`: flatten each channel's histogram."""
     pixels_BCP = images_BCHW.flatten(2).long()
-    histogram_BC256 = pixels_BCP.new_zeros(*pixels_BCP.shape[:2], 256).scatter_add_(
-        2, pixels_BCP, torch.ones_like(pixels_BCP)
-    )
-    brightest_BC1 = histogram_BC256.gather(2, pixels_BCP.amax(2, keepdim=True))
-    step_BC1 = (pixels_BCP.shape[2] - brightest_BC1) // 255
-    below_BC256 = histogram_BC256.cumsum(2) - histogram_BC256
-    table_BC256 = ((below_BC256 + step_BC1 // 2) // step_BC1.clamp(min=1)).clamp(max=255)
-    return _look_up(images_BCHW, torch.where(step_BC1 > 0, table_BC256, torch.arange(256, device=images_BCHW.device)))
+    return _look_up(pixels_BCP, _equalize_table(images_BCHW, pixels_BCP)).view_as(images_BCHW)
 
 
 def solarize(images_BCHW: Tensor, threshold_B: Tensor) -> Tensor:
     """`ImageOps.solarize(image, threshold)`: invert what is not below the threshold."""
-    return torch.where(
-        images_BCHW < _per_image(threshold_B.ceil(), images_BCHW, torch.int16), images_BCHW, 255 - images_BCHW
-    )
+    threshold_B = threshold_B.ceil().clamp(0, 256)
+    threshold = _per_image(threshold_B.clamp(max=255), images_BCHW, torch.uint8)
+    some = _per_image((threshold_B < 256) * 255, images_BCHW, torch.uint8)
+    # torch compares with one value per image twenty times more slowly than it takes a maximum
+    not_below = torch.maximum(images_BCHW, threshold) == images_BCHW
+    return not_below.view(torch.uint8).neg_().bitwise_and_(some).bitwise_xor_(images_BCHW)
 
 
 def posterize(images_BCHW: Tensor, bits_B: Tensor) -> Tensor:
     """`ImageOps.posterize(image, int(bits))`: keep the upper 0..8 bits."""
-    return images_BCHW & _per_image((255 << (8 - bits_B.long())) & 255, images_BCHW, torch.uint8)
+    return images_BCHW & _per_image(_kept_bits(bits_B), images_BCHW, torch.uint8)
 
 
-def _look_up(images_BCHW: Tensor, table_BC256: Tensor) -> Tensor:
-    """`Image.point`: replace each value by its entry, which is cut to an integer."""
-    return table_BC256.to(torch.uint8).gather(2, images_BCHW.flatten(2).long()).view_as(images_BCHW)
+def _kept_bits(bits_B: Tensor) -> Tensor:
+    return (255 << (8 - bits_B.long())) & 255
 
 
-# Blends of an image with something else.
+def _autocontrast_table(images_BCHW: Tensor) -> Tensor:
+    """float64 (B, C, 256), to be cut to integers."""
+    pixels_BCP = images_BCHW.flatten(2)
+    low_BC1, high_BC1 = pixels_BCP.amin(2, keepdim=True).double(), pixels_BCP.amax(2, keepdim=True).double()
+    span_BC1 = high_BC1 - low_BC1
+    scale_BC1 = torch.full_like(span_BC1, 255.0) / span_BC1  # 255.0 / span would multiply by a rounded reciprocal
+    value_256 = torch.arange(256, dtype=torch.float64, device=images_BCHW.device)
+    table_BC256 = (value_256 * scale_BC1 + -low_BC1 * scale_BC1).clamp_(0, 255)
+    return torch.where(span_BC1 > 0, table_BC256, value_256)
+
+
+def _equalize_table(images_BCHW: Tensor, pixels_BCP: Tensor) -> Tensor:
+    """float64 (B, C, 256), to be cut to integers; the numbers before the division are whole. pixels_BCP: int64."""
+    ones_BCP = torch.ones_like(pixels_BCP, dtype=torch.int32)
+    histogram_BC256 = ones_BCP.new_zeros(*pixels_BCP.shape[:2], 256).scatter_add_(2, pixels_BCP, ones_BCP)
+    brightest_BC1 = images_BCHW.flatten(2).amax(2, keepdim=True).long()
+    step_BC1 = (pixels_BCP.shape[2] - histogram_BC256.gather(2, brightest_BC1)) // 255
+    below_BC256 = histogram_BC256.cumsum(2, dtype=torch.int32) - histogram_BC256
+    table_BC256 = (below_BC256 + step_BC1 // 2).double().div_(step_BC1).clamp_(0, 255)
+    value_256 = torch.arange(256, dtype=torch.float64, device=pixels_BCP.device)
+    return torch.where(step_BC1 > 0, table_BC256, value_256)
+
+
+def _look_up(pixels_BCP: Tensor, table_BC256: Tensor) -> Tensor:
+    """`Image.point`: replace each value by its entry, which is cut to an integer. pixels_BCP: int64."""
+    return table_BC256.to(torch.uint8).gather(2, pixels_BCP)
+
+
+# Blends of an image with something else, in float32. Sums of whole numbers below 2 ** 24 are exact there.
 
 
 def contrast(images_BCHW: Tensor, factor_B: Tensor) -> Tensor:
     """`ImageEnhance.Contrast(image).enhance(factor)`: away from, or towards, the mean grey."""
-    grey_B1HW = _grey(images_BCHW)
-    pixels = grey_B1HW[0].numel()
-    mean_B111 = (2 * grey_B1HW.sum((1, 2, 3), keepdim=True) + pixels) // (2 * pixels)  # half rounds up
-    return _blend(mean_B111, images_BCHW, factor_B)
+    wide_BCHW = images_BCHW.float()
+    return _blend(_mean(_grey(wide_BCHW)), wide_BCHW, factor_B)
 
 
 def color(images_BCHW: Tensor, factor_B: Tensor) -> Tensor:
     """`ImageEnhance.Color(image).enhance(factor)`: away from, or towards, grey."""
-    return _blend(_grey(images_BCHW), images_BCHW, factor_B)
+    wide_BCHW = images_BCHW.float()
+    return _blend(_grey(wide_BCHW), wide_BCHW, factor_B)
 
 
 def brightness(images_BCHW: Tensor, factor_B: Tensor) -> Tensor:
     """`ImageEnhance.Brightness(image).enhance(factor)`: away from, or towards, black."""
-    return _blend(torch.zeros_like(images_BCHW), images_BCHW, factor_B)
+    return _cut(images_BCHW.float().mul_(_per_image(factor_B, images_BCHW, torch.float32)))
 
 
 def sharpness(images_BCHW: Tensor, factor_B: Tensor) -> Tensor:
     """`ImageEnhance.Sharpness(image).enhance(factor)`: away from, or towards, `ImageFilter.SMOOTH`."""
-    return _blend(_smooth(images_BCHW), images_BCHW, factor_B)
+    wide_BCHW = images_BCHW.float()
+    return _blend(_smooth(images_BCHW, wide_BCHW), wide_BCHW, factor_B)
 
 
 def cutout(images_BCHW: Tensor, fraction_B: Tensor, centre_B2: Tensor) -> Tensor:
@@ -311,49 +425,217 @@ def cutout(images_BCHW: Tensor, fraction_B: Tensor, centre_B2: Tensor) -> Tensor
     Its corners are cut to integers and both belong to it; what lies outside the image is left out. A fraction
     of 0 changes nothing. The grey is AutoAugment's.
     """
+    box_4B = _box(fraction_B, centre_B2, *images_BCHW.shape[-2:])
+    return _fill(images_BCHW, upload(box_4B, images_BCHW.device))
+
+
+def sample_pairing(images_BCHW: Tensor, weight_B: Tensor, partner_BCHW: Tensor) -> Tensor:
+    """`Image.blend(image, partner, weight)`: the weight is the partner's."""
+    return _blend(images_BCHW.float(), partner_BCHW.float(), weight_B)
+
+
+def _blend(first: Tensor, second: Tensor, weight_B: Tensor) -> Tensor:
+    """`Image.blend`, also beyond 0..1: first + weight * (second - first), cut to an integer. `second` is written over.
+
+    The product and the sum are rounded apart; they must stay two operations (no lerp, no addcmul).
+    """
+    return _cut(second.sub_(first).mul_(_per_image(weight_B, second, torch.float32)).add_(first))
+
+
+def _cut(values: Tensor) -> Tensor:
+    """float32, which are written over, to uint8; by way of int16, which on the CPU is twice as fast."""
+    return values.clamp_(0, 255).to(torch.int16).to(torch.uint8)
+
+
+def _grey(wide_BCHW: Tensor) -> Tensor:
+    """`Image.convert("L")` of a float32 image: whole numbers, (B, 1, H, W)."""
+    red, green, blue = wide_BCHW.split(1, dim=1)
+    weighted = (red * 19595).add_(green, alpha=38470).add_(blue, alpha=7471).add_(32768)
+    return weighted.mul_(2.0**-16).floor_()
+
+
+def _mean(grey_B1HW: Tensor) -> Tensor:
+    """Mean of each image of whole numbers, half rounded up."""
+    pixels = grey_B1HW[0].numel()
+    sum_B111 = grey_B1HW.sum(3, keepdim=True).long().sum(2, keepdim=True)
+    return ((2 * sum_B111 + pixels) // (2 * pixels)).float()
+
+
+def _smooth(images_BCHW: Tensor, wide_BCHW: Tensor) -> Tensor:
+    """`Image.filter(ImageFilter.SMOOTH)`: weights 1 around 5, over 13, rounded; the border stays as it is.
+
+    images_BCHW, wide_BCHW: the same as uint8 and as float32. The sums run over the whole batch as one line: those that
+    reach over an edge of an image are the border's, and are put back.
+    """
     height, width = images_BCHW.shape[-2:]
+    smooth_BCHW = wide_BCHW.clone()
+    if height > 2 and width > 2:
+        line = images_BCHW.flatten().short()
+        columns = (line[: -2 * width] + line[width:-width]).add_(line[2 * width :])
+        weighted = (columns[:-2] + columns[1:-1]).add_(columns[2:]).add_(line[width + 1 : -width - 1], alpha=4)
+        # No sum of 13 bytes lies within 1/26 of a half: the rounding of 1/13 cannot matter.
+        smooth_BCHW.view(-1)[width + 1 : -width - 1] = weighted.float().mul_(1 / 13).add_(0.5).floor_()
+        for border in ((..., 0, slice(None)), (..., -1, slice(None)), (..., 0), (..., -1)):
+            smooth_BCHW[border] = wide_BCHW[border]
+    return smooth_BCHW
+
+
+def _box(fraction_B: Tensor, centre_B2: Tensor, height: int, width: int) -> Tensor:
+    """Cutout's left, top, right and bottom, int64 (4, B), all inclusive; the latter two -1 where there is none."""
     side_B = fraction_B * width
     size_2 = torch.tensor([width, height], dtype=torch.float64)
     corner_B2 = (centre_B2.double().cpu() * size_2 - side_B[:, None] / 2).clamp(min=0).floor()
     far_B2 = torch.minimum(size_2, corner_B2 + side_B[:, None]).floor()
     far_B2[side_B <= 0] = -1
-    x0, y0 = (_per_image(corner, images_BCHW, torch.int64) for corner in corner_B2.T)
-    x1, y1 = (_per_image(far, images_BCHW, torch.int64) for far in far_B2.T)
+    return torch.cat((corner_B2.T, far_B2.T)).long()
+
+
+@functools.cache
+def _grey_fill(device: torch.device) -> Tensor:
+    return upload(torch.tensor([125, 123, 114], dtype=torch.uint8), device)[:, None, None]
+
+
+def _fill(images_BCHW: Tensor, box_4B: Tensor) -> Tensor:
+    height, width = images_BCHW.shape[-2:]
+    left, top, right, bottom = box_4B[:, :, None, None, None]
     column = torch.arange(width, device=images_BCHW.device)
     row = torch.arange(height, device=images_BCHW.device)[:, None]
-    inside_B1HW = (column >= x0) & (column <= x1) & (row >= y0) & (row <= y1)
-    fill_C11 = upload(torch.tensor([125, 123, 114], dtype=torch.uint8), images_BCHW.device)[:, None, None]
-    return torch.where(inside_B1HW, fill_C11, images_BCHW)
+    across_B11W = ((column >= left) & (column <= right)).view(torch.uint8).neg_()  # 255 inside
+    down_B1H1 = ((row >= top) & (row <= bottom)).view(torch.uint8).neg_()
+    # image where outside, fill where inside; torch.where takes twice as long
+    return (
+        (images_BCHW ^ _grey_fill(images_BCHW.device))
+        .bitwise_and_(across_B11W)
+        .bitwise_and_(down_B1H1)
+        .bitwise_xor_(images_BCHW)
+    )
 
 
-def sample_pairing(images_BCHW: Tensor, weight_B: Tensor, partner_BCHW: Tensor) -> Tensor:
-    """`Image.blend(image, partner, weight)`: the weight is the partner's."""
-    return _blend(images_BCHW, partner_BCHW, weight_B)
+# The same in families, for devices where a launch costs more than the arithmetic: every image passes through each
+# family once per position, with settings that change nothing unless its operation is of that family.
 
 
-def _blend(first: Tensor, second: Tensor, weight_B: Tensor) -> Tensor:
-    """`Image.blend`, also beyond 0..1: first + weight * (second - first), in float32, cut to an integer.
+class _Settings(NamedTuple):
+    """What each of B images needs of each family at one position, float64."""
 
-    The product and the sum are rounded apart; they must stay two operations (no lerp, no addcmul).
+    affine_6B: Tensor  # as `_fixed_point` gives it
+    box_4B: Tensor  # as `_box` gives it
+    op_1B: Tensor
+    threshold_1B: Tensor  # inverted from here on, 256: nowhere
+    kept_1B: Tensor  # bits
+    weight_1B: Tensor
+    partner_1B: Tensor
+
+
+def _in_families(images_BCHW: Tensor, plan: Plan, partners_BCHW: Tensor) -> Tensor:
+    """`apply` for CUDA: one upload, then a few kernels of fixed shapes. A family that no image needs is left out."""
+    positions = range(plan.op_BK.shape[1])
+    if not positions:
+        return images_BCHW.clone()
+    settings_KSB = torch.stack([torch.cat(_settings(plan, k, *images_BCHW.shape[-2:])) for k in positions])
+    present = [{OPS[row].kernel for row in plan.op_BK[:, k].unique().tolist() if row >= 0} for k in positions]
+    return _pass_through(images_BCHW, upload(settings_KSB, images_BCHW.device), present, partners_BCHW)
+
+
+def _pass_through(
+    images_BCHW: Tensor, settings_KSB: Tensor, present: list[set[Callable[..., Tensor]]], partners_BCHW: Tensor
+) -> Tensor:
+    """All of it that happens on the device. present: the kernels that occur at each position."""
+    out_BCHW = images_BCHW.clone()
+    for settings_SB, kernels in zip(settings_KSB, present, strict=True):
+        settings = _Settings(*settings_SB.split((6, 4, 1, 1, 1, 1, 1)))
+        if kernels & _GEOMETRY:
+            out_BCHW = _through(out_BCHW, settings.affine_6B.long())
+        if kernels & _TONES:
+            out_BCHW = _toned(out_BCHW, settings, kernels)
+        if kernels & _BLENDS:
+            out_BCHW = _blended(out_BCHW, settings, kernels, partners_BCHW)
+        if cutout in kernels:
+            out_BCHW = _fill(out_BCHW, settings.box_4B.long())
+    return out_BCHW
+
+
+def _settings(plan: Plan, k: int, height: int, width: int) -> _Settings:
+    op_B, magnitude_B = plan.op_BK[:, k], plan.magnitude_BK[:, k].double()
+    one_1B = torch.ones_like(magnitude_B)[None]
+    settings = _Settings(
+        affine_6B=torch.tensor([32768.0, 65536.0, 0.0, 32768.0, 0.0, 65536.0])[:, None] * one_1B,
+        box_4B=-one_1B.repeat(4, 1),
+        op_1B=op_B[None].double(),
+        threshold_1B=256 * one_1B,
+        kept_1B=255 * one_1B,
+        weight_1B=0 * one_1B,
+        partner_1B=0 * one_1B if plan.partner_BK is None else plan.partner_BK[None, :, k].double(),
+    )
+    for row in op_B.unique().tolist():
+        kernel, numbers = OPS[row].kernel if row >= 0 else None, (op_B == row).nonzero()[:, 0]
+        magnitudes = magnitude_B[numbers]
+        if kernel in _MATRICES:
+            settings.affine_6B[:, numbers] = _fixed_point(_MATRICES[kernel], magnitudes, width, height).double()
+        elif kernel is translate_x:
+            settings.affine_6B[:2, numbers] = _start_and_step(_translated(magnitudes * width, width)).double()
+        elif kernel is translate_y:
+            settings.affine_6B[3::2, numbers] = _start_and_step(_translated(magnitudes * height, height)).double()
+        elif kernel is invert:
+            settings.threshold_1B[:, numbers] = 0.0
+        elif kernel is solarize:
+            settings.threshold_1B[:, numbers] = magnitudes
+        elif kernel is posterize:
+            settings.kept_1B[:, numbers] = _kept_bits(magnitudes).double()
+        elif kernel in _BLENDS:
+            settings.weight_1B[:, numbers] = magnitudes
+        elif kernel is cutout:
+            settings.box_4B[:, numbers] = _box(magnitudes, plan.centre_BK2[numbers, k], height, width).double()
+    return settings
+
+
+def _start_and_step(source_BS: Tensor) -> Tensor:
+    """The source indices that `_translated` gives, in 16.16 fixed point: int64 (2, B).
+
+    They rise by one, or, where Pillow's sum rounds up, once by two: each step adds 1/65536, which carries there.
     """
-    weighted = _per_image(weight_B, second, torch.float32) * (second.short() - first.short())
-    return (first + weighted).clamp_(0, 255).to(torch.uint8)
+    size = source_BS.shape[1]
+    before_B = (source_BS - source_BS[:, :1] == torch.arange(size)).sum(1)
+    return torch.stack((source_BS[:, 0] * 65536 + 65536 - before_B, torch.full_like(before_B, 65537)))
 
 
-def _grey(images_BCHW: Tensor) -> Tensor:
-    """`Image.convert("L")`, int32 (B, 1, H, W)."""
-    red, green, blue = images_BCHW.int().split(1, dim=1)
-    return (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16
+def _toned(images_BCHW: Tensor, settings: _Settings, kernels: set[Callable[..., Tensor]]) -> Tensor:
+    """Every operation of tone as a table."""
+    pixels_BCP, op_B11 = images_BCHW.flatten(2).long(), settings.op_1B.view(-1, 1, 1)
+    value_256 = torch.arange(256, device=images_BCHW.device)
+    table_BC256 = torch.where(value_256 < settings.threshold_1B.view(-1, 1, 1), value_256, 255 - value_256)
+    table_BC256 = (table_BC256 & settings.kept_1B.long().view(-1, 1, 1)).expand(-1, images_BCHW.shape[1], -1)
+    if autocontrast in kernels:
+        table_BC256 = torch.where(op_B11 == _ROW[autocontrast], _autocontrast_table(images_BCHW), table_BC256)
+    if equalize in kernels:
+        table_BC256 = torch.where(op_B11 == _ROW[equalize], _equalize_table(images_BCHW, pixels_BCP), table_BC256)
+    return _look_up(pixels_BCP, table_BC256).view_as(images_BCHW)
 
 
-def _smooth(images_BCHW: Tensor) -> Tensor:
-    """`Image.filter(ImageFilter.SMOOTH)`: weights 1 around 5, over 13, rounded; the border stays as it is."""
-    wide_BCHW = images_BCHW.short()
-    rows = wide_BCHW[..., :-2, :] + wide_BCHW[..., 1:-1, :] + wide_BCHW[..., 2:, :]
-    weighted = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * wide_BCHW[..., 1:-1, 1:-1]
-    smooth_BCHW = images_BCHW.clone()
-    smooth_BCHW[..., 1:-1, 1:-1] = (2 * weighted + 13) // 26
-    return smooth_BCHW
+def _blended(
+    images_BCHW: Tensor, settings: _Settings, kernels: set[Callable[..., Tensor]], partners_BCHW: Tensor
+) -> Tensor:
+    """Every blend in one, of what each image's operation puts in the first and in the second place."""
+    op_B111 = settings.op_1B.view(-1, 1, 1, 1)
+    first = second = wide_BCHW = images_BCHW.float()
+    if kernels & {contrast, color}:
+        grey_B1HW = _grey(wide_BCHW)
+        first = torch.where(op_B111 == _ROW[color], grey_B1HW, first)
+        first = torch.where(op_B111 == _ROW[contrast], _mean(grey_B1HW), first)
+    if brightness in kernels:
+        first = torch.where(op_B111 == _ROW[brightness], 0.0, first)
+    if sharpness in kernels:
+        first = torch.where(op_B111 == _ROW[sharpness], _smooth(images_BCHW, wide_BCHW), first)
+    if sample_pairing in kernels:
+        partner_BCHW = partners_BCHW.index_select(0, settings.partner_1B[0].long())
+        second = torch.where(op_B111 == _ROW[sample_pairing], partner_BCHW, second)
+    return _blend(first, second, settings.weight_1B[0])
+
+
+_MATRICES = {shear_x: _shear_x_matrix, shear_y: _shear_y_matrix, rotate: _rotation_matrix}
+_GEOMETRY = {*_MATRICES, translate_x, translate_y}
+_TONES = {autocontrast, invert, equalize, solarize, posterize}
+_BLENDS = {contrast, color, brightness, sharpness, sample_pairing}
 
 
 class Op(NamedTuple):
@@ -400,3 +682,5 @@ OPS: tuple[Op, ...] = (
     Op("Cutout", cutout, 0.0, 0.2, "fraction of width", neutral=0.0, needs="centre"),
     Op("SamplePairing", sample_pairing, 0.0, 0.4, "weight of the partner", neutral=0.0, needs="partner"),
 )
+
+_ROW = {op.kernel: row for row, op in enumerate(OPS)}

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from augmentations import gather_pixels, upload
+from augmentations import gather_rows, piece_size, upload
 from config import Config
 from download import Downloads, Missing, Remote, unpack
 from imagefiles import IMAGE_SUFFIXES, CentreCrop, FileCheck, FitSquare, ImageFiles, RandomCrop
@@ -220,30 +220,37 @@ def make_copies(images_NCHW: Tensor, copies_B: Tensor, M: int, crops: Crops | No
 
     first: number of the image that images_NCHW begins with. crops: of all copies of the batch.
     """
-    copies_BCHW = images_NCHW.index_select(0, upload(copies_B // M - first, images_NCHW.device))
-    return copies_BCHW if crops is None else crop_and_flip(copies_BCHW, Crops(*(drawn[copies_B] for drawn in crops)))
+    image_B = copies_B // M - first
+    if crops is None:
+        return images_NCHW.index_select(0, upload(image_B, images_NCHW.device))
+    return crop_and_flip(images_NCHW, image_B, Crops(*(drawn[copies_B] for drawn in crops)))
 
 
-def crop_and_flip(images_BCHW: Tensor, crops: Crops) -> Tensor:
-    """A crop of the same size after zero padding, then a horizontal flip where that was drawn."""
-    height, width = images_BCHW.shape[-2:]
-    column_W = torch.arange(width)
-    x_BW = torch.where(crops.flipped_B1, width - 1 - column_W, column_W) + crops.shift_B2[:, :1]
-    y_BH = torch.arange(height) + crops.shift_B2[:, 1:]
-    x_BW, y_BH = (upload(index, images_BCHW.device) for index in (x_BW, y_BH))
-    return gather_pixels(images_BCHW, x_BW[:, None, :], y_BH[:, :, None])
+def crop_and_flip(images_NCHW: Tensor, image_B: Tensor, crops: Crops) -> Tensor:
+    """Of each image_B[b] a crop of the same size after zero padding, then a horizontal flip where that was drawn."""
+    x_B1, y_B1 = crops.shift_B2.split(1, dim=1)
+    y_BH = torch.arange(images_NCHW.shape[2]) + y_B1
+    # The mirror image of a crop is a crop of the mirror image, from as far on the other side.
+    return gather_rows(images_NCHW, image_B, y_BH, torch.where(crops.flipped_B1, -x_B1, x_B1), crops.flipped_B1[:, 0])
 
 
 class Normalise:
-    """uint8 (B, C, H, W) -> float32: value / 255, minus the mean, over the standard deviation, channel by channel."""
+    """uint8 images to the network's float32: value / 255, minus the mean, over the standard deviation, by channel."""
 
     def __init__(self, config: Config, device: torch.device):
         usual = CIFAR_STATISTICS if config.dataset.startswith("cifar") else IMAGENET_STATISTICS
         self.mean_C11 = torch.tensor(config.mean or usual[0], device=device)[:, None, None]
         self.std_C11 = torch.tensor(config.std or usual[1], device=device)[:, None, None]
 
-    def __call__(self, images_BCHW: Tensor) -> Tensor:
-        return images_BCHW.float().div_(255).sub_(self.mean_C11).div_(self.std_C11)
+    def __call__(self, images_BCHW: Tensor, kept_B1HW: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) in the channels_last memory format. kept_B1HW: 0 blanks a pixel, see `cutout_mask`."""
+        inputs_BCHW = torch.empty_like(images_BCHW, dtype=torch.float32, memory_format=torch.channels_last)
+        piece = piece_size(images_BCHW)
+        for start in range(0, len(images_BCHW), piece):
+            part = slice(start, start + piece)
+            values = images_BCHW[part].float().div_(255).sub_(self.mean_C11).div_(self.std_C11)
+            inputs_BCHW[part] = values if kept_B1HW is None else values.mul_(kept_B1HW[part])
+        return inputs_BCHW
 
 
 def draw_centres(B: int, height: int, width: int, generator: torch.Generator) -> Tensor:
@@ -253,19 +260,18 @@ def draw_centres(B: int, height: int, width: int, generator: torch.Generator) ->
     return torch.cat((x_B1, y_B1), dim=1)
 
 
-def cutout(inputs_BCHW: Tensor, side: int, centre_B2: Tensor) -> Tensor:
-    """Cutout (DeVries and Taylor, 2017): a square around the given pixel is set to 0, the mean.
+def cutout_mask(side: int, centre_B2: Tensor, height: int, width: int, device: torch.device) -> Tensor | None:
+    """Cutout (DeVries and Taylor, 2017): float32 (B, 1, H, W), 0 in a square around the given pixel, 1 elsewhere.
 
-    The square may reach over the border. side: in pixels; 0 blanks nothing.
+    The square may reach over the border. side: in pixels; 0 blanks nothing: None.
     """
     if side == 0:
-        return inputs_BCHW
-    height, width = inputs_BCHW.shape[-2:]
+        return None
     x_B1, y_B1 = centre_B2.split(1, dim=1)
-    column_BW = (torch.arange(width) >= x_B1 - side // 2) & (torch.arange(width) < x_B1 + (side + 1) // 2)
-    row_BH = (torch.arange(height) >= y_B1 - side // 2) & (torch.arange(height) < y_B1 + (side + 1) // 2)
-    column_BW, row_BH = (upload(inside, inputs_BCHW.device) for inside in (column_BW, row_BH))
-    return inputs_BCHW.masked_fill((row_BH[:, :, None] & column_BW[:, None, :])[:, None], 0.0)
+    column_BW = (torch.arange(width) < x_B1 - side // 2) | (torch.arange(width) >= x_B1 + (side + 1) // 2)
+    row_BH = (torch.arange(height) < y_B1 - side // 2) | (torch.arange(height) >= y_B1 + (side + 1) // 2)
+    column_BW, row_BH = (upload(outside, device).float() for outside in (column_BW, row_BH))
+    return torch.maximum(row_BH[:, :, None], column_BW[:, None, :])[:, None]
 
 
 @dataclass

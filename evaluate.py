@@ -219,7 +219,7 @@ def predict(
     results_I4 = torch.zeros(len(split.labels), 4, dtype=torch.float64, device=world.device)
     for index, (images_BCHW, label_B) in zip(mine, split.batches(mine), strict=True):
         filled_BCHW = torch.cat((images_BCHW, images_BCHW[:1].expand(size - len(index), -1, -1, -1)))
-        inputs_BCHW = normalise(filled_BCHW).contiguous(memory_format=torch.channels_last)
+        inputs_BCHW = normalise(filled_BCHW)
         with full_float32(), precision:
             # forward() itself: a compiled network is scored as an uncompiled one, and not compiled anew for it
             logits_BC = model.forward(inputs_BCHW)[: len(index)].float()

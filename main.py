@@ -50,7 +50,7 @@ from dataloader import (
     Normalise,
     Split,
     balanced_order,
-    cutout,
+    cutout_mask,
     draw_centres,
     draw_crops,
     epoch_batches,
@@ -297,10 +297,10 @@ def augment(state: TrainingState, images_NCHW: Tensor, at_hand: range, draws: Dr
 
 def make_inputs(state: TrainingState, images_NCHW: Tensor, at_hand: range, draws: Draws, wanted: range) -> Tensor:
     """What the network sees of the wanted images: their augmented copies, normalised, with Cutout."""
-    M = state.config.M
-    inputs_BCHW = state.normalise(augment(state, images_NCHW, at_hand, draws, wanted))
-    inputs_BCHW = cutout(inputs_BCHW, state.config.cutout, draws.blank_B2[wanted.start * M : wanted.stop * M])
-    return inputs_BCHW.contiguous(memory_format=torch.channels_last)
+    M, (height, width) = state.config.M, images_NCHW.shape[-2:]
+    centre_B2 = draws.blank_B2[wanted.start * M : wanted.stop * M]
+    kept_B1HW = cutout_mask(state.config.cutout, centre_B2, height, width, images_NCHW.device)
+    return state.normalise(augment(state, images_NCHW, at_hand, draws, wanted), kept_B1HW)
 
 
 def learn(state: TrainingState, inputs_BCHW: Tensor, labels_B: Tensor, share: float = 1.0) -> tuple[Tensor, Tensor]:

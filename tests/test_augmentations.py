@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
+import augmentations
 from augmentations import OPS, Plan, apply, apply_op, row_of
 
 # Builds of Pillow for other machines may fuse the product and the sum of a blend: see augmentations.py. There, a blend
@@ -128,6 +129,16 @@ def run_op(op, images, magnitude, partner, centre):
     return apply_op(images, op.name, magnitude, partner=partner, centre=centre)
 
 
+def run_in_families(op, images, magnitude, partner, centre):
+    """The operation as `apply` runs it on CUDA."""
+    op_B1, partner_B1 = torch.full((len(images), 1), row_of(op.name)), torch.arange(len(images))[:, None] + len(images)
+    plan = Plan(op_B1, magnitude[:, None], partner_B1, centre[:, None])
+    return augmentations._in_families(images, plan, torch.cat((images, partner)))
+
+
+WAYS = pytest.mark.parametrize("run", [run_op, run_in_families], ids=["alone", "in families"])
+
+
 def test_the_order_of_operations_is_the_published_one():
     assert [op.name for op in OPS] == list(PILLOW)
     assert [(op.low, op.high) for op in OPS] == [
@@ -137,12 +148,13 @@ def test_the_order_of_operations_is_the_published_one():
     assert [op.signed for op in OPS] == [True] * 5 + [False] * 11
 
 
+@WAYS
 @pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-def test_equals_pillow_at_every_level_and_sign(op, size):
+def test_equals_pillow_at_every_level_and_sign(op, size, run):
     images, magnitude, partner, centre = inputs_at(*size, op)
     before = images.clone()
-    ours = run_op(op, images, magnitude, partner, centre)
+    ours = run(op, images, magnitude, partner, centre)
     assert_equals_pillow(op.name, ours, with_pillow(op.name, images, magnitude, partner, centre))
     assert ours.dtype == torch.uint8
     assert torch.equal(images, before), "the input was written to"
@@ -158,9 +170,10 @@ def test_a_batch_equals_its_images_one_at_a_time(op):
     assert torch.equal(run_op(op, images, magnitude, partner, centre), torch.cat(alone))
 
 
+@WAYS
 @pytest.mark.parametrize("op", [op for op in OPS if op.low is not None], ids=lambda op: op.name)
 @given(data=st.data())
-def test_equals_pillow_at_any_magnitude_and_size(op, data):
+def test_equals_pillow_at_any_magnitude_and_size(op, run, data):
     height, width = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))
     images = sample_images(height, width, data.draw(st.integers(0, 1000)))
     magnitudes = st.floats(-op.high if op.signed else op.low, op.high)
@@ -169,7 +182,7 @@ def test_equals_pillow_at_any_magnitude_and_size(op, data):
     )
     centre = torch.rand(len(images), 2, generator=torch.Generator().manual_seed(height), dtype=torch.float64)
     partner = images.flip(0)
-    ours = run_op(op, images, magnitude, partner, centre)
+    ours = run(op, images, magnitude, partner, centre)
     assert_equals_pillow(op.name, ours, with_pillow(op.name, images, magnitude, partner, centre))
 
 
@@ -208,8 +221,9 @@ def random_plan(batch, positions, seed=0):
     return Plan(op_BK, magnitude_BK, partner_BK, torch.rand(batch, positions, 2, generator=g, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("run", ["_in_groups", "_in_families"])
 @pytest.mark.parametrize("positions", [0, 1, 2, 3])
-def test_a_plan_is_its_operations_in_order(positions):
+def test_a_plan_is_its_operations_in_order(positions, run):
     images = sample_images(17, 23).repeat(12, 1, 1, 1)
     plan = random_plan(len(images), positions)
     expected = images.clone()
@@ -224,7 +238,7 @@ def test_a_plan_is_its_operations_in_order(positions):
                     plan.centre_BK2[b : b + 1, k],
                 )[0]
     before = images.clone()
-    ours = apply(images, plan)
+    ours = getattr(augmentations, run)(images, plan, images)
     assert_equals_pillow("plan", ours, expected)
     assert torch.equal(images, before)
 

@@ -24,10 +24,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-CACHED_VALUES = 2**18  # of images that a processor works on at a time
+CACHED_VALUES = 2**19  # of images that a processor works on at a time, in its cache
 CACHED_TABLES = 64  # of distinct shears and rotations, of one image's size each
 
 
@@ -128,18 +127,22 @@ def gather_rows(
     It is read from column shift_BH[b, y] on; what lies outside is black. mirrored_B: bool, whether an image is read
     from the mirror images. All but the images are on the CPU, int64, and shift_BH may be broadcastable to (B, H).
 
-    Much faster than pixel by pixel: with black on all sides, every row is W bytes that can be copied at once.
+    Much faster than pixel by pixel: with enough black around them, rows are W bytes that can be copied at once.
     """
     C, H, W = images_NCHW.shape[1:]
     if mirrored_B is not None and mirrored_B.any():
         image_B = image_B + len(images_NCHW) * mirrored_B
         images_NCHW = torch.cat((images_NCHW, images_NCHW.flip(3)))
-    padded_NCHW = F.pad(images_NCHW, (W, W, 1, 1))
-    image_step, channel_step, row_step, _ = padded_NCHW.stride()
-    start_BH = image_B[:, None] * image_step + (row_BH.clamp(-1, H) + 1) * row_step + (shift_BH.clamp(-W, W) + W)
+    shift_BH = shift_BH.clamp(-W, W)
+    margin = int(shift_BH.abs().max()) if shift_BH.numel() else 0  # left of each row, and so right of the one before it
+    row_step, channel_step = margin + W, (H + 2) * (margin + W)
+    padded = images_NCHW.new_zeros(len(images_NCHW) * C * channel_step + margin)
+    rows_NCHW = padded[: len(padded) - margin].view(-1, C, H + 2, row_step)[:, :, 1:-1, margin:]
+    rows_NCHW.copy_(images_NCHW)
+    start_BH = image_B[:, None] * (C * channel_step) + (row_BH.clamp(-1, H) + 1) * row_step + (shift_BH + margin)
     channel_C1 = torch.arange(0, C * channel_step, channel_step, device=images_NCHW.device)[:, None]
     start_BCH = upload(start_BH, images_NCHW.device)[:, None] + channel_C1
-    windows = padded_NCHW.as_strided((padded_NCHW.numel() - W + 1, W), (1, 1))
+    windows = padded.as_strided((len(padded) - W + 1, W), (1, 1))
     return windows.index_select(0, start_BCH.view(-1)).view(*start_BCH.shape, W)
 
 
@@ -163,10 +166,11 @@ def _gather_flat(images_BCHW: Tensor, index_BP: Tensor, inside_BP: Tensor) -> Te
     return images_BCHW.flatten(2).gather(2, index_BCP).mul_(inside_BP.view(torch.uint8)[:, None])
 
 
-def piece_size(images_BCHW: Tensor) -> int:
-    """How many of these images to work on at a time: on the CPU so few that they stay in its cache."""
-    whole = max(1, len(images_BCHW))
-    return whole if images_BCHW.device.type != "cpu" else max(1, CACHED_VALUES * whole // max(1, images_BCHW.numel()))
+def piece_size(images_BCHW: Tensor, values: int) -> int:
+    """How many of these images hold about so many values, at least one; on other devices than the CPU all of them."""
+    if images_BCHW.device.type != "cpu" or not images_BCHW.numel():
+        return max(1, len(images_BCHW))
+    return max(1, values * len(images_BCHW) // images_BCHW.numel())
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
@@ -184,23 +188,31 @@ def _check_images(images_BCHW: Tensor) -> None:
 def _in_groups(images_BCHW: Tensor, plan: Plan, partners_BCHW: Tensor) -> Tensor:
     """`apply` for the CPU: images sorted by operation, so that each operation present is called once per position.
 
-    A group too large for the processor's cache is taken in pieces.
+    Large images are sorted so many at a time that malloc has their memory at hand, instead of asking for new pages.
     """
-    piece = piece_size(images_BCHW)
-    buffers = torch.empty_like(images_BCHW), torch.empty_like(images_BCHW)
+    out_BCHW, size = torch.empty_like(images_BCHW), piece_size(images_BCHW, 16 * CACHED_VALUES)
+    for start in range(0, len(images_BCHW), size):
+        part = slice(start, start + size)
+        part_of_plan = Plan(*(None if field is None else field[part] for field in plan))
+        _sort_and_run(images_BCHW[part], part_of_plan, partners_BCHW, out_BCHW[part])
+    return out_BCHW
+
+
+def _sort_and_run(images_BCHW: Tensor, plan: Plan, partners_BCHW: Tensor, out_BCHW: Tensor) -> None:
+    buffers, size = [torch.empty_like(images_BCHW) for _ in range(2)], piece_size(images_BCHW, CACHED_VALUES)
     place_B = torch.arange(len(images_BCHW))  # where each image stands, as sorted for the last position
     for k in range(plan.op_BK.shape[1]):
         order_B = plan.op_BK[:, k].argsort(stable=True)
         counts = (plan.op_BK[:, k] + 1).bincount(minlength=len(OPS) + 1).tolist()
-        done = 0
+        sorted_BCHW, done = buffers[k % 2], 0
         for op, members in zip((None, *OPS), order_B.split(counts), strict=True):
-            for numbers in members.split(piece) if len(members) else ():
+            for numbers in members.split(size) if len(members) else ():
                 group_BCHW = images_BCHW.index_select(0, place_B.index_select(0, numbers))
                 result_BCHW = _run(op, group_BCHW, partners_BCHW, plan, numbers, k) if op else group_BCHW
-                buffers[k % 2][done : done + len(numbers)] = result_BCHW
+                sorted_BCHW[done : done + len(numbers)] = result_BCHW
                 done += len(numbers)
-        images_BCHW, place_B = buffers[k % 2], order_B.argsort()
-    return torch.index_select(images_BCHW, 0, place_B, out=buffers[plan.op_BK.shape[1] % 2])
+        images_BCHW, place_B = sorted_BCHW, order_B.argsort()
+    torch.index_select(images_BCHW, 0, place_B, out=out_BCHW)
 
 
 def _run(op: "Op", images_BCHW: Tensor, partners_BCHW: Tensor, plan: Plan, numbers: Tensor, k: int) -> Tensor:
@@ -529,18 +541,22 @@ class _Settings(NamedTuple):
 
 def _in_families(images_BCHW: Tensor, plan: Plan, partners_BCHW: Tensor) -> Tensor:
     """`apply` for CUDA: one upload, then a few kernels of fixed shapes. A family that no image needs is left out."""
-    positions = range(plan.op_BK.shape[1])
-    if not positions:
-        return images_BCHW.clone()
-    settings_KSB = torch.stack([torch.cat(_settings(plan, k, *images_BCHW.shape[-2:])) for k in positions])
-    present = [{OPS[row].kernel for row in plan.op_BK[:, k].unique().tolist() if row >= 0} for k in positions]
+    settings_KSB, present = _settings_and_present(plan, *images_BCHW.shape[-2:])
     return _pass_through(images_BCHW, upload(settings_KSB, images_BCHW.device), present, partners_BCHW)
+
+
+def _settings_and_present(plan: Plan, height: int, width: int) -> tuple[Tensor, list[set[Callable[..., Tensor]]]]:
+    """The rows of `_Settings`, and the kernels that occur, at each position."""
+    positions = range(plan.op_BK.shape[1])
+    settings = [torch.cat(_settings(plan, k, height, width)) for k in positions]
+    present = [{OPS[row].kernel for row in plan.op_BK[:, k].unique().tolist() if row >= 0} for k in positions]
+    return torch.stack(settings) if settings else torch.empty(0), present
 
 
 def _pass_through(
     images_BCHW: Tensor, settings_KSB: Tensor, present: list[set[Callable[..., Tensor]]], partners_BCHW: Tensor
 ) -> Tensor:
-    """All of it that happens on the device. present: the kernels that occur at each position."""
+    """All of it that happens on the device: it can be captured in a CUDA graph."""
     out_BCHW = images_BCHW.clone()
     for settings_SB, kernels in zip(settings_KSB, present, strict=True):
         settings = _Settings(*settings_SB.split((6, 4, 1, 1, 1, 1, 1)))

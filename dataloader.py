@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from augmentations import gather_rows, piece_size, upload
+from augmentations import CACHED_VALUES, gather_rows, piece_size, upload
 from config import Config
 from download import Downloads, Missing, Remote, unpack
 from imagefiles import IMAGE_SUFFIXES, CentreCrop, FileCheck, FitSquare, ImageFiles, RandomCrop
@@ -122,7 +122,8 @@ class StreamedSplit:
                 raise UserError(f"an image cannot be read: {reason}")
             if reason:
                 warn(f"an image cannot be read, the next one takes its place: {reason}")
-        return images.to(self.device, non_blocking=True), upload(self.labels[positions], self.device)
+        images = images.to(self.device, non_blocking=True).contiguous()  # where many cores put the channels apart
+        return images, upload(self.labels[positions], self.device)
 
     def fingerprint(self) -> str:
         files = [(path.parent.name, path.name, path.stat().st_size) for path in self.files.paths]
@@ -245,9 +246,9 @@ class Normalise:
     def __call__(self, images_BCHW: Tensor, kept_B1HW: Tensor | None = None) -> Tensor:
         """(B, C, H, W) in the channels_last memory format. kept_B1HW: 0 blanks a pixel, see `cutout_mask`."""
         inputs_BCHW = torch.empty_like(images_BCHW, dtype=torch.float32, memory_format=torch.channels_last)
-        piece = piece_size(images_BCHW)
-        for start in range(0, len(images_BCHW), piece):
-            part = slice(start, start + piece)
+        size = piece_size(images_BCHW, CACHED_VALUES)
+        for start in range(0, len(images_BCHW), size):
+            part = slice(start, start + size)
             values = images_BCHW[part].float().div_(255).sub_(self.mean_C11).div_(self.std_C11)
             inputs_BCHW[part] = values if kept_B1HW is None else values.mul_(kept_B1HW[part])
         return inputs_BCHW

@@ -23,6 +23,7 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -241,16 +242,9 @@ def train_one_epoch(state: TrainingState, split: Split, progress: Progress) -> t
         if step % interval == 0:
             policies.resample(keyed_generator(config.seed, "policies", step // interval))
         draws = draw(state, images_NCHW, "train", step, N=N, groups=N // len(at_hand))
-        optimizer.zero_grad(set_to_none=True)
-        for micro in micro_batches:
-            inputs_BCHW = make_inputs(state, images_NCHW, at_hand, draws, micro)
-            labels_B = labels_N[micro.start - at_hand.start : micro.stop - at_hand.start].repeat_interleave(config.M)
-            with each_waits_for_the_last(state.trained, last=micro == micro_batches[-1]):
-                loss_B, correct_B = learn(state, inputs_BCHW, labels_B, share=1 / len(micro_batches))
-            policies.observe(loss_B.view(-1, config.M))
-            loss_and_correct += torch.stack((loss_B.sum(), correct_B.sum()))
-            seen += len(labels_B)
-        descend(state, learning_rate(config, step, len(batches)))
+        inputs = (make_inputs(state, images_NCHW, labels_N, at_hand, draws, micro) for micro in micro_batches)
+        loss_and_correct += take_step(state, inputs, len(micro_batches), learning_rate(config, step, len(batches)))
+        seen += len(micro_batches) * len(micro_batches[0]) * config.M
 
         if (step + 1) % interval == 0 or step + 1 == config.epochs * len(batches):
             intervals.append({"interval": step // interval, "step": step + 1, **policies.update(world.mean)})
@@ -295,26 +289,45 @@ def augment(state: TrainingState, images_NCHW: Tensor, at_hand: range, draws: Dr
     return apply(own_BCHW, plan, partners_BCHW if len(outside) else None)
 
 
-def make_inputs(state: TrainingState, images_NCHW: Tensor, at_hand: range, draws: Draws, wanted: range) -> Tensor:
-    """What the network sees of the wanted images: their augmented copies, normalised, with Cutout."""
+def make_inputs(
+    state: TrainingState, images_NCHW: Tensor, labels_N: Tensor, at_hand: range, draws: Draws, wanted: range
+) -> tuple[Tensor, Tensor]:
+    """What the network sees of the wanted images: their augmented copies, normalised, with Cutout; and their labels."""
     M, (height, width) = state.config.M, images_NCHW.shape[-2:]
     centre_B2 = draws.blank_B2[wanted.start * M : wanted.stop * M]
     kept_B1HW = cutout_mask(state.config.cutout, centre_B2, height, width, images_NCHW.device)
-    return state.normalise(augment(state, images_NCHW, at_hand, draws, wanted), kept_B1HW)
+    inputs_BCHW = state.normalise(augment(state, images_NCHW, at_hand, draws, wanted), kept_B1HW)
+    return inputs_BCHW, labels_N[wanted.start - at_hand.start : wanted.stop - at_hand.start].repeat_interleave(M)
 
 
-def learn(state: TrainingState, inputs_BCHW: Tensor, labels_B: Tensor, share: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Forward and backward: adds `share` of the mean loss's gradient. Returns (loss_B float32, which were right)."""
+def take_step(state: TrainingState, inputs: Iterable[tuple[Tensor, Tensor]], micro_batches: int, lr: float) -> Tensor:
+    """One step of the network on so many micro-batches of inputs_BCHW and labels_B; their losses go to the policies.
+
+    Returns the sum of all losses and the number of right answers, float64 on the device.
+    """
+    loss_and_correct = torch.zeros(2, dtype=torch.float64, device=state.world.device)
+    state.optimizer.zero_grad(set_to_none=True)
+    for number, (inputs_BCHW, labels_B) in enumerate(inputs, start=1):
+        with each_waits_for_the_last(state.trained, last=number == micro_batches):
+            loss_B, correct_B = learn(state, inputs_BCHW, labels_B, micro_batches)
+        state.policies.observe(loss_B.view(-1, state.config.M))
+        loss_and_correct += torch.stack((loss_B.sum(), correct_B.sum()))
+    descend(state, lr)
+    return loss_and_correct
+
+
+def learn(state: TrainingState, inputs_BCHW: Tensor, labels_B: Tensor, micro_batches: int) -> tuple[Tensor, Tensor]:
+    """Forward and backward for one of the micro-batches. Returns each copy's loss, float32, and if it was right."""
     config = state.config
     with torch.autocast(inputs_BCHW.device.type, getattr(torch, config.amp_dtype), enabled=config.amp):
         logits_BC = state.trained(inputs_BCHW).float()
     loss_B = F.cross_entropy(logits_BC, labels_B, reduction="none", label_smoothing=config.label_smoothing)
-    state.scaler.scale(loss_B.mean() * share).backward()
+    state.scaler.scale(loss_B.mean() / micro_batches).backward()
     return loss_B.detach(), logits_BC.detach().argmax(1) == labels_B
 
 
 def descend(state: TrainingState, lr: float) -> None:
-    """One step of the network's optimizer at the given rate, for gradients scaled by the scaler."""
+    """Step of the network's optimizer at the given rate, for gradients scaled by the scaler."""
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     if state.config.grad_clip:

@@ -1,11 +1,14 @@
-"""What the benchmarks share: cases measured in turn, medians with their spread, the machine, a table and a JSON file."""
+"""What the benchmarks share: cases measured in turn, medians and spread, the machine, a table and a JSON file."""
 
 import argparse
+import functools
 import json
+import os
 import resource
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +18,9 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from utils import Table, environment, render  # noqa: E402, found by the line above
+from utils import CommandLine, Table, environment, render  # noqa: E402, found by the line above
+
+CPU = torch.device("cpu")
 
 
 class Spread(NamedTuple):
@@ -37,23 +42,27 @@ class Spread(NamedTuple):
         return f"{self.median:{form}} ({self.low:{form}} to {self.high:{form}})"
 
 
-def in_turn(
-    cases: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device = torch.device("cpu")
-) -> dict[str, list[float]]:
+def in_turn(cases: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device = CPU) -> dict[str, list[float]]:
     """Seconds of every case, `repeats` times. They take turns, so that whatever slows the machine meets all alike.
 
-    One call of each beforehand does not count.
+    Every other turn goes backwards, so that none always comes after the same one. One call of each beforehand does not
+    count.
     """
+    return take_turns({name: functools.partial(timed, case, device) for name, case in cases.items()}, repeats)
+
+
+def take_turns(cases: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """As `in_turn`, of cases that say themselves how many seconds they took."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for repeat in range(-1, repeats):
-        for name, case in cases.items():
-            took = timed(case, device)
+        for name in list(cases)[:: 1 if repeat % 2 else -1]:
+            took = cases[name]()
             if repeat >= 0:
                 seconds[name].append(took)
     return seconds
 
 
-def timed(case: Callable[[], Any], device: torch.device = torch.device("cpu")) -> float:
+def timed(case: Callable[[], Any], device: torch.device = CPU) -> float:
     """Seconds until what `case` started on the device is done."""
     wait_for(device)
     started = time.perf_counter()
@@ -67,32 +76,93 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def ratios(seconds: list[float], to: list[float]) -> Spread:
+    """Of measurements that were taken in turn, one to the other."""
+    return Spread.of([a / b for a, b in zip(seconds, to, strict=True)])
+
+
 def median_ratio(seconds: list[float], to: list[float]) -> float:
     """Median of the ratios of measurements that were taken in turn."""
-    return statistics.median(a / b for a, b in zip(seconds, to, strict=True))
+    return ratios(seconds, to).median
 
 
-def peak_memory() -> float:
-    """Of this process so far, in bytes of main memory."""
+def peak_memory(device: torch.device = CPU) -> float:
+    """Of this process so far, in bytes: of the GPU's memory, or of main memory."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    status = Path("/proc/self/status")  # getrusage begins with the peak of the process that started this one
+    lines = status.read_text().splitlines() if status.exists() else []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024.0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
-def parser(description: str) -> argparse.ArgumentParser:
+def host_waits(case: Callable[[], Any], device: torch.device) -> int | None:
+    """How often `case` makes the host wait for the GPU, as far as torch's own watch sees it; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            case()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("called a synchronizing" in str(warning.message) for warning in caught)
+
+
+def cores() -> int:
+    """That this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def count(text: str) -> int:
+    """A command line's number of things, at least one."""
+    return _whole_number(text, 1)
+
+
+def count_or_none(text: str) -> int:
+    """A command line's number of things, 0 allowed."""
+    return _whole_number(text, 0)
+
+
+def _whole_number(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+    return int(text)
+
+
+def parser(description: str) -> CommandLine:
     """With the arguments that every benchmark has: repeats, threads, device and output."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5, help="medians are of so many")
-    parser.add_argument("--threads", type=int, help="of torch, on the CPU; default: torch's own choice")
+    parser = CommandLine(prog=f"benchmarks/{Path(sys.argv[0]).name}", description=description)
+    parser.add_argument("--repeats", type=count, default=5, help="medians are of so many (default: %(default)s)")
+    parser.add_argument("--threads", type=count, help="of torch, on the CPU; default: torch's own choice")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="JSON file; default: ./logs/benchmarks/<name>.json")
     return parser
 
 
-def publish(name: str, args: argparse.Namespace, tables: list[Table], measured: dict[str, Any]) -> None:
-    """Print the tables and the machine; write them, all measurements and the command to the JSON file."""
+def parse(parser: CommandLine) -> argparse.Namespace:
+    """The arguments, with torch's threads set as they say. Raises UserError."""
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return args
+
+
+def publish(
+    name: str, args: argparse.Namespace, tables: list[Table], measured: dict[str, Any], medians_of: str | None = None
+) -> None:
+    """Print the tables and the machine; write all measurements, the machine and the command to the JSON file.
+
+    medians_of: what is repeated, where that is not so many measurements as `args.repeats` says.
+    """
     machine = environment(torch.device(args.device))
     print("\n\n".join(render(table) for table in tables))
     versions = ", ".join(f"{package} {machine[package]}" for package in ("torch", "torchvision", "pillow"))
-    print(f"\n{machine['device']}, {machine['threads']} threads of torch; {versions}; medians of {args.repeats}")
+    medians = f"medians of {medians_of or args.repeats}"
+    print(f"\n{machine['device']}, {machine['threads']} threads of torch; {versions}; {medians}")
     output = args.output or Path("logs") / "benchmarks" / f"{name}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     content = {"environment": machine, "repeats": args.repeats, "measured": measured}

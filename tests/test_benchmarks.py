@@ -1,14 +1,238 @@
-"""Every script that measures runs, on sizes that say nothing of speed."""
+"""Every script that measures runs, on sizes that say nothing of speed, and its JSON file holds what its table says.
 
+The per-image pipeline that ours is compared with makes the same inputs from the same draws.
+"""
+
+import json
+import platform
+import random
+import re
+import statistics
 import subprocess
 import sys
 
-from conftest import ROOT
+import augment
+import pytest
+import torch
+from conftest import ALONE, ROOT
+from perimage import OPERATIONS, Draws, Operation, PerImage
+from PIL import Image
+
+import main
+from augmentations import OPS
+from config import Config
+from models import build_model
+from policies import build_policies
+from utils import UserError, keyed_generator
+
+TINY = ("model=wresnet10_1", "train_size=40", "batch_size=10", "M=2", "eval_every=2")
 
 
-def test_the_cost_of_reading_is_measured():
-    command = [sys.executable, "benchmarks/scoring.py", "--model", "wresnet10_1", "--images", "20", "--repeats", "2"]
-    done = subprocess.run([*command, "--device", "cpu"], cwd=ROOT, check=True, capture_output=True, text=True)
-    rows = done.stdout.splitlines()
-    assert [row.split("  ")[0] for row in rows[:2]] == ["at hand", "mapped"]
-    assert "reading adds" in rows[2]
+def benchmark(tmp_path, name, *arguments):
+    """Run benchmarks/<name>.py -> (the cells of every line of its tables, what it measured)."""
+    output = tmp_path / "measured.json"
+    done = run(name, *arguments, "--threads", 1, "--device", "cpu", "--output", output)
+    assert done.returncode == 0, done.stderr
+    content = json.loads(output.read_text())
+    assert content["environment"]["threads"] == 1
+    assert f"written to {output}" in done.stdout
+    return [re.split(" {2,}", line.strip()) for line in done.stdout.splitlines()], content["measured"]
+
+
+def run(name, *arguments):
+    command = [sys.executable, f"benchmarks/{name}.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def rows_of(table, *names):
+    """The rows that begin with these cells."""
+    return [row for row in table if row[: len(names)] == list(names)]
+
+
+def median_ratio(seconds, to):
+    assert all(s > 0 for s in (*seconds, *to))
+    return statistics.median(s / t for s, t in zip(seconds, to, strict=True))
+
+
+def test_the_cost_of_reading_is_measured(tmp_path):
+    table, measured = benchmark(tmp_path, "scoring", "--model", "wresnet10_1", "--images", 20, "--repeats", 2)
+    seconds = measured["seconds"]
+    for name in ("at hand", "mapped"):
+        ((_, rate),) = rows_of(table, name)
+        assert rate.split()[0] == f"{20 / statistics.median(seconds[name]):,.0f}"
+    assert measured["ratio"] == median_ratio(seconds["mapped"], seconds["at hand"])
+    assert any(line[0].startswith(f"reading adds {measured['ratio'] - 1:.1%}") for line in table)
+
+
+def test_augmentation_is_measured_beside_what_others_use(tmp_path):
+    few = ("--sizes", 32, 80, "--images", 4, 2, "--M", 2, "--repeats", 2)
+    table, measured = benchmark(tmp_path, "augment", *few)
+    assert measured["N"] == {"32": 4, "80": 2}
+    ours, pillow, torchvision = "batched, here", "per image, Pillow", "groups, torchvision"
+    works = ["operations", "and normalised", "all, shared crops", "all, own crops", *(op.name for op in OPS)]
+    for size, expected in ((32, works), (80, works[:2] + works[4:])):
+        rows = {(row["work"], row["way"]): row for row in measured["rows"] if row["size"] == size}
+        assert {work for work, _ in rows} == set(expected)
+        for work in expected:
+            assert rows[work, pillow]["to_pillow"] == [1.0, 1.0, 1.0]
+            rates = {way: rows[work, way]["images_per_second"][0] for way in (ours, pillow)}
+            assert min(rates.values()) > 0
+            low, high = rows[work, ours]["to_pillow"][1:]
+            assert low <= rows[work, ours]["to_pillow"][0] <= high
+            assert work.startswith("all") or rows[work, torchvision]["to_pillow"][0] > 0
+            if work in works[:4]:
+                shown = [row for row in rows_of(table, work, ours) if row[2].split()[0] == f"{rates[ours]:,.0f}"]
+                assert shown, (work, rates)
+            else:
+                microseconds = [f"{1e6 / rates[way]:,.1f}" for way in (ours, pillow)]
+                assert microseconds in [row[1:3] for row in rows_of(table, work)]
+
+
+def test_a_comparison_of_different_work_is_refused(monkeypatch):
+    monkeypatch.setattr(augment, "apply", lambda images, plan: 255 - images)
+    with pytest.raises(UserError, match="values differ from Pillow's: not the same work"):
+        augment.require_equal_to_pillow(augment.prepare(augment.build_config(32, 2), 32, 4, torch.device("cpu")))
+
+
+SMALL_STEPS = ("--set", "model=wresnet10_1", "--images", 4, "--steps", 1, "--workers", 1)
+
+
+def test_a_training_step_is_measured_at_every_size(tmp_path):
+    table, measured = benchmark(tmp_path, "step", *SMALL_STEPS, "--M", 1, 2, "--repeats", 2)
+    assert [(size["M"], size["N"], size["image_size"]) for size in measured["sizes"]] == [(1, 4, 32), (2, 4, 32)]
+    for size in measured["sizes"]:
+        (row,) = rows_of(table, str(size["M"]), "4", "32")
+        ways = ("policies", "limit", "per image")
+        assert [len(size["seconds"][way]) for way in ways] == [2, 2, 2]
+        assert [cell.split()[0] for cell in row[3:6]] == [
+            f"{1000 * statistics.median(size['seconds'][way]):.1f}" for way in ways
+        ]
+        for way, cell in zip(("policies", "per image"), row[6:8], strict=True):
+            assert size["ratio"][way] == pytest.approx(median_ratio(size["seconds"][way], size["seconds"]["limit"]))
+            assert cell.split()[0] == f"{size['ratio'][way]:.3f}"
+        assert row[8:] == ["-"], "the CPU has nothing to wait for"
+        assert size["waits"] is None
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_training_step_is_measured_in_processes_of_their_own(tmp_path):
+    table, measured = benchmark(tmp_path, "step", *SMALL_STEPS, "--M", 2, "--repeats", 1, "--memory")
+    ((_, *_, peak, above),) = rows_of(table, "2", "4", "32")
+    memory = measured["sizes"][0]["memory"]
+    assert peak == f"{memory['policies'] / 1e6:,.0f}"
+    assert above == f"{(memory['policies'] - memory['limit']) / 1e6:,.0f}"
+    assert min(memory.values()) > 50e6, "torch alone takes more"
+
+
+def test_sizes_that_cannot_be_are_refused():
+    done = run("step", "--M", 0)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: argument --M: '0' is not a whole number of at least 1 (python benchmarks/st")
+
+
+def test_a_run_is_measured_by_parts(tmp_path):
+    table, measured = benchmark(tmp_path, "epoch", "--epochs", 2, "--no_starts", "--set", *TINY)
+    parts, (whole,) = measured["parts"], measured["seconds_by_parts"]
+    assert len(measured["seconds"]) == 1
+    assert all(taken[0] > 0 for taken in parts.values()), parts
+    assert sum(taken[0] for taken in parts.values()) == pytest.approx(whole)
+    for part, (taken,) in parts.items():
+        ((_, seconds, share),) = rows_of(table, part)
+        assert (seconds.split()[0], share) == (f"{taken:.3f}", f"{100 * taken / whole:.1f}")
+    overhead = sum(parts[part][0] for part in ("controller", "logging", "checkpoints"))
+    assert measured["overhead"] == pytest.approx(overhead / (whole - parts["scoring"][0]))
+    assert measured["starts"] == {}
+
+
+@pytest.mark.slow
+def test_starting_is_measured(tmp_path):
+    table, measured = benchmark(tmp_path, "epoch", "--epochs", 2, "--repeats", 1, "--set", *TINY)
+    assert len(measured["starts"]) == 4
+    for name, (seconds,) in measured["starts"].items():
+        ((_, words, ratio),) = rows_of(table, name)
+        assert words.split()[0] == f"{seconds:.2f}"
+        assert ratio.split()[0] == f"{seconds / measured['starts']['import torch'][0]:.2f}"
+
+
+def test_reading_images_is_measured_with_and_without_workers(tmp_path):
+    few = ("--reads", 4, "--batch_size", 2, "--size", 16, "--repeats", 1)
+    table, measured = benchmark(tmp_path, "loading", *few, "--workers", 0, 1)
+    assert [row["workers"] for row in measured["rows"]] == [0, 1]
+    for row in measured["rows"]:
+        seconds, workers = row["seconds"], str(row["workers"])
+        ((*_, ours, _, ratio),) = rows_of(table, workers, "ours")
+        ((*_, theirs, _),) = rows_of(table, workers, "torchvision")
+        assert ours.split()[0] == f"{4 / seconds['ours'][0]:,.0f}"
+        assert theirs.split()[0] == f"{4 / seconds['torchvision'][0]:,.0f}"
+        assert row["ratio"][0] == median_ratio(seconds["torchvision"], seconds["ours"])
+        assert ratio.split()[0] == f"{row['ratio'][0]:.3f}"
+
+
+def per_image(images_NCHW, **settings):
+    config = Config(**{"model": "wresnet10_1", "policy": "random", "batch_size": len(images_NCHW)} | settings)
+    policies = build_policies(config)
+    policies.resample(keyed_generator("policies"))
+    images_NHWC = images_NCHW.permute(0, 2, 3, 1).contiguous().numpy()
+    return PerImage(config, policies, images_NHWC, list(range(len(images_NCHW))))
+
+
+def noise(N, height=32, width=32):
+    coarse = torch.randint(256, (N, 3, 6, 6), generator=keyed_generator("noise")).float()
+    fine = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")
+    return fine.round().to(torch.uint8)
+
+
+@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="Pillow may round a blend otherwise")
+@pytest.mark.parametrize("size", [(32, 32), (17, 23)], ids=["square", "oblong"])
+def test_image_by_image_the_same_inputs_come_from_the_same_draws(size):
+    N, M, images_NCHW = 24, 4, noise(24, *size)
+    pipeline = per_image(images_NCHW, M=M, Q=4, cutout=9)
+    state = main.TrainingState.start(pipeline.config, ALONE, build_model("wresnet10_1", 10))
+    every_row = torch.cat([torch.randperm(len(OPS), generator=keyed_generator(half)) for half in range(2)])
+    state.policies.op_MQK = every_row.view(M, 4, 2)
+    state.policies.level_MQK = torch.randint(10, (M, 4, 2), generator=keyed_generator("levels"))
+    draws = main.draw(state, images_NCHW, "train", 0, N=N)
+    assert set(draws.plan.op_BK.unique().tolist()) == set(range(len(OPS)))
+    expected_BCHW, _ = main.make_inputs(state, images_NCHW, torch.arange(N), range(N), draws, range(N))
+
+    def of_copy(b, operations=()):
+        shift, (flipped,) = draws.crops.shift_B2[b].tolist(), draws.crops.flipped_B1[b].tolist()
+        return Draws(shift, flipped, operations, draws.blank_B2[b].tolist())
+
+    def original(b):
+        return Image.fromarray(pipeline.images[b // M])
+
+    def operation(b, k):
+        op = OPS[draws.plan.op_BK[b, k]]
+        partner = int(draws.plan.partner_BK[b, k])
+        extra = {
+            "partner": pipeline.crop_and_flip(original(partner), of_copy(partner)),
+            "centre": draws.plan.centre_BK2[b, k].tolist(),
+        }
+        return Operation(op.name, draws.plan.magnitude_BK[b, k].item(), extra.get(op.needs))
+
+    for b in range(N * M):
+        ours_CHW = pipeline.make_copy(original(b), of_copy(b, [operation(b, k) for k in range(2)]))
+        assert torch.equal(ours_CHW, expected_BCHW[b]), b
+
+
+def test_image_by_image_draws_follow_from_the_seed_alone():
+    assert list(OPERATIONS) == [op.name for op in OPS]
+    pipeline = per_image(noise(8), M=3)
+    copies_MCHW, label = pipeline[5, 7]
+    assert (copies_MCHW.shape, copies_MCHW.dtype, label) == ((3, 3, 32, 32), torch.float32, 5)
+    assert torch.equal(copies_MCHW, pipeline[5, 7][0])
+    assert not torch.equal(copies_MCHW, pipeline[5, 8][0])
+    for each_its_own in (True, False):
+        plain = per_image(noise(8), M=3, policy="none", cutout=0, crop_per_copy=each_its_own)
+        copies = [plain[position, 0][0] for position in range(8)]
+        alike = all(torch.equal(one, first) for first, *others in copies for one in others)
+        assert alike is not each_its_own
+
+
+def test_image_by_image_operations_are_drawn_from_the_policies_with_a_coin_for_the_sign():
+    pipeline, rng = per_image(noise(4), M=1, Q=1, K=1, ops=("Rotate",)), random.Random(0)
+    (((op, magnitude),),) = pipeline.policies_MQK[0]
+    drawn = {pipeline.draw_operation(rng, op, magnitude) for _ in range(50)}
+    assert magnitude > 0
+    assert drawn == {Operation("Rotate", magnitude), Operation("Rotate", -magnitude)}

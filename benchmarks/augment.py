@@ -1,0 +1,253 @@
+"""Images per second through policies of two operations, against what people use today.
+
+    python benchmarks/augment.py                         # 32x32 (N = 128) and 224x224 (N = 32), M = 8, one thread
+    python benchmarks/augment.py --threads 2 --sizes 32 --images 128
+    python benchmarks/augment.py --device cuda
+
+In one run and in turn: the batched operations of augmentations.py; Pillow's, image by image, in one process, as the
+field has it (perimage.py); those of torchvision.transforms.v2 on groups of equal operation and magnitude, and kornia's,
+if it is installed (libraries.py). Before anything is timed the batched results are compared with Pillow's: they have to
+be equal.
+
+operations          uint8 copies through a plan
+and normalised      the same, to the float32 that a network wants
+all, shared crops   from N images: draws, copies, crop and flip (the same for all copies of an image), operations,
+                    normalisation, Cutout
+all, own crops      likewise, each copy with a crop and flip of its own
+
+The images are the embedded shapes, enlarged where that is asked for; policies and draws are random, as in training.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import libraries
+import torch
+import torch.nn.functional as F
+from measuring import Spread, count, in_turn, parse, parser, publish, ratios
+from perimage import Operation, PerImage, run
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import functional as on_pillow
+
+import augmentations
+from augmentations import OPS, Plan, apply
+from config import ALL_OPS, Config
+from dataloader import Normalise, cutout_mask, draw_centres, draw_crops, make_copies
+from policies import PolicySource, build_policies
+from processes import exit_with_status
+from shapes import draw_shapes
+from utils import Table, UserError, keyed_generator
+
+OURS, PILLOW, TORCHVISION, KORNIA = "batched, here", "per image, Pillow", "groups, torchvision", "batched, kornia"
+GRAPH = "batched, here, as a CUDA graph"
+Ways = Mapping[str, Callable[[], Any]]
+
+
+class Work(NamedTuple):
+    """N images, their M copies, and a plan for these; the same once more for Pillow."""
+
+    config: Config
+    policies: PolicySource
+    images_NCHW: Tensor
+    copies_BCHW: Tensor
+    plan: Plan
+    pillow_B: list[Image.Image]
+    operations_BK: list[list[Operation]]
+
+
+class Row(NamedTuple):
+    """One way to do a work on images of this size: images/s, and how many times Pillow's."""
+
+    size: int
+    work: str
+    way: str
+    images_per_second: Spread
+    to_pillow: Spread
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--sizes", type=count, nargs="+", default=[32, 224], help="sides of the images, in pixels")
+    arguments.add_argument("--images", type=count, nargs="+", default=[128, 32], help="N for each of the sizes")
+    arguments.add_argument("--M", type=count, default=8)
+    arguments.set_defaults(threads=1)
+    args = parse(arguments)
+    device = torch.device(args.device)
+    if len(args.sizes) != len(args.images):
+        raise UserError(f"--images: {len(args.images)} numbers for {len(args.sizes)} --sizes; give one for each")
+    tables, measured = [], {"M": args.M, "N": dict(zip(args.sizes, args.images, strict=True)), "rows": []}
+    for size, N in zip(args.sizes, args.images, strict=True):
+        work = prepare(build_config(size, args.M), size, N, device)
+        require_equal_to_pillow(work)
+        rows, alone, how = [], [], (args.repeats, device)
+        for name, ways in works(work).items():
+            rows += measure(size, name, ways, N * args.M, *how)
+        group = max(2, N * args.M // len(OPS))  # as many images as have an operation in common in a plan
+        for name in ALL_OPS:
+            alone += measure(size, name, of_one(work, name, group), group, *how)
+        tables += [works_table(size, N, args.M, rows), operations_table(size, group, alone)]
+        measured["rows"] += [row._asdict() for row in rows + alone]
+    publish("augment", args, tables, measured)
+
+
+def build_config(size: int, M: int) -> Config:
+    """As for CIFAR, or as for ImageNet, whose images are cropped and flipped when they are read."""
+    if size <= 64:
+        return Config(dataset="cifar10", M=M, policy="random")
+    return Config(dataset="imagenet", crop_padding=0, M=M, policy="random")
+
+
+def prepare(config: Config, size: int, N: int, device: torch.device) -> Work:
+    policies = build_policies(config)
+    policies.resample(keyed_generator("benchmark", "policies"))
+    plan = policies.plan(N, keyed_generator("benchmark", "plan"))
+    images_NCHW = draw_shapes("train")[0][:N]
+    if size != images_NCHW.shape[-1]:
+        images_NCHW = F.interpolate(images_NCHW.float(), (size, size), mode="bilinear").to(torch.uint8)
+    copies_BCHW = images_NCHW.repeat_interleave(config.M, 0)
+    pillow_B = [to_pillow(image_CHW) for image_CHW in copies_BCHW]
+    operations_BK = for_pillow(plan, pillow_B)
+    return Work(config, policies, images_NCHW.to(device), copies_BCHW.to(device), plan, pillow_B, operations_BK)
+
+
+def to_pillow(image_CHW: Tensor) -> Image.Image:
+    return Image.fromarray(image_CHW.permute(1, 2, 0).contiguous().numpy())
+
+
+def for_pillow(plan: Plan, images_B: list[Image.Image]) -> list[list[Operation]]:
+    """The operations that the plan has for each image."""
+
+    def operation(b: int, k: int) -> Operation:
+        op = OPS[plan.op_BK[b, k]]
+        extra = {"partner": images_B[plan.partner_BK[b, k]], "centre": plan.centre_BK2[b, k].tolist()}
+        return Operation(op.name, plan.magnitude_BK[b, k].item(), extra.get(op.needs))
+
+    B, K = plan.op_BK.shape
+    return [[operation(b, k) for k in range(K) if plan.op_BK[b, k] >= 0] for b in range(B)]
+
+
+def require_equal_to_pillow(work: Work) -> None:
+    ours_BCHW = apply(work.copies_BCHW, work.plan).cpu()
+    theirs = [run(image, operations) for image, operations in zip(work.pillow_B, work.operations_BK, strict=True)]
+    differing = sum(
+        (ours != on_pillow.pil_to_tensor(image)).sum() for ours, image in zip(ours_BCHW, theirs, strict=True)
+    )
+    if differing:
+        raise UserError(f"{differing:,} values differ from Pillow's: not the same work (see README.md, Exactness)")
+
+
+def works(work: Work) -> dict[str, Ways]:
+    """By name, what there is to do, and the ways to do it."""
+    config, copies_BCHW, plan = work.config, work.copies_BCHW, work.plan
+    normalise = Normalise(config, copies_BCHW.device)
+    mean, std = normalise.mean_C11.flatten().tolist(), normalise.std_C11.flatten().tolist()
+    todo = list(zip(work.pillow_B, work.operations_BK, strict=True))
+
+    def input_of(image: Image.Image) -> Tensor:
+        return on_pillow.normalize(on_pillow.to_tensor(image), mean, std, inplace=True)
+
+    found: dict[str, Ways] = {
+        "operations": {
+            OURS: lambda: apply(copies_BCHW, plan),
+            PILLOW: lambda: [run(image, operations) for image, operations in todo],
+            TORCHVISION: lambda: libraries.with_torchvision(copies_BCHW, plan),
+        },
+        "and normalised": {
+            OURS: lambda: normalise(apply(copies_BCHW, plan)),
+            PILLOW: lambda: torch.stack([input_of(run(image, operations)) for image, operations in todo]),
+            TORCHVISION: lambda: libraries.normalise(libraries.with_torchvision(copies_BCHW, plan), mean, std),
+        },
+    }
+    if libraries.kornia:
+        found["operations"][KORNIA] = lambda: libraries.with_kornia(copies_BCHW, plan)
+    if copies_BCHW.device.type == "cuda":
+        found["operations"][GRAPH] = as_graph(copies_BCHW, plan)
+    if not config.cropped_when_read:
+        found["all, shared crops"] = from_images(work, normalise, crop_per_copy=False)
+        found["all, own crops"] = from_images(work, normalise, crop_per_copy=True)
+    return found
+
+
+def from_images(work: Work, normalise: Normalise, *, crop_per_copy: bool) -> Ways:
+    images_NCHW, policies = work.images_NCHW, work.policies
+    N, _, height, width = images_NCHW.shape
+    M, device = work.config.M, images_NCHW.device
+    config = Config(dataset="cifar10", M=M, crop_per_copy=crop_per_copy, policy="random")
+    per_image = PerImage(config, policies, images_NCHW.permute(0, 2, 3, 1).contiguous().cpu().numpy(), [0] * N)
+    draws = keyed_generator("benchmark", "draws")
+
+    def batched() -> Tensor:
+        crops, plan = draw_crops(N, config, draws), policies.plan(N, draws)
+        kept_B1HW = cutout_mask(config.cutout, draw_centres(N * M, height, width, draws), height, width, device)
+        return normalise(apply(make_copies(images_NCHW, torch.arange(N * M), M, crops), plan), kept_B1HW)
+
+    return {OURS: batched, PILLOW: lambda: torch.cat([per_image[n, n][0] for n in range(N)])}
+
+
+def as_graph(copies_BCHW: Tensor, plan: Plan) -> Callable[[], Any]:
+    """What `apply` does on the device, captured once and played again with new images and settings."""
+    settings_KSB, present = augmentations._settings_and_present(plan, *copies_BCHW.shape[-2:])
+    images_BCHW, on_device_KSB = copies_BCHW.clone(), settings_KSB.to(copies_BCHW.device)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        augmentations._pass_through(images_BCHW, on_device_KSB, present, images_BCHW)
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        augmentations._pass_through(images_BCHW, on_device_KSB, present, images_BCHW)
+
+    def play() -> None:
+        settings_KSB, _ = augmentations._settings_and_present(plan, *copies_BCHW.shape[-2:])
+        on_device_KSB.copy_(settings_KSB.pin_memory(), non_blocking=True)
+        images_BCHW.copy_(copies_BCHW)
+        graph.replay()
+
+    return play
+
+
+def of_one(work: Work, name: str, group: int) -> Ways:
+    """One operation on so many copies, at random levels and signs."""
+    op, draws = OPS[ALL_OPS.index(name)], keyed_generator("benchmark", name)
+    levels, coins = (torch.randint(high, (group,), generator=draws).tolist() for high in (10, 2))
+    magnitudes = [
+        op.magnitude(level) * (-1 if op.signed and coin else 1) for level, coin in zip(levels, coins, strict=True)
+    ]
+    magnitude_B1 = torch.tensor(magnitudes, dtype=torch.float64)[:, None]
+    partner_B1 = torch.randint(group, (group, 1), generator=draws)
+    centre_B12 = torch.rand(group, 1, 2, dtype=torch.float64, generator=draws)
+    plan = Plan(torch.full((group, 1), ALL_OPS.index(name)), magnitude_B1, partner_B1, centre_B12)
+    copies_BCHW, todo = work.copies_BCHW[:group], for_pillow(plan, work.pillow_B[:group])
+    ways = {
+        OURS: lambda: apply(copies_BCHW, plan),
+        PILLOW: lambda: [run(image, operations) for image, operations in zip(work.pillow_B, todo, strict=False)],
+        TORCHVISION: lambda: libraries.with_torchvision(copies_BCHW, plan),
+    }
+    return ways | ({KORNIA: lambda: libraries.with_kornia(copies_BCHW, plan)} if libraries.kornia else {})
+
+
+def measure(size: int, work: str, ways: Ways, images: int, repeats: int, device: torch.device) -> list[Row]:
+    seconds = in_turn(ways, repeats, device)
+    return [
+        Row(size, work, way, Spread.of(took).per_second(images), ratios(seconds[PILLOW], took))
+        for way, took in seconds.items()
+    ]
+
+
+def works_table(size: int, N: int, M: int, rows: list[Row]) -> Table:
+    cells = []
+    for _, work, way, rate, to_pillow in rows:
+        microseconds = f"{1e6 / rate.median:,.1f}"
+        cells.append((work, way, rate.in_words(), microseconds, to_pillow.in_words(".2f")))
+    title = f"{size}x{size}, N = {N} images, M = {M}: copies per second; medians (lowest to highest)"
+    return Table(title, ("work", "way", "images/s", "us/image", "times Pillow's"), cells)
+
+
+def operations_table(size: int, group: int, rows: list[Row]) -> Table:
+    ways = [way for way in (OURS, PILLOW, TORCHVISION, KORNIA) if any(row.way == way for row in rows)]
+    microseconds = {(row.work, row.way): f"{1e6 / row.images_per_second.median:,.1f}" for row in rows}
+    cells = [(name, *(microseconds[name, way] for way in ways)) for name in ALL_OPS]
+    return Table(f"{size}x{size}, {group} images at a time: microseconds per image", ("operation", *ways), cells)
+
+
+if __name__ == "__main__":
+    exit_with_status(main)

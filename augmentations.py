@@ -119,13 +119,108 @@ def row_of(name: str) -> int:
     raise ValueError(f"unknown operation {name!r}; there are {', '.join(op.name for op in OPS)}")
 
 
+def _check_images(images_BCHW: Tensor) -> None:
+    if images_BCHW.dtype != torch.uint8 or images_BCHW.ndim != 4 or images_BCHW.shape[1] != 3:
+        raise ValueError(f"need uint8 images (B, 3, H, W), got {images_BCHW.dtype} {tuple(images_BCHW.shape)}")
+
+
+def _in_groups(images_BCHW: Tensor, plan: Plan, partners_BCHW: Tensor) -> Tensor:
+    """`apply` for the CPU: images sorted by operation, so that each operation present is called once per position.
+
+    A group too large for the processor's cache is taken in pieces.
+    """
+    buffers, size = [torch.empty_like(images_BCHW) for _ in range(2)], piece_size(images_BCHW)
+    place_B = torch.arange(len(images_BCHW))  # where each image stands, as sorted for the last position
+    for k in range(plan.op_BK.shape[1]):
+        order_B = plan.op_BK[:, k].argsort(stable=True)
+        counts = (plan.op_BK[:, k] + 1).bincount(minlength=len(OPS) + 1).tolist()
+        sorted_BCHW, done = buffers[k % 2], 0
+        for op, members in zip((None, *OPS), order_B.split(counts), strict=True):
+            for numbers in members.split(size) if len(members) else ():
+                group_BCHW = images_BCHW.index_select(0, place_B.index_select(0, numbers))
+                result_BCHW = _run(op, group_BCHW, partners_BCHW, plan, numbers, k) if op else group_BCHW
+                sorted_BCHW[done : done + len(numbers)] = result_BCHW
+                done += len(numbers)
+        images_BCHW, place_B = sorted_BCHW, order_B.argsort()
+    return torch.index_select(images_BCHW, 0, place_B, out=buffers[plan.op_BK.shape[1] % 2])
+
+
+def _run(op: "Op", images_BCHW: Tensor, partners_BCHW: Tensor, plan: Plan, numbers: Tensor, k: int) -> Tensor:
+    """Run `op` on the images of these numbers, as they are at position k; partners_BCHW: as before the plan."""
+    extra = []
+    if op.needs == "partner":
+        extra = [partners_BCHW.index_select(0, plan.partner_BK[numbers, k])]
+    elif op.needs == "centre":
+        extra = [plan.centre_BK2[numbers, k]]
+    return op.kernel(images_BCHW, plan.magnitude_BK[numbers, k], *extra)
+
+
+def piece_size(images_BCHW: Tensor) -> int:
+    """How many of these images to work on at a time: on the CPU so few that they stay in its cache."""
+    if images_BCHW.device.type != "cpu" or not images_BCHW.numel():
+        return max(1, len(images_BCHW))
+    return max(1, CACHED_VALUES * len(images_BCHW) // images_BCHW.numel())
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a small CPU tensor to the device, from pinned memory, without waiting for it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def _per_image(values_B: Tensor, like_BCHW: Tensor, dtype: torch.dtype) -> Tensor:
+    """One value per image, on the images' device, shaped to broadcast against (B, C, H, W)."""
+    return upload(values_B.to(dtype), like_BCHW.device).view(-1, 1, 1, 1)
+
+
+# Geometry. Pillow maps output pixels to input pixels and takes the nearest; outside is black.
+
+
+def shear_x(images_BCHW: Tensor, slope_B: Tensor) -> Tensor:
+    """`Image.transform(size, AFFINE, (1, slope, 0, 0, 1, 0))`: about the top left corner."""
+    height, width = images_BCHW.shape[-2:]
+    x0_B1, _, x_per_y_B1, *_ = _fixed_point(_shear_x_matrix, slope_B, width, height)[..., None]
+    row_1H = torch.arange(height)[None]
+    return gather_rows(images_BCHW, torch.arange(len(slope_B)), row_1H, (x0_B1 + row_1H * x_per_y_B1) >> 16)
+
+
+def shear_y(images_BCHW: Tensor, slope_B: Tensor) -> Tensor:
+    """`Image.transform(size, AFFINE, (1, 0, 0, slope, 1, 0))`: about the top left corner."""
+    return _affine(images_BCHW, _shear_y_matrix, slope_B)
+
+
+def translate_x(images_BCHW: Tensor, fraction_B: Tensor) -> Tensor:
+    """`Image.transform(size, AFFINE, (1, 0, fraction * width, 0, 1, 0))`: positive moves the content left."""
+    height, width = images_BCHW.shape[-2:]
+    x_BW = _translated(fraction_B * width, width)
+    shift_B1 = x_BW[:, :1]
+    if torch.equal(x_BW - shift_B1, torch.arange(width).expand_as(x_BW)):
+        return gather_rows(images_BCHW, torch.arange(len(x_BW)), torch.arange(height)[None], shift_B1)
+    # A sum that Pillow rounds up within a line leaves a pixel out there.
+    x_BW = upload(x_BW, images_BCHW.device)
+    return gather_pixels(images_BCHW, x_BW[:, None, :], torch.arange(height, device=x_BW.device)[None, :, None])
+
+
+def translate_y(images_BCHW: Tensor, fraction_B: Tensor) -> Tensor:
+    """`Image.transform(size, AFFINE, (1, 0, 0, 0, 1, fraction * height))`: positive moves the content up."""
+    height = images_BCHW.shape[-2]
+    y_BH = _translated(fraction_B * height, height)
+    return gather_rows(images_BCHW, torch.arange(len(y_BH)), y_BH, torch.zeros(1, 1, dtype=torch.int64))
+
+
+def rotate(images_BCHW: Tensor, degrees_B: Tensor) -> Tensor:
+    """`Image.rotate(degrees)`: counter-clockwise about the centre, same size."""
+    return _affine(images_BCHW, _rotation_matrix, degrees_B)
+
+
 def gather_rows(
     images_NCHW: Tensor, image_B: Tensor, row_BH: Tensor, shift_BH: Tensor, mirrored_B: Tensor | None = None
 ) -> Tensor:
     """Put B images together from whole rows: row y of image b is row row_BH[b, y] of image image_B[b].
 
     It is read from column shift_BH[b, y] on; what lies outside is black. mirrored_B: bool, whether an image is read
-    from the mirror images. All but the images are on the CPU, int64, and shift_BH may be broadcastable to (B, H).
+    from the mirror images. All but the images are on the CPU, int64; row_BH and shift_BH may be broadcastable.
 
     Much faster than pixel by pixel: with enough black around them, rows are W bytes that can be copied at once.
     """
@@ -144,129 +239,6 @@ def gather_rows(
     start_BCH = upload(start_BH, images_NCHW.device)[:, None] + channel_C1
     windows = padded.as_strided((len(padded) - W + 1, W), (1, 1))
     return windows.index_select(0, start_BCH.view(-1)).view(*start_BCH.shape, W)
-
-
-def gather_pixels(images_BCHW: Tensor, x_BHW: Tensor, y_BHW: Tensor) -> Tensor:
-    """Fetch for every output pixel the input pixel at (x, y), black where that lies outside.
-
-    x_BHW, y_BHW: int64 indices, each broadcastable to (B, H, W) of the output.
-    """
-    index_BHW, inside_BHW = _flat_index(x_BHW, y_BHW, *images_BCHW.shape[-2:])
-    return _gather_flat(images_BCHW, index_BHW.flatten(1), inside_BHW.flatten(1)).unflatten(2, index_BHW.shape[1:])
-
-
-def _flat_index(x: Tensor, y: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Index of the pixel at (x, y) in a flattened image, and whether it is inside; 0 where it is not."""
-    inside = ((x >= 0) & (x < width)) & ((y >= 0) & (y < height))
-    return torch.where(inside, y * width + x, 0), inside
-
-
-def _gather_flat(images_BCHW: Tensor, index_BP: Tensor, inside_BP: Tensor) -> Tensor:
-    index_BCP = index_BP[:, None].expand(-1, images_BCHW.shape[1], -1)
-    return images_BCHW.flatten(2).gather(2, index_BCP).mul_(inside_BP.view(torch.uint8)[:, None])
-
-
-def piece_size(images_BCHW: Tensor, values: int) -> int:
-    """How many of these images hold about so many values, at least one; on other devices than the CPU all of them."""
-    if images_BCHW.device.type != "cpu" or not images_BCHW.numel():
-        return max(1, len(images_BCHW))
-    return max(1, values * len(images_BCHW) // images_BCHW.numel())
-
-
-def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a small CPU tensor to the device, from pinned memory, without waiting for it."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
-def _check_images(images_BCHW: Tensor) -> None:
-    if images_BCHW.dtype != torch.uint8 or images_BCHW.ndim != 4 or images_BCHW.shape[1] != 3:
-        raise ValueError(f"need uint8 images (B, 3, H, W), got {images_BCHW.dtype} {tuple(images_BCHW.shape)}")
-
-
-def _in_groups(images_BCHW: Tensor, plan: Plan, partners_BCHW: Tensor) -> Tensor:
-    """`apply` for the CPU: images sorted by operation, so that each operation present is called once per position.
-
-    Large images are sorted so many at a time that malloc has their memory at hand, instead of asking for new pages.
-    """
-    out_BCHW, size = torch.empty_like(images_BCHW), piece_size(images_BCHW, 16 * CACHED_VALUES)
-    for start in range(0, len(images_BCHW), size):
-        part = slice(start, start + size)
-        part_of_plan = Plan(*(None if field is None else field[part] for field in plan))
-        _sort_and_run(images_BCHW[part], part_of_plan, partners_BCHW, out_BCHW[part])
-    return out_BCHW
-
-
-def _sort_and_run(images_BCHW: Tensor, plan: Plan, partners_BCHW: Tensor, out_BCHW: Tensor) -> None:
-    buffers, size = [torch.empty_like(images_BCHW) for _ in range(2)], piece_size(images_BCHW, CACHED_VALUES)
-    place_B = torch.arange(len(images_BCHW))  # where each image stands, as sorted for the last position
-    for k in range(plan.op_BK.shape[1]):
-        order_B = plan.op_BK[:, k].argsort(stable=True)
-        counts = (plan.op_BK[:, k] + 1).bincount(minlength=len(OPS) + 1).tolist()
-        sorted_BCHW, done = buffers[k % 2], 0
-        for op, members in zip((None, *OPS), order_B.split(counts), strict=True):
-            for numbers in members.split(size) if len(members) else ():
-                group_BCHW = images_BCHW.index_select(0, place_B.index_select(0, numbers))
-                result_BCHW = _run(op, group_BCHW, partners_BCHW, plan, numbers, k) if op else group_BCHW
-                sorted_BCHW[done : done + len(numbers)] = result_BCHW
-                done += len(numbers)
-        images_BCHW, place_B = sorted_BCHW, order_B.argsort()
-    torch.index_select(images_BCHW, 0, place_B, out=out_BCHW)
-
-
-def _run(op: "Op", images_BCHW: Tensor, partners_BCHW: Tensor, plan: Plan, numbers: Tensor, k: int) -> Tensor:
-    """Run `op` on the images of these numbers, as they are at position k; partners_BCHW: as before the plan."""
-    extra = []
-    if op.needs == "partner":
-        extra = [partners_BCHW.index_select(0, upload(plan.partner_BK[numbers, k], partners_BCHW.device))]
-    elif op.needs == "centre":
-        extra = [plan.centre_BK2[numbers, k]]
-    return op.kernel(images_BCHW, plan.magnitude_BK[numbers, k], *extra)
-
-
-def _per_image(values_B: Tensor, like_BCHW: Tensor, dtype: torch.dtype) -> Tensor:
-    """One value per image, on the images' device, shaped to broadcast against (B, C, H, W)."""
-    return upload(values_B.to(dtype), like_BCHW.device).view(-1, 1, 1, 1)
-
-
-# Geometry. Pillow maps output pixels to input pixels and takes the nearest; outside is black.
-
-
-def shear_x(images_BCHW: Tensor, slope_B: Tensor) -> Tensor:
-    """`Image.transform(size, AFFINE, (1, slope, 0, 0, 1, 0))`: about the top left corner."""
-    height, width = images_BCHW.shape[-2:]
-    x0_B1, _, x_per_y_B1, *_ = _fixed_point(_shear_x_matrix, slope_B, width, height)[..., None]
-    row_BH = torch.arange(height).expand(len(slope_B), -1)
-    return gather_rows(images_BCHW, torch.arange(len(slope_B)), row_BH, (x0_B1 + row_BH * x_per_y_B1) >> 16)
-
-
-def shear_y(images_BCHW: Tensor, slope_B: Tensor) -> Tensor:
-    """`Image.transform(size, AFFINE, (1, 0, 0, slope, 1, 0))`: about the top left corner."""
-    return _affine(images_BCHW, _shear_y_matrix, slope_B)
-
-
-def translate_x(images_BCHW: Tensor, fraction_B: Tensor) -> Tensor:
-    """`Image.transform(size, AFFINE, (1, 0, fraction * width, 0, 1, 0))`: positive moves the content left."""
-    height, width = images_BCHW.shape[-2:]
-    x_BW = _translated(fraction_B * width, width)
-    shift_B1, row_BH = x_BW[:, :1], torch.arange(height).expand(len(x_BW), -1)
-    if torch.equal(x_BW - shift_B1, torch.arange(width).expand_as(x_BW)):
-        return gather_rows(images_BCHW, torch.arange(len(x_BW)), row_BH, shift_B1.expand_as(row_BH))
-    x_BW, row_BH = upload(x_BW, images_BCHW.device), upload(row_BH, images_BCHW.device)
-    return gather_pixels(images_BCHW, x_BW[:, None, :], row_BH[:, :, None])
-
-
-def translate_y(images_BCHW: Tensor, fraction_B: Tensor) -> Tensor:
-    """`Image.transform(size, AFFINE, (1, 0, 0, 0, 1, fraction * height))`: positive moves the content up."""
-    height = images_BCHW.shape[-2]
-    y_BH = _translated(fraction_B * height, height)
-    return gather_rows(images_BCHW, torch.arange(len(y_BH)), y_BH, torch.zeros_like(y_BH))
-
-
-def rotate(images_BCHW: Tensor, degrees_B: Tensor) -> Tensor:
-    """`Image.rotate(degrees)`: counter-clockwise about the centre, same size."""
-    return _affine(images_BCHW, _rotation_matrix, degrees_B)
 
 
 def _shear_x_matrix(slope: float, width: int, height: int) -> tuple[float, ...]:
@@ -330,6 +302,26 @@ def _coordinates(fixed_6B: Tensor, height: int, width: int) -> tuple[Tensor, Ten
     column = torch.arange(width, device=fixed_6B.device)
     row = torch.arange(height, device=fixed_6B.device)[:, None]
     return (x0 + row * x_per_y + column * x_per_x) >> 16, (y0 + row * y_per_y + column * y_per_x) >> 16
+
+
+def gather_pixels(images_BCHW: Tensor, x_BHW: Tensor, y_BHW: Tensor) -> Tensor:
+    """Fetch for every output pixel the input pixel at (x, y), black where that lies outside.
+
+    x_BHW, y_BHW: int64 indices, each broadcastable to (B, H, W) of the output.
+    """
+    index_BHW, inside_BHW = _flat_index(x_BHW, y_BHW, *images_BCHW.shape[-2:])
+    return _gather_flat(images_BCHW, index_BHW.flatten(1), inside_BHW.flatten(1)).unflatten(2, index_BHW.shape[1:])
+
+
+def _flat_index(x: Tensor, y: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Index of the pixel at (x, y) in a flattened image, and whether it is inside; 0 where it is not."""
+    inside = ((x >= 0) & (x < width)) & ((y >= 0) & (y < height))
+    return torch.where(inside, y * width + x, 0), inside
+
+
+def _gather_flat(images_BCHW: Tensor, index_BP: Tensor, inside_BP: Tensor) -> Tensor:
+    index_BCP = index_BP[:, None].expand(-1, images_BCHW.shape[1], -1)
+    return images_BCHW.flatten(2).gather(2, index_BCP).mul_(inside_BP.view(torch.uint8)[:, None])
 
 
 def _translated(offset_B: Tensor, size: int) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from augmentations import CACHED_VALUES, gather_rows, piece_size, upload
+from augmentations import gather_rows, piece_size, upload
 from config import Config
 from download import Downloads, Missing, Remote, unpack
 from imagefiles import IMAGE_SUFFIXES, CentreCrop, FileCheck, FitSquare, ImageFiles, RandomCrop
@@ -246,7 +246,7 @@ class Normalise:
     def __call__(self, images_BCHW: Tensor, kept_B1HW: Tensor | None = None) -> Tensor:
         """(B, C, H, W) in the channels_last memory format. kept_B1HW: 0 blanks a pixel, see `cutout_mask`."""
         inputs_BCHW = torch.empty_like(images_BCHW, dtype=torch.float32, memory_format=torch.channels_last)
-        size = piece_size(images_BCHW, CACHED_VALUES)
+        size = piece_size(images_BCHW)
         for start in range(0, len(images_BCHW), size):
             part = slice(start, start + size)
             values = images_BCHW[part].float().div_(255).sub_(self.mean_C11).div_(self.std_C11)

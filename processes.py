@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils import UserError
+from utils import UserError, keep_freed_memory
 
 # How long a process waits for the others. One that ends is noticed at once; one may be fetching tens of GB.
 PATIENCE = timedelta(hours=12)
@@ -147,6 +147,8 @@ def join(device_name: str | None) -> Iterator[World]:
     devices = _devices(device_name, local_rank, alone="LOCAL_RANK" not in os.environ)
     if devices[0].type == "cuda":
         torch.cuda.set_device(devices[0])
+    else:
+        keep_freed_memory()
     if size == 1:
         yield World(devices)
         return

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import difflib
 import hashlib
 import os
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 class UserError(Exception):
@@ -121,6 +124,17 @@ def choose_kernels(device: torch.device, deterministic: bool, tf32: bool) -> Non
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that it frees, for what it allocates next. Without effect where no glibc is.
+
+    Otherwise every large tensor of a step on the CPU is made of new pages, which the system clears one by one.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, value in ((M_TRIM_THRESHOLD, -1), (M_MMAP_THRESHOLD, 2**30)):
+            mallopt(parameter, value)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ if it is installed (libraries.py). Before anything is timed the batched results 
 be equal.
 
 operations          uint8 copies through a plan
-and normalised      the same, to the float32 that a network wants
+and normalised      the same, to the float32 that a network wants, in the channels_last memory format
 all, shared crops   from N images: draws, copies, crop and flip (the same for all copies of an image), operations,
                     normalisation, Cutout
 all, own crops      likewise, each copy with a crop and flip of its own
@@ -31,13 +31,13 @@ from torch import Tensor
 from torchvision.transforms import functional as on_pillow
 
 import augmentations
-from augmentations import OPS, Plan, apply
+from augmentations import OPS, Plan, apply, apply_op
 from config import ALL_OPS, Config
 from dataloader import Normalise, cutout_mask, draw_centres, draw_crops, make_copies
 from policies import PolicySource, build_policies
 from processes import exit_with_status
 from shapes import draw_shapes
-from utils import Table, UserError, keyed_generator
+from utils import Table, UserError, keep_freed_memory, keyed_generator
 
 OURS, PILLOW, TORCHVISION, KORNIA = "batched, here", "per image, Pillow", "groups, torchvision", "batched, kornia"
 GRAPH = "batched, here, as a CUDA graph"
@@ -74,6 +74,8 @@ def main() -> None:
     arguments.set_defaults(threads=1)
     args = parse(arguments)
     device = torch.device(args.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # as main.py does, and for all that is compared
     if len(args.sizes) != len(args.images):
         raise UserError(f"--images: {len(args.images)} numbers for {len(args.sizes)} --sizes; give one for each")
     tables, measured = [], {"M": args.M, "N": dict(zip(args.sizes, args.images, strict=True)), "rows": []}
@@ -155,8 +157,10 @@ def works(work: Work) -> dict[str, Ways]:
         },
         "and normalised": {
             OURS: lambda: normalise(apply(copies_BCHW, plan)),
-            PILLOW: lambda: torch.stack([input_of(run(image, operations)) for image, operations in todo]),
-            TORCHVISION: lambda: libraries.normalise(libraries.with_torchvision(copies_BCHW, plan), mean, std),
+            PILLOW: lambda: for_network(torch.stack([input_of(run(image, operations)) for image, operations in todo])),
+            TORCHVISION: lambda: for_network(
+                libraries.normalise(libraries.with_torchvision(copies_BCHW, plan), mean, std)
+            ),
         },
     }
     if libraries.kornia:
@@ -167,6 +171,11 @@ def works(work: Work) -> dict[str, Ways]:
         found["all, shared crops"] = from_images(work, normalise, crop_per_copy=False)
         found["all, own crops"] = from_images(work, normalise, crop_per_copy=True)
     return found
+
+
+def for_network(inputs_BCHW: Tensor) -> Tensor:
+    """In the memory format that networks are fastest with, and that the batched way writes at once."""
+    return inputs_BCHW.contiguous(memory_format=torch.channels_last)
 
 
 def from_images(work: Work, normalise: Normalise, *, crop_per_copy: bool) -> Ways:
@@ -182,7 +191,7 @@ def from_images(work: Work, normalise: Normalise, *, crop_per_copy: bool) -> Way
         kept_B1HW = cutout_mask(config.cutout, draw_centres(N * M, height, width, draws), height, width, device)
         return normalise(apply(make_copies(images_NCHW, torch.arange(N * M), M, crops), plan), kept_B1HW)
 
-    return {OURS: batched, PILLOW: lambda: torch.cat([per_image[n, n][0] for n in range(N)])}
+    return {OURS: batched, PILLOW: lambda: for_network(torch.cat([per_image[n, n][0] for n in range(N)]))}
 
 
 def as_graph(copies_BCHW: Tensor, plan: Plan) -> Callable[[], Any]:
@@ -216,9 +225,11 @@ def of_one(work: Work, name: str, group: int) -> Ways:
     partner_B1 = torch.randint(group, (group, 1), generator=draws)
     centre_B12 = torch.rand(group, 1, 2, dtype=torch.float64, generator=draws)
     plan = Plan(torch.full((group, 1), ALL_OPS.index(name)), magnitude_B1, partner_B1, centre_B12)
+    needed = {"partner": work.copies_BCHW[partner_B1[:, 0]], "centre": centre_B12[:, 0]}
+    extra = {op.needs: needed[op.needs]} if op.needs else {}
     copies_BCHW, todo = work.copies_BCHW[:group], for_pillow(plan, work.pillow_B[:group])
     ways = {
-        OURS: lambda: apply(copies_BCHW, plan),
+        OURS: lambda: apply_op(copies_BCHW, name, magnitude_B1[:, 0], **extra),
         PILLOW: lambda: [run(image, operations) for image, operations in zip(work.pillow_B, todo, strict=False)],
         TORCHVISION: lambda: libraries.with_torchvision(copies_BCHW, plan),
     }

@@ -4,6 +4,8 @@ import argparse
 import functools
 import json
 import os
+import platform
+import re
 import resource
 import statistics
 import sys
@@ -112,6 +114,13 @@ def host_waits(case: Callable[[], Any], device: torch.device) -> int | None:
     return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 
+def processor() -> str:
+    """Its maker's name for it, as far as the system tells."""
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*:\s*(.+)$", info.read_text() if info.exists() else "", re.MULTILINE)
+    return named.group(1) if named else platform.processor() or platform.machine()
+
+
 def cores() -> int:
     """That this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -158,13 +167,15 @@ def publish(
 
     medians_of: what is repeated, where that is not so many measurements as `args.repeats` says.
     """
-    machine = environment(torch.device(args.device))
+    machine = environment(torch.device(args.device)) | {"processor": processor(), "cores": cores()}
+    del machine["platform"]  # nobody else's numbers depend on the name of this kernel
     print("\n\n".join(render(table) for table in tables))
+    device = machine["device"] if args.device != "cpu" else machine["processor"]
     versions = ", ".join(f"{package} {machine[package]}" for package in ("torch", "torchvision", "pillow"))
     medians = f"medians of {medians_of or args.repeats}"
-    print(f"\n{machine['device']}, {machine['threads']} threads of torch; {versions}; {medians}")
+    print(f"\n{device}, {cores()} cores, {machine['threads']} threads of torch; {versions}; {medians}")
     output = args.output or Path("logs") / "benchmarks" / f"{name}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    content = {"environment": machine, "repeats": args.repeats, "measured": measured}
+    content = {"date": time.strftime("%Y-%m-%d"), "environment": machine, "repeats": args.repeats, "measured": measured}
     output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(f"written to {output}")

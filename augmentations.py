@@ -27,7 +27,11 @@ import torch
 from torch import Tensor
 
 CACHED_VALUES = 2**19  # of images that a processor works on at a time, in its cache
-CACHED_TABLES = 64  # of distinct shears and rotations, of one image's size each
+# Index tables of shears and rotations are kept where magnitudes are levels (two signs of ten) and images are small: at
+# most 64 tables of 9 bytes a pixel, 75 MB.
+TABLES, TABLED_MAGNITUDES, TABLED_PIXELS = 64, 20, 2**17
+GREY = (125, 123, 114)  # of Cutout: AutoAugment's
+LARGEST_MAGNITUDE = 1e9  # far beyond any use; all index arithmetic is exact up to there
 
 
 class Plan(NamedTuple):
@@ -54,23 +58,13 @@ def apply(images_BCHW: Tensor, plan: Plan, others: Tensor | None = None) -> Tens
     On the CPU each operation present is called once per position, with the images that it is for; elsewhere all images
     pass through a few families of operations. What goes where is known on the CPU: nothing waits for the device.
 
-    Raises ValueError for a batch that is not uint8 (B, 3, H, W), for a plan of another size or with rows that are not
-    in `OPS`, and for one that lacks the partners or centres that its operations need.
+    Raises ValueError for a batch that is not uint8 (B, 3, H, W), for a plan of another size, with rows that are not in
+    `OPS` or magnitudes that are no finite numbers, and for one that lacks the partners or centres that it needs.
     """
     _check_images(images_BCHW)
-    op_BK = plan.op_BK
-    if op_BK.shape[0] != images_BCHW.shape[0] or plan.magnitude_BK.shape != op_BK.shape:
-        raise ValueError(
-            f"plan is for {tuple(op_BK.shape)} (images, positions) with magnitudes {tuple(plan.magnitude_BK.shape)}; "
-            f"the batch has {images_BCHW.shape[0]} images"
-        )
-    if op_BK.numel() and not -1 <= op_BK.min() <= op_BK.max() < len(OPS):
-        raise ValueError(f"op_BK holds {op_BK.min()}..{op_BK.max()}; rows are 0..{len(OPS) - 1}, and -1 for none")
-    for field, needed in (("partner_BK", "partner"), ("centre_BK2", "centre")):
-        needy = torch.isin(op_BK, torch.tensor([row for row, op in enumerate(OPS) if op.needs == needed]))
-        if getattr(plan, field) is None and needy.any():
-            raise ValueError(f"{OPS[op_BK[needy][0]].name} is in the plan, but its {field} is missing")
+    plan = plan._replace(magnitude_BK=plan.magnitude_BK.double())
     partners_BCHW = images_BCHW if others is None else torch.cat((images_BCHW, others))
+    _check_plan(plan, len(images_BCHW), len(partners_BCHW))
     run = _in_groups if images_BCHW.device.type == "cpu" else _in_families
     return run(images_BCHW.contiguous(), plan, partners_BCHW)
 
@@ -83,9 +77,8 @@ def portion(plan: Plan, start: int, stop: int) -> tuple[Plan, Tensor]:
     part = Plan(*(None if field is None else field[start:stop] for field in plan))
     if part.partner_BK is None:
         return part, torch.empty(0, dtype=torch.long)
-    pairing = torch.tensor([row for row, op in enumerate(OPS) if op.needs == "partner"])
     inside_BK = (part.partner_BK >= start) & (part.partner_BK < stop)
-    needed_BK = torch.isin(part.op_BK, pairing) & ~inside_BK
+    needed_BK = _needing("partner", part.op_BK) & ~inside_BK
     outside = part.partner_BK[needed_BK].unique()
     place_BK = stop - start + torch.searchsorted(outside, part.partner_BK)
     partner_BK = torch.where(inside_BK, part.partner_BK - start, torch.where(needed_BK, place_BK, 0))
@@ -98,7 +91,8 @@ def apply_op(
     """Run the operation called `name` on a uint8 batch, with one magnitude per image, sign included.
 
     partner: (B, C, H, W) uint8, for SamplePairing. centre: (B, 2) fractions of width and height, for Cutout.
-    Raises ValueError for an unknown name, a wrong batch, or a missing partner or centre.
+    Raises ValueError for an unknown name, a wrong batch, a magnitude that is no finite number, or a missing partner or
+    centre.
     """
     _check_images(images_BCHW)
     op = OPS[row_of(name)]
@@ -108,7 +102,8 @@ def apply_op(
     magnitude_B = torch.as_tensor(magnitude_B, dtype=torch.float64, device="cpu")
     if magnitude_B.shape != images_BCHW.shape[:1]:
         raise ValueError(f"{name}: {tuple(magnitude_B.shape)} magnitudes for {images_BCHW.shape[0]} images")
-    return op.kernel(images_BCHW, magnitude_B, *extra)
+    _check_magnitudes(torch.full_like(magnitude_B, row_of(name)).long(), magnitude_B)
+    return op.kernel(images_BCHW.contiguous(), magnitude_B, *extra)
 
 
 def row_of(name: str) -> int:
@@ -122,6 +117,39 @@ def row_of(name: str) -> int:
 def _check_images(images_BCHW: Tensor) -> None:
     if images_BCHW.dtype != torch.uint8 or images_BCHW.ndim != 4 or images_BCHW.shape[1] != 3:
         raise ValueError(f"need uint8 images (B, 3, H, W), got {images_BCHW.dtype} {tuple(images_BCHW.shape)}")
+
+
+def _check_plan(plan: Plan, images: int, partners: int) -> None:
+    op_BK = plan.op_BK
+    if op_BK.shape[0] != images or plan.magnitude_BK.shape != op_BK.shape:
+        raise ValueError(
+            f"plan is for {tuple(op_BK.shape)} (images, positions) with magnitudes {tuple(plan.magnitude_BK.shape)}; "
+            f"the batch has {images} images"
+        )
+    if op_BK.numel() and not -1 <= op_BK.min() <= op_BK.max() < len(OPS):
+        raise ValueError(f"op_BK holds {op_BK.min()}..{op_BK.max()}; rows are 0..{len(OPS) - 1}, and -1 for none")
+    _check_magnitudes(op_BK, plan.magnitude_BK)
+    for what, field in (("partner", "partner_BK"), ("centre", "centre_BK2")):
+        needing_BK = _needing(what, op_BK)
+        if getattr(plan, field) is None and needing_BK.any():
+            raise ValueError(f"{OPS[op_BK[needing_BK][0]].name} is in the plan, but its {field} is missing")
+    if plan.partner_BK is not None:
+        partner = plan.partner_BK[_needing("partner", op_BK)]
+        if ((partner < 0) | (partner >= partners)).any():
+            raise ValueError(
+                f"partner_BK holds {partner.min()}..{partner.max()}; there are {partners} images to choose"
+            )
+
+
+def _needing(what: str, op_BK: Tensor) -> Tensor:
+    return torch.isin(op_BK, torch.tensor([row for row, op in enumerate(OPS) if op.needs == what]))
+
+
+def _check_magnitudes(op_BK: Tensor, magnitude_BK: Tensor) -> None:
+    has_magnitude = torch.tensor([op.low is not None for op in OPS] + [False])  # the last is row -1
+    wrong_BK = has_magnitude[op_BK] & ~(magnitude_BK.abs() <= LARGEST_MAGNITUDE)
+    if wrong_BK.any():
+        raise ValueError(f"{magnitude_BK[wrong_BK][0]} is no magnitude for {OPS[op_BK[wrong_BK][0]].name}")
 
 
 def _in_groups(images_BCHW: Tensor, plan: Plan, partners_BCHW: Tensor) -> Tensor:
@@ -220,16 +248,18 @@ def gather_rows(
     """Put B images together from whole rows: row y of image b is row row_BH[b, y] of image image_B[b].
 
     It is read from column shift_BH[b, y] on; what lies outside is black. mirrored_B: bool, whether an image is read
-    from the mirror images. All but the images are on the CPU, int64; row_BH and shift_BH may be broadcastable.
+    from the mirror images. All but the images are on the CPU, int64; row_BH and shift_BH broadcast to (B, H).
 
     Much faster than pixel by pixel: with enough black around them, rows are W bytes that can be copied at once.
     """
     C, H, W = images_NCHW.shape[1:]
+    if not len(image_B) or not W:
+        return images_NCHW.new_empty(len(image_B), C, row_BH.shape[1], W)
     if mirrored_B is not None and mirrored_B.any():
         image_B = image_B + len(images_NCHW) * mirrored_B
         images_NCHW = torch.cat((images_NCHW, images_NCHW.flip(3)))
     shift_BH = shift_BH.clamp(-W, W)
-    margin = int(shift_BH.abs().max()) if shift_BH.numel() else 0  # left of each row, and so right of the one before it
+    margin = int(shift_BH.abs().max())  # left of each row, and so right of the one before it
     row_step, channel_step = margin + W, (H + 2) * (margin + W)
     padded = images_NCHW.new_zeros(len(images_NCHW) * C * channel_step + margin)
     rows_NCHW = padded[: len(padded) - margin].view(-1, C, H + 2, row_step)[:, :, 1:-1, margin:]
@@ -276,14 +306,15 @@ def _affine(images_BCHW: Tensor, matrix_of: Callable[..., tuple[float, ...]], ma
     height, width = images_BCHW.shape[-2:]
     fixed_6B = _fixed_point(matrix_of, magnitude_B, width, height)
     fixed_B6 = list(map(tuple, fixed_6B.T.tolist()))
-    if images_BCHW.device.type != "cpu" or not 0 < len(set(fixed_B6)) <= CACHED_TABLES:
+    tabled = 0 < len(set(fixed_B6)) <= TABLED_MAGNITUDES and height * width <= TABLED_PIXELS
+    if images_BCHW.device.type != "cpu" or not tabled:
         return _through(images_BCHW, upload(fixed_6B, images_BCHW.device))
     sources = [_sources(*fixed, height, width) for fixed in fixed_B6]
     index_BP, inside_BP = (torch.stack(tables) for tables in zip(*sources, strict=True))
     return _gather_flat(images_BCHW, index_BP, inside_BP).view_as(images_BCHW)
 
 
-@functools.lru_cache(maxsize=CACHED_TABLES)
+@functools.lru_cache(maxsize=TABLES)
 def _sources(*fixed_height_width: int) -> tuple[Tensor, Tensor]:
     """Index and inside of `_flat_index` for every pixel. There are few levels: tables of them are worth keeping."""
     *fixed, height, width = fixed_height_width
@@ -427,7 +458,7 @@ def cutout(images_BCHW: Tensor, fraction_B: Tensor, centre_B2: Tensor) -> Tensor
     """A rectangle of side fraction * width around the centre, as `ImageDraw.rectangle` fills it.
 
     Its corners are cut to integers and both belong to it; what lies outside the image is left out. A fraction
-    of 0 changes nothing. The grey is AutoAugment's.
+    of 0 changes nothing.
     """
     box_4B = _box(fraction_B, centre_B2, *images_BCHW.shape[-2:])
     return _fill(images_BCHW, upload(box_4B, images_BCHW.device))
@@ -460,7 +491,7 @@ def _grey(wide_BCHW: Tensor) -> Tensor:
 
 def _mean(grey_B1HW: Tensor) -> Tensor:
     """Mean of each image of whole numbers, half rounded up."""
-    pixels = grey_B1HW[0].numel()
+    pixels = math.prod(grey_B1HW.shape[2:])
     sum_B111 = grey_B1HW.sum(3, keepdim=True).long().sum(2, keepdim=True)
     return ((2 * sum_B111 + pixels) // (2 * pixels)).float()
 
@@ -494,11 +525,6 @@ def _box(fraction_B: Tensor, centre_B2: Tensor, height: int, width: int) -> Tens
     return torch.cat((corner_B2.T, far_B2.T)).long()
 
 
-@functools.cache
-def _grey_fill(device: torch.device) -> Tensor:
-    return upload(torch.tensor([125, 123, 114], dtype=torch.uint8), device)[:, None, None]
-
-
 def _fill(images_BCHW: Tensor, box_4B: Tensor) -> Tensor:
     height, width = images_BCHW.shape[-2:]
     left, top, right, bottom = box_4B[:, :, None, None, None]
@@ -506,13 +532,10 @@ def _fill(images_BCHW: Tensor, box_4B: Tensor) -> Tensor:
     row = torch.arange(height, device=images_BCHW.device)[:, None]
     across_B11W = ((column >= left) & (column <= right)).view(torch.uint8).neg_()  # 255 inside
     down_B1H1 = ((row >= top) & (row <= bottom)).view(torch.uint8).neg_()
+    fill_C11 = torch.stack([images_BCHW.new_full((1, 1), value) for value in GREY])
     # image where outside, fill where inside; torch.where takes twice as long
-    return (
-        (images_BCHW ^ _grey_fill(images_BCHW.device))
-        .bitwise_and_(across_B11W)
-        .bitwise_and_(down_B1H1)
-        .bitwise_xor_(images_BCHW)
-    )
+    difference_BCHW = (images_BCHW ^ fill_C11).bitwise_and_(across_B11W).bitwise_and_(down_B1H1)
+    return difference_BCHW.bitwise_xor_(images_BCHW)
 
 
 # The same in families, for devices where a launch costs more than the arithmetic: every image passes through each
@@ -533,22 +556,22 @@ class _Settings(NamedTuple):
 
 def _in_families(images_BCHW: Tensor, plan: Plan, partners_BCHW: Tensor) -> Tensor:
     """`apply` for CUDA: one upload, then a few kernels of fixed shapes. A family that no image needs is left out."""
-    settings_KSB, present = _settings_and_present(plan, *images_BCHW.shape[-2:])
-    return _pass_through(images_BCHW, upload(settings_KSB, images_BCHW.device), present, partners_BCHW)
+    settings_KSB, present = family_settings(plan, *images_BCHW.shape[-2:])
+    return through_families(images_BCHW, upload(settings_KSB, images_BCHW.device), present, partners_BCHW)
 
 
-def _settings_and_present(plan: Plan, height: int, width: int) -> tuple[Tensor, list[set[Callable[..., Tensor]]]]:
-    """The rows of `_Settings`, and the kernels that occur, at each position."""
+def family_settings(plan: Plan, height: int, width: int) -> tuple[Tensor, list[set[Callable[..., Tensor]]]]:
+    """What `through_families` needs to know of a plan, float64 on the CPU, and the kernels at each position."""
     positions = range(plan.op_BK.shape[1])
-    settings = [torch.cat(_settings(plan, k, height, width)) for k in positions]
+    settings = [torch.cat(_settings(plan, k, height, width)) for k in positions]  # rows as in _Settings
     present = [{OPS[row].kernel for row in plan.op_BK[:, k].unique().tolist() if row >= 0} for k in positions]
     return torch.stack(settings) if settings else torch.empty(0), present
 
 
-def _pass_through(
+def through_families(
     images_BCHW: Tensor, settings_KSB: Tensor, present: list[set[Callable[..., Tensor]]], partners_BCHW: Tensor
 ) -> Tensor:
-    """All of it that happens on the device: it can be captured in a CUDA graph."""
+    """All that a plan does on the device: fixed shapes, no wait; a CUDA graph can hold it for equal `present`."""
     out_BCHW = images_BCHW.clone()
     for settings_SB, kernels in zip(settings_KSB, present, strict=True):
         settings = _Settings(*settings_SB.split((6, 4, 1, 1, 1, 1, 1)))
@@ -564,7 +587,7 @@ def _pass_through(
 
 
 def _settings(plan: Plan, k: int, height: int, width: int) -> _Settings:
-    op_B, magnitude_B = plan.op_BK[:, k], plan.magnitude_BK[:, k].double()
+    op_B, magnitude_B = plan.op_BK[:, k], plan.magnitude_BK[:, k]
     one_1B = torch.ones_like(magnitude_B)[None]
     settings = _Settings(
         affine_6B=torch.tensor([32768.0, 65536.0, 0.0, 32768.0, 0.0, 65536.0])[:, None] * one_1B,
@@ -573,7 +596,7 @@ def _settings(plan: Plan, k: int, height: int, width: int) -> _Settings:
         threshold_1B=256 * one_1B,
         kept_1B=255 * one_1B,
         weight_1B=0 * one_1B,
-        partner_1B=0 * one_1B if plan.partner_BK is None else plan.partner_BK[None, :, k].double(),
+        partner_1B=0 * one_1B,
     )
     for row in op_B.unique().tolist():
         kernel, numbers = OPS[row].kernel if row >= 0 else None, (op_B == row).nonzero()[:, 0]
@@ -592,6 +615,8 @@ def _settings(plan: Plan, k: int, height: int, width: int) -> _Settings:
             settings.kept_1B[:, numbers] = _kept_bits(magnitudes).double()
         elif kernel in _BLENDS:
             settings.weight_1B[:, numbers] = magnitudes
+            if kernel is sample_pairing:
+                settings.partner_1B[:, numbers] = plan.partner_BK[numbers, k].double()
         elif kernel is cutout:
             settings.box_4B[:, numbers] = _box(magnitudes, plan.centre_BK2[numbers, k], height, width).double()
     return settings
@@ -604,7 +629,8 @@ def _start_and_step(source_BS: Tensor) -> Tensor:
     """
     size = source_BS.shape[1]
     before_B = (source_BS - source_BS[:, :1] == torch.arange(size)).sum(1)
-    return torch.stack((source_BS[:, 0] * 65536 + 65536 - before_B, torch.full_like(before_B, 65537)))
+    first_B = source_BS[:, 0].clamp(-(2**31), 2**31)
+    return torch.stack((first_B * 65536 + 65536 - before_B, torch.full_like(before_B, 65537)))
 
 
 def _toned(images_BCHW: Tensor, settings: _Settings, kernels: set[Callable[..., Tensor]]) -> Tensor:

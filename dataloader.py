@@ -122,7 +122,7 @@ class StreamedSplit:
                 raise UserError(f"an image cannot be read: {reason}")
             if reason:
                 warn(f"an image cannot be read, the next one takes its place: {reason}")
-        images = images.to(self.device, non_blocking=True).contiguous()  # where many cores put the channels apart
+        images = images.to(self.device, non_blocking=True).contiguous()  # workers hand over NHWC
         return images, upload(self.labels[positions], self.device)
 
     def fingerprint(self) -> str:
@@ -236,7 +236,10 @@ def crop_and_flip(images_NCHW: Tensor, image_B: Tensor, crops: Crops) -> Tensor:
 
 
 class Normalise:
-    """uint8 images to the network's float32: value / 255, minus the mean, over the standard deviation, by channel."""
+    """uint8 images to the network's float32: value / 255, minus the mean, over the standard deviation, by channel.
+
+    Where a pixel is blanked, a negative value leaves -0.0, which is 0 to all that follows.
+    """
 
     def __init__(self, config: Config, device: torch.device):
         usual = CIFAR_STATISTICS if config.dataset.startswith("cifar") else IMAGENET_STATISTICS

@@ -163,14 +163,7 @@ class TrainingState:
 
     @classmethod
     def start(cls, config: Config, world: World, model: nn.Module) -> "TrainingState":
-        optimizer = torch.optim.SGD(
-            model.parameters(),
-            config.lr,
-            config.momentum,
-            weight_decay=config.weight_decay,
-            nesterov=config.nesterov,
-            fused=world.device.type == "cuda" or None,  # all parameters in one kernel, and no wait for float16's scaler
-        )
+        optimizer = build_optimizer(model, config, fused=world.device.type == "cuda")
         scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp and config.amp_dtype == "float16")
         policies, normalise = build_policies(config), Normalise(config, world.device)
         trained = world.wrap(model, getattr(torch, config.amp_dtype), config.image_size)
@@ -214,7 +207,10 @@ class TrainingState:
         try:
             self.epoch, self.best = saved["epoch"], saved["best"]
             self.model.load_state_dict(saved["model"])
+            fused = self.optimizer.param_groups[0]["fused"]
             self.optimizer.load_state_dict(saved["optimizer"])
+            for group in self.optimizer.param_groups:
+                group["fused"] = fused  # belongs to the device, not to the run
             self.scaler.load_state_dict(saved["scaler"])
             self.policies.load_state_dict(saved["policies"])
             self.policies.tally = Tally(own["loss_sum_M"], own["images"])
@@ -222,6 +218,22 @@ class TrainingState:
             reason = str(error).splitlines()[0]
             raise UserError(f"{run}: its checkpoint does not fit the settings in its config.yaml ({reason})") from None
         set_random_state(own["random"], self.world.devices)
+
+
+def build_optimizer(model: nn.Module, config: Config, *, fused: bool) -> torch.optim.SGD:
+    """SGD as the config says. fused: all parameters in one kernel, and no wait for float16's scaler; for CUDA."""
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        config.lr,
+        config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.nesterov,
+        fused=fused or None,
+    )
+    if fused and config.momentum:
+        for parameter in model.parameters():  # a first step that the scaler skips would leave it whatever was there
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def train_one_epoch(state: TrainingState, split: Split, progress: Progress) -> tuple[dict[str, float], list[dict]]:

@@ -123,7 +123,8 @@ def choose_kernels(device: torch.device, deterministic: bool, tf32: bool) -> Non
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
 def keep_freed_memory() -> None:
@@ -133,8 +134,9 @@ def keep_freed_memory() -> None:
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        for parameter, value in ((M_TRIM_THRESHOLD, -1), (M_MMAP_THRESHOLD, 2**30)):
-            mallopt(parameter, value)
+        # Older glibc takes 32 MB at most. One that took neither would be left with its smallest threshold.
+        if any(mallopt(M_MMAP_THRESHOLD, size) for size in (2**30, 2**25)):
+            mallopt(M_TRIM_THRESHOLD, -1)
 
 
 @contextlib.contextmanager

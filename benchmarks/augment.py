@@ -18,6 +18,7 @@ all, own crops      likewise, each copy with a crop and flip of its own
 The images are the embedded shapes, enlarged where that is asked for; policies and draws are random, as in training.
 """
 
+import argparse
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -30,14 +31,13 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as on_pillow
 
-import augmentations
-from augmentations import OPS, Plan, apply, apply_op
+from augmentations import OPS, Plan, apply, apply_op, family_settings, through_families
 from config import ALL_OPS, Config
 from dataloader import Normalise, cutout_mask, draw_centres, draw_crops, make_copies
 from policies import PolicySource, build_policies
-from processes import exit_with_status
-from shapes import draw_shapes
-from utils import Table, UserError, keep_freed_memory, keyed_generator
+from processes import exit_with_status, join
+from shapes import COUNTS, draw_shapes
+from utils import Table, UserError, keyed_generator
 
 OURS, PILLOW, TORCHVISION, KORNIA = "batched, here", "per image, Pillow", "groups, torchvision", "batched, kornia"
 GRAPH = "batched, here, as a CUDA graph"
@@ -73,11 +73,15 @@ def main() -> None:
     arguments.add_argument("--M", type=count, default=8)
     arguments.set_defaults(threads=1)
     args = parse(arguments)
-    device = torch.device(args.device)
-    if device.type == "cpu":
-        keep_freed_memory()  # as main.py does, and for all that is compared
-    if len(args.sizes) != len(args.images):
-        raise UserError(f"--images: {len(args.images)} numbers for {len(args.sizes)} --sizes; give one for each")
+    if len(args.sizes) != len(args.images) or len(set(args.sizes)) < len(args.sizes):
+        raise UserError(f"--images: needs a number for each of --sizes, {args.sizes}, all of them different")
+    if max(args.images) > COUNTS["train"]:
+        raise UserError(f"--images: {max(args.images)} is more than the {COUNTS['train']} shapes there are")
+    with join(args.device) as world:
+        measure_all(args, world.device)
+
+
+def measure_all(args: argparse.Namespace, device: torch.device) -> None:
     tables, measured = [], {"M": args.M, "N": dict(zip(args.sizes, args.images, strict=True)), "rows": []}
     for size, N in zip(args.sizes, args.images, strict=True):
         work = prepare(build_config(size, args.M), size, N, device)
@@ -85,12 +89,12 @@ def main() -> None:
         rows, alone, how = [], [], (args.repeats, device)
         for name, ways in works(work).items():
             rows += measure(size, name, ways, N * args.M, *how)
-        group = max(2, N * args.M // len(OPS))  # as many images as have an operation in common in a plan
+        group = min(N * args.M, max(2, N * args.M // len(OPS)))  # as many as have an operation in common in a plan
         for name in ALL_OPS:
             alone += measure(size, name, of_one(work, name, group), group, *how)
         tables += [works_table(size, N, args.M, rows), operations_table(size, group, alone)]
         measured["rows"] += [row._asdict() for row in rows + alone]
-    publish("augment", args, tables, measured)
+    publish(args, tables, measured)
 
 
 def build_config(size: int, M: int) -> Config:
@@ -130,12 +134,12 @@ def for_pillow(plan: Plan, images_B: list[Image.Image]) -> list[list[Operation]]
 
 
 def require_equal_to_pillow(work: Work) -> None:
-    ours_BCHW = apply(work.copies_BCHW, work.plan).cpu()
+    results = [apply(work.copies_BCHW, work.plan)]
+    if work.copies_BCHW.device.type == "cuda":
+        results.append(as_graph(work.copies_BCHW, work.plan)())
     theirs = [run(image, operations) for image, operations in zip(work.pillow_B, work.operations_BK, strict=True)]
-    differing = sum(
-        (ours != on_pillow.pil_to_tensor(image)).sum() for ours, image in zip(ours_BCHW, theirs, strict=True)
-    )
-    if differing:
+    theirs_BCHW = torch.stack([on_pillow.pil_to_tensor(image) for image in theirs])
+    if differing := sum((ours_BCHW.cpu() != theirs_BCHW).sum() for ours_BCHW in results):
         raise UserError(f"{differing:,} values differ from Pillow's: not the same work (see README.md, Exactness)")
 
 
@@ -194,22 +198,27 @@ def from_images(work: Work, normalise: Normalise, *, crop_per_copy: bool) -> Way
     return {OURS: batched, PILLOW: lambda: for_network(torch.cat([per_image[n, n][0] for n in range(N)]))}
 
 
-def as_graph(copies_BCHW: Tensor, plan: Plan) -> Callable[[], Any]:
-    """What `apply` does on the device, captured once and played again with new images and settings."""
-    settings_KSB, present = augmentations._settings_and_present(plan, *copies_BCHW.shape[-2:])
+def as_graph(copies_BCHW: Tensor, plan: Plan) -> Callable[[], Tensor]:
+    """What `apply` does on the device, captured once, to be played with other images and settings.
+
+    It serves plans in which the same operations occur at the same positions; its result is written over by the next.
+    """
+    settings_KSB, present = family_settings(plan, *copies_BCHW.shape[-2:])
     images_BCHW, on_device_KSB = copies_BCHW.clone(), settings_KSB.to(copies_BCHW.device)
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        augmentations._pass_through(images_BCHW, on_device_KSB, present, images_BCHW)
+        through_families(images_BCHW, on_device_KSB, present, images_BCHW)
     torch.cuda.current_stream().wait_stream(stream)
     with torch.cuda.graph(graph):
-        augmentations._pass_through(images_BCHW, on_device_KSB, present, images_BCHW)
+        result_BCHW = through_families(images_BCHW, on_device_KSB, present, images_BCHW)
 
-    def play() -> None:
-        settings_KSB, _ = augmentations._settings_and_present(plan, *copies_BCHW.shape[-2:])
+    def play() -> Tensor:
+        settings_KSB, _ = family_settings(plan, *copies_BCHW.shape[-2:])
         on_device_KSB.copy_(settings_KSB.pin_memory(), non_blocking=True)
         images_BCHW.copy_(copies_BCHW)
         graph.replay()
+        return result_BCHW
 
     return play
 

@@ -87,7 +87,7 @@ def main() -> None:
             starts = {} if args.no_starts else measure_starts(args.repeats)
             tables = [table_of_parts(alone, epochs, args), *([table_of_starts(starts)] if starts else [])]
             medians = f"{len(alone)} epochs" + (f", {args.repeats} starts" if starts else "")
-            publish("epoch", args, tables, as_measured(config, alone, epochs, starts), medians)
+            publish(args, tables, as_measured(config, alone, epochs, starts), medians)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -105,7 +105,10 @@ def run(config: Config, args: argparse.Namespace, world: World, parts: dict[str,
     clock = Clock(world.device)
     with tempfile.TemporaryDirectory() as folder, clock.watches(parts), contextlib.redirect_stdout(io.StringIO()):
         said = {"logdir": Path(folder), "name": "run", "resume": False, "overwrite": False, "stop_epoch": args.epochs}
-        training.train(config, argparse.Namespace(**vars(args) | said), world)
+        try:
+            training.train(config, argparse.Namespace(**vars(args) | said), world)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None  # this run is not kept, whatever main says of it
     return clock.epochs[1 : args.epochs]
 
 
@@ -154,10 +157,12 @@ class Clock:
             return
         wait_for(self.device)
         started, self._running = time.perf_counter(), True
-        yield
-        wait_for(self.device)
-        self._parts[part] += time.perf_counter() - started
-        self._running = False
+        try:
+            yield
+            wait_for(self.device)
+        finally:
+            self._parts[part] += time.perf_counter() - started
+            self._running = False
 
     def _ending_an_epoch(self, say: Callable[..., None]) -> Callable[..., None]:
         """Of an epoch, main says a line when all is done that belongs to it."""

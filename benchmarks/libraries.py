@@ -31,7 +31,9 @@ def _affine(images: Tensor, *, angle: float = 0.0, move: tuple[float, float] = (
 
 
 def _erase(images: Tensor, fraction: float, centre_B2: Tensor) -> Tensor:
-    side = max(1, int(fraction * images.shape[-1]))
+    side = int(fraction * images.shape[-1])
+    if not side:
+        return images
     fill = torch.tensor([125, 123, 114], dtype=torch.uint8, device=images.device)[:, None, None]
     corners = (centre_B2 * images.shape[-1] - side / 2).clamp(min=0).int().tolist()
     return torch.stack([F.erase(image, y, x, side, side, fill) for image, (x, y) in zip(images, corners, strict=True)])
@@ -87,9 +89,8 @@ def _pixels(values_B: Tensor, size: int, axis: int) -> Tensor:
 
 def _kornia_cutout(images: Tensor, fraction_B: Tensor, centre_B2: Tensor) -> Tensor:
     line = torch.arange(images.shape[-1], device=images.device)
-    near = (
-        (line - (centre_B2 * images.shape[-1]).to(line.device)[..., None]).abs() * 2 < images.shape[-1] * 0.2
-    ).float()
+    centre_B21 = (centre_B2 * images.shape[-1]).to(line.device)[..., None]
+    near = ((line - centre_B21).abs() * 2 < fraction_B[:, None, None] * images.shape[-1]).float()
     return images * (1 - near[:, 1, None, :, None] * near[:, 0, None, None, :])
 
 

@@ -31,7 +31,7 @@ from measuring import Spread, cores, count, count_or_none, in_turn, parse, parse
 from config import Config
 from dataloader import class_folders
 from imagefiles import ImageFiles, RandomCrop
-from processes import exit_with_status
+from processes import exit_with_status, join
 from utils import Table, UserError
 
 DRAWN = ((500, 375), (375, 500), (500, 333), (640, 480))  # width and height, around ImageNet's usual ones
@@ -39,7 +39,7 @@ DRAWN = ((500, 375), (375, 500), (500, 333), (640, 480))  # width and height, ar
 
 def main() -> None:
     args = parse_arguments()
-    with tempfile.TemporaryDirectory() as folder:
+    with join(args.device), tempfile.TemporaryDirectory() as folder:
         images = args.images or draw_jpegs(Path(folder) / "drawn", min(64, args.reads))
         theirs = in_class_folders(images, Path(folder) / "classes")
         theirs.transform = Compose(
@@ -51,7 +51,7 @@ def main() -> None:
         )
         rows = [measure(theirs, workers, args) for workers in args.workers]
     settings = {name: getattr(args, name) for name in ("reads", "size", "batch_size")}
-    publish("loading", args, [table(len(theirs), rows, args)], settings | {"images": str(args.images), "rows": rows})
+    publish(args, [table(len(theirs), rows, args)], settings | {"images": str(args.images), "rows": rows})
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -94,8 +94,8 @@ def measure(theirs: ImageFolder, workers: int, args: argparse.Namespace) -> dict
     order, epochs, pinned = torch.arange(args.reads) % len(ours), itertools.count(), args.device.startswith("cuda")
 
     def read_ours() -> None:
-        for _ in ours.batches(order.split(args.batch_size), next(epochs), workers, pinned=pinned):
-            pass
+        for images, *_ in ours.batches(order.split(args.batch_size), next(epochs), workers, pinned=pinned):
+            images.contiguous()  # as StreamedSplit does, and torchvision's loader has done
 
     def read_theirs() -> None:
         loader = DataLoader(theirs, args.batch_size, sampler=order.tolist(), num_workers=workers, pin_memory=pinned)

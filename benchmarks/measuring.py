@@ -20,7 +20,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from utils import CommandLine, Table, environment, render  # noqa: E402, found by the line above
+from utils import CommandLine, Table, UserError, environment, render  # noqa: E402, found by the line above
 
 CPU = torch.device("cpu")
 
@@ -155,13 +155,21 @@ def parser(description: str) -> CommandLine:
 def parse(parser: CommandLine) -> argparse.Namespace:
     """The arguments, with torch's threads set as they say. Raises UserError."""
     args = parser.parse_args()
+    if args.threads and args.threads > 1024:
+        raise UserError(f"--threads: {args.threads} is more than 1024")
     if args.threads:
         torch.set_num_threads(args.threads)
+    args.output = args.output or Path("logs") / "benchmarks" / f"{Path(sys.argv[0]).stem}.json"
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.open("a").close()
+    except OSError as error:
+        raise UserError(f"--output {args.output}: cannot be written to ({error})") from None
     return args
 
 
 def publish(
-    name: str, args: argparse.Namespace, tables: list[Table], measured: dict[str, Any], medians_of: str | None = None
+    args: argparse.Namespace, tables: list[Table], measured: dict[str, Any], medians_of: str | None = None
 ) -> None:
     """Print the tables and the machine; write all measurements, the machine and the command to the JSON file.
 
@@ -174,8 +182,6 @@ def publish(
     versions = ", ".join(f"{package} {machine[package]}" for package in ("torch", "torchvision", "pillow"))
     medians = f"medians of {medians_of or args.repeats}"
     print(f"\n{device}, {cores()} cores, {machine['threads']} threads of torch; {versions}; {medians}")
-    output = args.output or Path("logs") / "benchmarks" / f"{name}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
     content = {"date": time.strftime("%Y-%m-%d"), "environment": machine, "repeats": args.repeats, "measured": measured}
-    output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    print(f"written to {output}")
+    args.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print(f"written to {args.output}")

@@ -53,7 +53,7 @@ def main() -> None:
     notes = [f"reading adds {ratio - 1:.1%}; peak memory {above / 1e6:,.0f} MB above the model's"]
     table = Table(f"Scoring {args.model}, {args.images:,} images at a time", ["", "images/s"], rows, notes)
     measured = {"model": args.model, "images": args.images, "seconds": seconds, "ratio": ratio, "memory": above}
-    publish("scoring", args, [table], measured)
+    publish(args, [table], measured)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def main() -> None:
         rows = [measure(config, args, world) for config in configs]
         if world.leads:
             conf = (args.load_conf or DEFAULT_CONF).stem
-            publish("step", args, [table(conf, rows, args)], as_measured(rows, args))
+            publish(args, [table(conf, rows, args)], as_measured(rows, args))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -98,7 +98,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def sizes_asked_for(args: argparse.Namespace) -> list[Config]:
     """Raises UserError for sizes that cannot be."""
-    config = load_config(args.load_conf or DEFAULT_CONF, overrides_from(args))
+    overrides = overrides_from(args)
+    if stated := {"M", "batch_size", "image_size"} & set(overrides):
+        raise UserError(f"--set {min(stated)}: is measured for each of --M, --images and --image_sizes; say it there")
+    config = load_config(args.load_conf or DEFAULT_CONF, overrides)
     sizes = itertools.product(
         args.image_sizes or [config.image_size], args.images or [config.batch_size], args.policies
     )

@@ -1,5 +1,6 @@
 """Every operation against Pillow, bit for bit; plans against one operation at a time."""
 
+import math
 import platform
 
 import numpy as np
@@ -197,6 +198,67 @@ def test_rotate_equals_pillow_at_right_angles(degrees):
     )
 
 
+@WAYS
+@pytest.mark.parametrize("name", ["TranslateX", "TranslateY"])
+def test_a_sum_that_pillow_rounds_up_within_a_line_leaves_a_pixel_out(name, run):
+    images, op = sample_images(32, 32), OPS[row_of(name)]
+    offset = 0.5 - 2.0**-53  # + 0.5 is below 1, and + 1 is 2
+    magnitude = torch.full((len(images),), offset / 32, dtype=torch.float64)
+    assert augmentations._translated(magnitude * 32, 32)[0, :3].tolist() == [0, 2, 3]
+    ours = run(op, images, magnitude, images, torch.zeros(len(images), 2))
+    assert_equals_pillow(name, ours, with_pillow(name, images, magnitude, images, torch.zeros(len(images), 2)))
+
+
+@pytest.mark.parametrize("name", ["ShearX", "ShearY", "Rotate"])
+@pytest.mark.parametrize("number", [augmentations.TABLED_MAGNITUDES, 3 * augmentations.TABLES])
+def test_more_magnitudes_than_there_are_levels(name, number):
+    images = sample_images(11, 14).repeat(number // 7 + 1, 1, 1, 1)[:number]
+    magnitude = torch.linspace(-0.5, 0.5, number, dtype=torch.float64) * OPS[row_of(name)].high
+    expected = with_pillow(name, images, magnitude, images, magnitude[:, None])
+    for _ in range(2):
+        assert_equals_pillow(name, apply_op(images, name, magnitude), expected)
+
+
+def test_no_tables_are_kept_of_large_images():
+    image = torch.zeros(1, 3, 370, 370, dtype=torch.uint8)
+    augmentations._sources.cache_clear()
+    apply_op(image[..., :360, :360], "Rotate", torch.tensor([10.0]))
+    assert augmentations._sources.cache_info().currsize == 1
+    apply_op(image, "Rotate", torch.tensor([10.0]))
+    assert augmentations._sources.cache_info().currsize == 1
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_images_may_lie_in_memory_in_any_way(op):
+    images, magnitude, partner, centre = inputs_at(17, 17, op)
+    expected = run_op(op, images, magnitude, partner, centre)
+    assert torch.equal(
+        run_op(op, images.contiguous(memory_format=torch.channels_last), *[magnitude, partner, centre]), expected
+    )
+    transposed = images.transpose(2, 3).contiguous().transpose(2, 3)
+    assert torch.equal(run_op(op, transposed, magnitude, partner, centre), expected)
+    plan = Plan(torch.full((len(images), 1), row_of(op.name)), magnitude[:, None], None, centre[:, None])
+    if op.needs != "partner":
+        assert torch.equal(apply(transposed, plan), expected)
+
+
+@WAYS
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_no_images_are_no_trouble(op, run):
+    none = torch.zeros(0, 3, 8, 8, dtype=torch.uint8)
+    assert run(op, none, torch.zeros(0, dtype=torch.float64), none, torch.zeros(0, 2)).shape == none.shape
+
+
+@pytest.mark.parametrize("run", ["_in_groups", "_in_families"])
+def test_partners_that_nobody_needs_may_be_anything(run):
+    images = sample_images(9, 9)[:4]
+    plan = Plan(torch.tensor([[15], [0], [-1], [6]]), torch.full((4, 1), 0.25, dtype=torch.float64))
+    expected = apply(images, plan._replace(partner_BK=torch.tensor([[1], [0], [0], [0]])))
+    plan = plan._replace(partner_BK=torch.tensor([[1], [-1], [99], [0]]))
+    assert torch.equal(apply(images, plan), expected)
+    assert torch.equal(getattr(augmentations, run)(images, plan, images), expected)
+
+
 @pytest.mark.parametrize("op", [op for op in OPS if op.neutral is not None], ids=lambda op: op.name)
 def test_neutral_magnitude_changes_nothing(op):
     images = sample_images(17, 23)
@@ -221,9 +283,12 @@ def random_plan(batch, positions, seed=0):
     return Plan(op_BK, magnitude_BK, partner_BK, torch.rand(batch, positions, 2, generator=g, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("run", ["_in_groups", "_in_families"])
+@pytest.mark.parametrize(
+    ("run", "cached"), [("_in_groups", 2**19), ("_in_groups", 3000), ("_in_groups", 1), ("_in_families", 2**19)]
+)
 @pytest.mark.parametrize("positions", [0, 1, 2, 3])
-def test_a_plan_is_its_operations_in_order(positions, run):
+def test_a_plan_is_its_operations_in_order(positions, run, cached, monkeypatch):
+    monkeypatch.setattr(augmentations, "CACHED_VALUES", cached)
     images = sample_images(17, 23).repeat(12, 1, 1, 1)
     plan = random_plan(len(images), positions)
     expected = images.clone()
@@ -279,6 +344,16 @@ def test_bad_batches_and_plans_are_refused():
     everything = torch.full((len(images), 1), row_of("Cutout"))
     with pytest.raises(ValueError, match="centre_BK2 is missing"):
         apply(images, Plan(everything, torch.ones(len(images), 1)))
+    pairing = Plan(torch.full((len(images), 1), row_of("SamplePairing")), torch.ones(len(images), 1))
+    with pytest.raises(ValueError, match="partner_BK is missing"):
+        apply(images, pairing)
+    with pytest.raises(ValueError, match=r"partner_BK holds 7\.\.7; there are 7 images"):
+        apply(images, pairing._replace(partner_BK=torch.full((len(images), 1), 7)))
+    for magnitude in (math.nan, math.inf, -1e10):
+        with pytest.raises(ValueError, match="is no magnitude for Rotate"):
+            apply_op(images, "Rotate", torch.full((len(images),), magnitude))
+        with pytest.raises(ValueError, match="is no magnitude for SamplePairing"):
+            apply(images, pairing._replace(magnitude_BK=torch.full((len(images), 1), magnitude)))
     with pytest.raises(ValueError, match=r"-1\.\.16; rows are 0\.\.15"):
         apply(
             images,

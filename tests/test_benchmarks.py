@@ -12,17 +12,22 @@ import subprocess
 import sys
 
 import augment
+import epoch
+import libraries
+import loading
 import pytest
+import step
 import torch
 from conftest import ALONE, ROOT
 from perimage import OPERATIONS, Draws, Operation, PerImage
 from PIL import Image
 
 import main
-from augmentations import OPS
+from augmentations import OPS, apply
 from config import Config
 from models import build_model
 from policies import build_policies
+from processes import exit_with_status
 from utils import UserError, keyed_generator
 
 TINY = ("model=wresnet10_1", "train_size=40", "batch_size=10", "M=2", "eval_every=2")
@@ -88,6 +93,18 @@ def test_augmentation_is_measured_beside_what_others_use(tmp_path):
                 assert microseconds in [row[1:3] for row in rows_of(table, work)]
 
 
+@pytest.mark.parametrize("library", ["torchvision", "kornia"])
+def test_other_libraries_carry_out_every_operation(library):
+    pytest.importorskip(library)
+    work = augment.prepare(augment.build_config(32, 8), 32, 40, torch.device("cpu"))
+    assert set(work.plan.op_BK.unique().tolist()) == set(range(len(OPS)))
+    done = getattr(libraries, f"with_{library}")(work.copies_BCHW, work.plan)
+    assert done.dtype == torch.uint8
+    assert done.shape == work.copies_BCHW.shape
+    difference = (done.int() - apply(work.copies_BCHW, work.plan).int()).abs().float().mean()
+    assert difference < 20, "of 255: the same kind of work"
+
+
 def test_a_comparison_of_different_work_is_refused(monkeypatch):
     monkeypatch.setattr(augment, "apply", lambda images, plan: 255 - images)
     with pytest.raises(UserError, match="values differ from Pillow's: not the same work"):
@@ -124,10 +141,31 @@ def test_the_memory_of_a_training_step_is_measured_in_processes_of_their_own(tmp
     assert min(memory.values()) > 50e6, "torch alone takes more"
 
 
-def test_sizes_that_cannot_be_are_refused():
-    done = run("step", "--M", 0)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: argument --M: '0' is not a whole number of at least 1 (python benchmarks/st")
+@pytest.mark.parametrize(
+    ("script", "arguments", "words"),
+    [
+        (step, ["--M", "0"], "argument --M: '0' is not a whole number of at least 1"),
+        (step, ["--set", "M=4"], "--set M: is measured for each of --M"),
+        (step, ["--set", "epochz=4"], "unknown setting 'epochz'; did you mean epochs?"),
+        (step, ["--threads", "99999999"], "--threads: 99999999 is more than 1024"),
+        (step, ["--output", "."], "--output .: cannot be written to"),
+        (augment, ["--images", "5"], "--images: needs a number for each of --sizes"),
+        (augment, ["--sizes", "8", "8"], "--images: needs a number for each of --sizes, [8, 8], all of them different"),
+        (augment, ["--sizes", "8", "--images", "5000"], "--images: 5000 is more than the 4000 shapes there are"),
+        (augment, ["--device", "banana"], "--device banana"),
+        (loading, ["--device", "banana"], "--device banana"),
+        (loading, ["--images", "nowhere"], "--images nowhere: there is no such folder"),
+        (epoch, ["--epochs", "1"], "--epochs: 1 must be at least 2"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(monkeypatch, tmp_path, capsys, script, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"benchmarks/{script.__name__}.py", *arguments])
+    with pytest.raises(SystemExit) as leaving:
+        exit_with_status(script.main)
+    assert leaving.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
 
 
 def test_a_run_is_measured_by_parts(tmp_path):

@@ -16,13 +16,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main
 from augmentations import OPS, row_of
 from checkpoint import load_newest_checkpoint, load_tensors, save_checkpoint
-from config import Config
+from config import Config, load_config
 from dataloader import Normalise, ResidentSplit, epoch_batches
+from evaluate import score
 from models import build_model
 from policies import RandomPolicies
 from processes import World
 from runlog import Progress
-from utils import environment
+from utils import choose_kernels, environment, full_float32
 
 # Noise in the network, and intervals that end in the middle of epochs (4 steps each): state that is easily lost.
 DEMANDING = ("dropout=0.1", "policy_interval=3", "controller_lr=0.05")
@@ -281,7 +282,9 @@ def test_no_step_waits_for_its_device(monkeypatch, model, settings):
 def test_no_step_waits_for_cuda(settings):
     device = torch.device("cuda")
     config = Config(model="wresnet10_1", dataset="shapes", M=4, batch_size=8, epochs=2, policy_interval=20, **settings)
-    state = main.TrainingState.start(config, World((device,)), build_model("wresnet10_1", 10).to(device))
+    state = main.TrainingState.start(
+        config, World((device,)), build_model("wresnet10_1", 10).to(device, memory_format=torch.channels_last)
+    )
     split = ResidentSplit(torch.zeros(80, 3, 32, 32, dtype=torch.uint8, device=device), torch.zeros(80).long())
     progress = Steps(watched_from=2)
     try:
@@ -290,6 +293,66 @@ def test_no_step_waits_for_cuda(settings):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert progress.steps == 10
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_fused_step_that_the_scaler_skips_leaves_no_trace(momentum):
+    """CUDA's optimizer, which the CPU has as well: an overflow in the first step, then gradients of 1."""
+    config = Config(momentum=momentum, nesterov=momentum > 0, weight_decay=0.0, lr=0.5)
+    ends = []
+    for fused in (True, False):
+        model = torch.nn.Linear(50, 50)
+        torch.nn.init.zeros_(model.weight)
+        torch.full((5, 50, 50), math.nan)  # what the memory that comes next is full of
+        optimizer, scaler = (
+            main.build_optimizer(model, config, fused=fused),
+            torch.amp.GradScaler("cpu", init_scale=4.0),
+        )
+        for gradient in (math.inf, 1.0, 1.0):
+            optimizer.zero_grad()
+            scaler.scale((gradient * model.weight).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        ends.append(model.weight.detach())
+    torch.testing.assert_close(ends[0], ends[1])
+    assert (ends[0] < 0).all()
+
+
+def test_a_resumed_optimizer_stays_as_fused_as_its_device_has_it(train):
+    run = train("fused", "--stop_epoch=1")
+    saved = final_state(run) | {"ranks": load_newest_checkpoint(run / "checkpoints", warn=pytest.fail)["ranks"]}
+    assert saved["optimizer"]["param_groups"][0]["fused"] is None
+    config = load_config(run / "config.yaml", {})
+    state = main.TrainingState.start(config, ALONE, build_model(config.model, 10))
+    state.optimizer = main.build_optimizer(state.model, config, fused=True)
+    state.load_state_dict(saved, run)
+    assert [group["fused"] for group in state.optimizer.param_groups] == [True]
+
+
+def kernels():
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    return cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark, cudnn.deterministic
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_scores_are_in_float32_whatever_the_training_is_in(tf32):
+    before = kernels()
+    try:
+        choose_kernels(torch.device("cuda"), False, tf32)
+        assert kernels() == (tf32, tf32, True, False)
+        seen, model = [], Recorder(192)
+        model.linear.register_forward_hook(lambda *_: seen.append(kernels()))
+        config = Config(**PLAIN)
+        score(model, small_set(20), 10, Normalise(config, torch.device("cpu")), ALONE)
+        assert seen == [(False, False, False, True)]
+        assert kernels() == (tf32, tf32, True, False)
+        with pytest.raises(ZeroDivisionError), full_float32():
+            raise ZeroDivisionError
+        assert kernels() == (tf32, tf32, True, False)
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark, _ = (
+            before
+        )
 
 
 class Steps:

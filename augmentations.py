@@ -102,7 +102,8 @@ def apply_op(
     magnitude_B = torch.as_tensor(magnitude_B, dtype=torch.float64, device="cpu")
     if magnitude_B.shape != images_BCHW.shape[:1]:
         raise ValueError(f"{name}: {tuple(magnitude_B.shape)} magnitudes for {images_BCHW.shape[0]} images")
-    _check_magnitudes(torch.full_like(magnitude_B, row_of(name)).long(), magnitude_B)
+    if op.low is not None:
+        _check_magnitudes(name, magnitude_B)
     return op.kernel(images_BCHW.contiguous(), magnitude_B, *extra)
 
 
@@ -128,7 +129,9 @@ def _check_plan(plan: Plan, images: int, partners: int) -> None:
         )
     if op_BK.numel() and not -1 <= op_BK.min() <= op_BK.max() < len(OPS):
         raise ValueError(f"op_BK holds {op_BK.min()}..{op_BK.max()}; rows are 0..{len(OPS) - 1}, and -1 for none")
-    _check_magnitudes(op_BK, plan.magnitude_BK)
+    for row in op_BK[~(plan.magnitude_BK.abs() <= LARGEST_MAGNITUDE)].unique().tolist():
+        if row >= 0 and OPS[row].low is not None:
+            _check_magnitudes(OPS[row].name, plan.magnitude_BK[op_BK == row])
     for what, field in (("partner", "partner_BK"), ("centre", "centre_BK2")):
         needing_BK = _needing(what, op_BK)
         if getattr(plan, field) is None and needing_BK.any():
@@ -145,11 +148,10 @@ def _needing(what: str, op_BK: Tensor) -> Tensor:
     return torch.isin(op_BK, torch.tensor([row for row, op in enumerate(OPS) if op.needs == what]))
 
 
-def _check_magnitudes(op_BK: Tensor, magnitude_BK: Tensor) -> None:
-    has_magnitude = torch.tensor([op.low is not None for op in OPS] + [False])  # the last is row -1
-    wrong_BK = has_magnitude[op_BK] & ~(magnitude_BK.abs() <= LARGEST_MAGNITUDE)
-    if wrong_BK.any():
-        raise ValueError(f"{magnitude_BK[wrong_BK][0]} is no magnitude for {OPS[op_BK[wrong_BK][0]].name}")
+def _check_magnitudes(name: str, magnitudes: Tensor) -> None:
+    wrong = ~(magnitudes.abs() <= LARGEST_MAGNITUDE)
+    if wrong.any():
+        raise ValueError(f"{magnitudes[wrong][0]} is no magnitude for {name}")
 
 
 def _in_groups(images_BCHW: Tensor, plan: Plan, partners_BCHW: Tensor) -> Tensor:

@@ -171,17 +171,17 @@ def parse(parser: CommandLine) -> argparse.Namespace:
 def publish(
     args: argparse.Namespace, tables: list[Table], measured: dict[str, Any], medians_of: str | None = None
 ) -> None:
-    """Print the tables and the machine; write all measurements, the machine and the command to the JSON file.
+    """Write all measurements, the machine and the command to the JSON file; print the tables and the machine.
 
     medians_of: what is repeated, where that is not so many measurements as `args.repeats` says.
     """
     machine = environment(torch.device(args.device)) | {"processor": processor(), "cores": cores()}
     del machine["platform"]  # nobody else's numbers depend on the name of this kernel
+    content = {"date": time.strftime("%Y-%m-%d"), "environment": machine, "repeats": args.repeats, "measured": measured}
+    args.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print("\n\n".join(render(table) for table in tables))
     device = machine["device"] if args.device != "cpu" else machine["processor"]
     versions = ", ".join(f"{package} {machine[package]}" for package in ("torch", "torchvision", "pillow"))
     medians = f"medians of {medians_of or args.repeats}"
     print(f"\n{device}, {cores()} cores, {machine['threads']} threads of torch; {versions}; {medians}")
-    content = {"date": time.strftime("%Y-%m-%d"), "environment": machine, "repeats": args.repeats, "measured": measured}
-    args.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(f"written to {args.output}")

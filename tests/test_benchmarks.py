@@ -4,6 +4,7 @@ The per-image pipeline that ours is compared with makes the same inputs from the
 """
 
 import json
+import os
 import platform
 import random
 import re
@@ -16,6 +17,7 @@ import epoch
 import libraries
 import loading
 import pytest
+import scoring
 import step
 import torch
 from conftest import ALONE, ROOT
@@ -33,20 +35,22 @@ from utils import UserError, keyed_generator
 TINY = ("model=wresnet10_1", "train_size=40", "batch_size=10", "M=2", "eval_every=2")
 
 
-def benchmark(tmp_path, name, *arguments):
-    """Run benchmarks/<name>.py -> (the cells of every line of its tables, what it measured)."""
-    output = tmp_path / "measured.json"
-    done = run(name, *arguments, "--threads", 1, "--device", "cpu", "--output", output)
-    assert done.returncode == 0, done.stderr
-    content = json.loads(output.read_text())
-    assert content["environment"]["threads"] == 1
-    assert f"written to {output}" in done.stdout
-    return [re.split(" {2,}", line.strip()) for line in done.stdout.splitlines()], content["measured"]
+@pytest.fixture
+def benchmark(monkeypatch, tmp_path, capsys):
+    """Run a benchmark in this process -> (the cells of every line of its tables, what it measured)."""
+    monkeypatch.chdir(ROOT)
 
+    def run(script, *arguments):
+        output = tmp_path / "measured.json"
+        words = [*arguments, "--threads", 1, "--device", "cpu", "--output", output]
+        monkeypatch.setattr(sys, "argv", [f"benchmarks/{script.__name__}.py", *map(str, words)])
+        script.main()
+        content, printed = json.loads(output.read_text()), capsys.readouterr().out
+        assert content["environment"]["threads"] == 1
+        assert f"written to {output}" in printed
+        return [re.split(" {2,}", line.strip()) for line in printed.splitlines()], content["measured"]
 
-def run(name, *arguments):
-    command = [sys.executable, f"benchmarks/{name}.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return run
 
 
 def rows_of(table, *names):
@@ -59,8 +63,8 @@ def median_ratio(seconds, to):
     return statistics.median(s / t for s, t in zip(seconds, to, strict=True))
 
 
-def test_the_cost_of_reading_is_measured(tmp_path):
-    table, measured = benchmark(tmp_path, "scoring", "--model", "wresnet10_1", "--images", 20, "--repeats", 2)
+def test_the_cost_of_reading_is_measured(benchmark):
+    table, measured = benchmark(scoring, "--model", "wresnet10_1", "--images", 20, "--repeats", 2)
     seconds = measured["seconds"]
     for name in ("at hand", "mapped"):
         ((_, rate),) = rows_of(table, name)
@@ -69,9 +73,9 @@ def test_the_cost_of_reading_is_measured(tmp_path):
     assert any(line[0].startswith(f"reading adds {measured['ratio'] - 1:.1%}") for line in table)
 
 
-def test_augmentation_is_measured_beside_what_others_use(tmp_path):
+def test_augmentation_is_measured_beside_what_others_use(benchmark):
     few = ("--sizes", 32, 80, "--images", 4, 2, "--M", 2, "--repeats", 2)
-    table, measured = benchmark(tmp_path, "augment", *few)
+    table, measured = benchmark(augment, *few)
     assert measured["N"] == {"32": 4, "80": 2}
     ours, pillow, torchvision = "batched, here", "per image, Pillow", "groups, torchvision"
     works = ["operations", "and normalised", "all, shared crops", "all, own crops", *(op.name for op in OPS)]
@@ -114,8 +118,8 @@ def test_a_comparison_of_different_work_is_refused(monkeypatch):
 SMALL_STEPS = ("--set", "model=wresnet10_1", "--images", 4, "--steps", 1, "--workers", 1)
 
 
-def test_a_training_step_is_measured_at_every_size(tmp_path):
-    table, measured = benchmark(tmp_path, "step", *SMALL_STEPS, "--M", 1, 2, "--repeats", 2)
+def test_a_training_step_is_measured_at_every_size(benchmark):
+    table, measured = benchmark(step, *SMALL_STEPS, "--M", 1, 2, "--repeats", 2)
     assert [(size["M"], size["N"], size["image_size"]) for size in measured["sizes"]] == [(1, 4, 32), (2, 4, 32)]
     for size in measured["sizes"]:
         (row,) = rows_of(table, str(size["M"]), "4", "32")
@@ -132,8 +136,8 @@ def test_a_training_step_is_measured_at_every_size(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_memory_of_a_training_step_is_measured_in_processes_of_their_own(tmp_path):
-    table, measured = benchmark(tmp_path, "step", *SMALL_STEPS, "--M", 2, "--repeats", 1, "--memory")
+def test_the_memory_of_a_training_step_is_measured_in_processes_of_their_own(benchmark):
+    table, measured = benchmark(step, *SMALL_STEPS, "--M", 2, "--repeats", 1, "--memory")
     ((_, *_, peak, above),) = rows_of(table, "2", "4", "32")
     memory = measured["sizes"][0]["memory"]
     assert peak == f"{memory['policies'] / 1e6:,.0f}"
@@ -168,8 +172,8 @@ def test_what_cannot_be_measured_is_refused(monkeypatch, tmp_path, capsys, scrip
     assert words in line
 
 
-def test_a_run_is_measured_by_parts(tmp_path):
-    table, measured = benchmark(tmp_path, "epoch", "--epochs", 2, "--no_starts", "--set", *TINY)
+def test_a_run_is_measured_by_parts(benchmark):
+    table, measured = benchmark(epoch, "--epochs", 2, "--no_starts", "--set", *TINY)
     parts, (whole,) = measured["parts"], measured["seconds_by_parts"]
     assert len(measured["seconds"]) == 1
     assert all(taken[0] > 0 for taken in parts.values()), parts
@@ -183,8 +187,8 @@ def test_a_run_is_measured_by_parts(tmp_path):
 
 
 @pytest.mark.slow
-def test_starting_is_measured(tmp_path):
-    table, measured = benchmark(tmp_path, "epoch", "--epochs", 2, "--repeats", 1, "--set", *TINY)
+def test_starting_is_measured(benchmark):
+    table, measured = benchmark(epoch, "--epochs", 2, "--repeats", 1, "--set", *TINY)
     assert len(measured["starts"]) == 4
     for name, (seconds,) in measured["starts"].items():
         ((_, words, ratio),) = rows_of(table, name)
@@ -192,9 +196,9 @@ def test_starting_is_measured(tmp_path):
         assert ratio.split()[0] == f"{seconds / measured['starts']['import torch'][0]:.2f}"
 
 
-def test_reading_images_is_measured_with_and_without_workers(tmp_path):
+def test_reading_images_is_measured_with_and_without_workers(benchmark):
     few = ("--reads", 4, "--batch_size", 2, "--size", 16, "--repeats", 1)
-    table, measured = benchmark(tmp_path, "loading", *few, "--workers", 0, 1)
+    table, measured = benchmark(loading, *few, "--workers", 0, 1)
     assert [row["workers"] for row in measured["rows"]] == [0, 1]
     for row in measured["rows"]:
         seconds, workers = row["seconds"], str(row["workers"])
@@ -274,3 +278,17 @@ def test_image_by_image_operations_are_drawn_from_the_policies_with_a_coin_for_t
     drawn = {pipeline.draw_operation(rng, op, magnitude) for _ in range(50)}
     assert magnitude > 0
     assert drawn == {Operation("Rotate", magnitude), Operation("Rotate", -magnitude)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py")))
+def test_every_script_starts_from_anywhere(script, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), "--help"],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr

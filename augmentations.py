@@ -229,7 +229,7 @@ def translate_x(images_BCHW: Tensor, fraction_B: Tensor) -> Tensor:
         return gather_rows(images_BCHW, torch.arange(len(x_BW)), torch.arange(height)[None], shift_B1)
     # A sum that Pillow rounds up within a line leaves a pixel out there.
     x_BW = upload(x_BW, images_BCHW.device)
-    return gather_pixels(images_BCHW, x_BW[:, None, :], torch.arange(height, device=x_BW.device)[None, :, None])
+    return _gather_pixels(images_BCHW, x_BW[:, None, :], torch.arange(height, device=x_BW.device)[None, :, None])
 
 
 def translate_y(images_BCHW: Tensor, fraction_B: Tensor) -> Tensor:
@@ -326,7 +326,7 @@ def _sources(*fixed_height_width: int) -> tuple[Tensor, Tensor]:
 
 
 def _through(images_BCHW: Tensor, fixed_6B: Tensor) -> Tensor:
-    return gather_pixels(images_BCHW, *_coordinates(fixed_6B, *images_BCHW.shape[-2:]))
+    return _gather_pixels(images_BCHW, *_coordinates(fixed_6B, *images_BCHW.shape[-2:]))
 
 
 def _coordinates(fixed_6B: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -337,7 +337,7 @@ def _coordinates(fixed_6B: Tensor, height: int, width: int) -> tuple[Tensor, Ten
     return (x0 + row * x_per_y + column * x_per_x) >> 16, (y0 + row * y_per_y + column * y_per_x) >> 16
 
 
-def gather_pixels(images_BCHW: Tensor, x_BHW: Tensor, y_BHW: Tensor) -> Tensor:
+def _gather_pixels(images_BCHW: Tensor, x_BHW: Tensor, y_BHW: Tensor) -> Tensor:
     """Fetch for every output pixel the input pixel at (x, y), black where that lies outside.
 
     x_BHW, y_BHW: int64 indices, each broadcastable to (B, H, W) of the output.

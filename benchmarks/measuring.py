@@ -83,11 +83,6 @@ def ratios(seconds: list[float], to: list[float]) -> Spread:
     return Spread.of([a / b for a, b in zip(seconds, to, strict=True)])
 
 
-def median_ratio(seconds: list[float], to: list[float]) -> float:
-    """Median of the ratios of measurements that were taken in turn."""
-    return ratios(seconds, to).median
-
-
 def peak_memory(device: torch.device = CPU) -> float:
     """Of this process so far, in bytes: of the GPU's memory, or of main memory."""
     if device.type == "cuda":

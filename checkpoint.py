@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,43 +13,78 @@ import torch
 
 from utils import UserError, in_a_line
 
-CONTENT = frozenset({"epoch", "model", "optimizer", "policies", "positions", "data", "ranks"})
+CONTENT = frozenset(
+    {"epoch", "step", "model", "optimizer", "scaler", "policies", "so_far", "positions", "data", "ranks"}
+)
+NAME = re.compile(r"epoch-(\d+)-step-(\d+)-([0-9a-f]{16})\.pt")
 
 
-def save_checkpoint(folder: Path, epoch: int, state: dict[str, Any], keep: int = 2) -> Path:
-    """Write the state after `epoch` finished epochs; older files beyond the newest `keep` are deleted.
+class Checkpoints:
+    """The exact states of a run, in a folder of their own.
 
-    The name is epoch-NNNN-<first 16 hex digits of the SHA-256>.pt, so that the hash travels with a copy.
+    A file is named epoch-EEEE-step-SSSSSS-<first 16 hex digits of the SHA-256>.pt, by the finished epochs and the steps
+    of the next one, so that the hash travels with a copy. The newest two are kept, and the newest from between two
+    epochs. Only files that this object has written or found whole are ever deleted.
     """
-    folder.mkdir(exist_ok=True)
-    path = write_atomically(
-        folder / "new",
-        lambda new: torch.save(state, new),
-        name=lambda new: folder / f"epoch-{epoch:04d}-{sha256_of(new)[:16]}.pt",
-    )
-    for old in _newest_first(folder)[keep:]:
-        old.unlink()
-    return path
 
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._whole: list[Path] = []  # oldest first
 
-def load_newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
-    """The newest checkpoint whose hash is right; damaged newer ones are named by `warn` and passed over, not deleted.
+    def save(self, state: dict[str, Any]) -> Path:
+        """Write a state, and delete those that it makes superfluous.
 
-    None where none has been written yet. Raises UserError when all are damaged.
-    """
-    files = _newest_first(folder)
-    for path in files:
-        if sha256_of(path)[:16] == path.stem.rsplit("-", 1)[1]:
-            content = load_tensors(path)
-            if isinstance(content, dict) and content.keys() >= CONTENT:
-                return content
-            raise UserError(f"{path}: is no checkpoint of a run, or of another version of this program; move it away")
-        warn(f"{path}: is damaged (its content does not match the hash in its name); trying the one before")
-    if files:
-        raise UserError(
-            f"{folder}: all {len(files)} checkpoints are damaged; put a copy back, or start anew with --overwrite"
+        Raises UserError, with every other file as it was, where it cannot be written.
+        """
+        try:
+            self.folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be made ({error.strerror})") from None
+        stem = f"epoch-{state['epoch']:04d}-step-{state['step']:06d}"
+        path = write_atomically(
+            self.folder / "new",
+            lambda new: _write_tensors(state, new),
+            name=lambda new: self.folder / f"{stem}-{sha256_of(new)[:16]}.pt",
+            needs=size_of(state),
         )
-    return None
+        # Those of as many steps or more belong to a run that has gone back behind them.
+        before = [file for file in self._whole if _position(file) < _position(path)]
+        between_epochs = [file for file in (*before, path) if not _position(file)[1]]
+        kept = [file for file in before if file in (*before[-1:], *between_epochs[-1:])]
+        for file in self._whole:
+            if file not in (*kept, path):
+                file.unlink(missing_ok=True)
+        self._whole = [*kept, path]
+        return path
+
+    def load_newest(self, warn: Callable[[str], None], *, between_epochs: bool = False) -> dict[str, Any] | None:
+        """The newest state whose hash is right; damaged newer ones are named by `warn` and passed over, never deleted.
+
+        None where none has been written yet. between_epochs: only those with no epoch under way count. Raises UserError
+        when all are damaged.
+        """
+        files = [file for file in self.folder.glob("*.pt") if NAME.fullmatch(file.name) and file.is_file()]
+        files.sort(key=lambda file: (_position(file), file.stat().st_mtime_ns))
+        whole = [file for file in files if sha256_of(file)[:16] == NAME.fullmatch(file.name)[3]]
+        usable = [file for file in whole if not between_epochs or not _position(file)[1]]
+        if files and not usable:
+            kind = " from between two epochs" if between_epochs else ""
+            raise UserError(
+                f"{self.folder}: none of the {len(files)} checkpoints{kind} is whole; put a copy back, or start anew "
+                "with --overwrite"
+            )
+        if not files:
+            return None
+        for file in reversed(files[files.index(usable[-1]) :]):
+            if file not in whole:
+                warn(f"{file}: is damaged (its content does not match the hash in its name); trying the one before")
+        content = load_tensors(usable[-1])
+        if not isinstance(content, dict) or not content.keys() >= CONTENT:
+            raise UserError(
+                f"{usable[-1]}: is no checkpoint of a run, or of another version of this program; move it away"
+            )
+        self._whole = whole
+        return content
 
 
 def load_tensors(path: Path) -> Any:
@@ -61,27 +97,57 @@ def load_tensors(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read as a checkpoint ({in_a_line(error)[:160]})") from None
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any], name: Callable[[Path], Path] | None = None) -> Path:
-    """Call write(temporary path), flush to disk, and rename in one step to `path`, or to name(temporary path)."""
-    temporary = path.with_name(f"{path.name}.part")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        final = name(temporary) if name else path
-        temporary.replace(final)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if not isinstance(error, (OSError, RuntimeError)):  # torch.save reports a full disk as RuntimeError
-            raise
-        raise UserError(f"{path.parent}: cannot be written to ({error}); what was saved before is whole") from None
-    return final
+def save_tensors(path: Path, content: dict[str, Any]) -> None:
+    """Write a file for `load_tensors`, whole or not at all."""
+    write_atomically(path, lambda new: _write_tensors(content, new), needs=size_of(content))
+
+
+def size_of(state: Any) -> int:
+    """Bytes of all tensors in a nested state."""
+    if isinstance(state, torch.Tensor):
+        return state.nbytes
+    items = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return sum(map(size_of, items))
 
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, whole or not at all."""
     write_atomically(path, lambda new: new.write_text(text, encoding="utf-8"))
+
+
+def write_atomically(
+    path: Path, write: Callable[[Path], Any], name: Callable[[Path], Path] | None = None, needs: int = 0
+) -> Path:
+    """Call write(temporary path), flush to disk, and rename in one step to `path`, or to name(temporary path).
+
+    needs: bytes, as far as they are known, for the message. Raises UserError, with what was there before as it was,
+    where the disk is full or cannot be written to.
+    """
+    temporary = path.with_name(f"{path.name}.part")
+    try:
+        write(temporary)
+        _flush_to_disk(temporary)
+        final = name(temporary) if name else path
+        temporary.replace(final)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if not isinstance(error, (OSError, RuntimeError)):  # torch.save reports what the disk says as RuntimeError
+            raise
+        raise UserError(f"{path.parent}: {cannot_write(path.parent, error, needs)}") from None
+    with contextlib.suppress(OSError):  # not every file system knows it for a folder
+        _flush_to_disk(final.parent)
+    return final
+
+
+def cannot_write(folder: Path, error: Exception, needs: int = 0) -> str:
+    """Why a file in `folder` cannot be written, and what to do about it, in words."""
+    cause = error.__context__ if isinstance(error.__context__, OSError) else error
+    reason = [getattr(cause, "strerror", None) or in_a_line(cause)]
+    reason += [f"{needs / 1e6:,.1f} MB are needed"] if needs else []
+    with contextlib.suppress(OSError):
+        reason.append(f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB are free")
+    return f"cannot be written to ({', '.join(reason)}); make room or mend its permissions; what was saved is whole"
 
 
 def sha256_of(path: Path) -> str:
@@ -90,6 +156,20 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _newest_first(folder: Path) -> list[Path]:
-    files = [p for p in folder.glob("*.pt") if p.is_file() and re.fullmatch(r"epoch-\d+-[0-9a-f]{16}", p.stem)]
-    return sorted(files, key=lambda p: int(p.stem.split("-")[1]), reverse=True)
+def _write_tensors(content: dict[str, Any], path: Path) -> None:
+    with path.open("wb") as file:  # given a path, torch.save would not say why it cannot write
+        torch.save(content, file)
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _position(file: Path) -> tuple[int, int]:
+    """Finished epochs, and steps of the next one."""
+    epochs, steps, _ = NAME.fullmatch(file.name).groups()
+    return int(epochs), int(steps)

@@ -82,6 +82,9 @@ class Config:
     )
     controller_lr: float = setting(0.00035, "learning rate of the controller (Adam)")
     entropy_bonus: float = setting(0.00001, "weight of the controller's entropy in its objective")
+    collapse_entropy: float = setting(
+        0.25, "alarm when the controller's entropy is below this share of its maximum; 0: never", may_change=True
+    )
 
     # Optimisation of the network
     batch_size: int = setting(128, "N, distinct images per step over all processes; a step sees M * N")
@@ -108,6 +111,14 @@ class Config:
     compile: bool = setting(False, "compile the network (torch.compile): slow to start, then faster", may_change=True)
     deterministic: bool = setting(False, "CUDA: same seed, same bits, at some cost in speed; the CPU always is")
     eval_every: int = setting(1, "epochs between two scorings for the log (held-out part, else test set)")
+    checkpoint_every: int | None = setting(
+        1000, "steps between two checkpoints within an epoch, besides the one at its end; null: none", may_change=True
+    )
+    on_nonfinite: str = setting(
+        "stop",
+        "after a loss or gradient that is not finite: stop, or rewind to the last checkpoint, twice at most",
+        may_change=True,
+    )
 
     def __post_init__(self):
         def require(ok: bool, field: str, what: str) -> None:
@@ -131,9 +142,10 @@ class Config:
         one_of("recurrence", "policy", "subpolicy")
         one_of("schedule", "cosine", "step")
         one_of("amp_dtype", "bfloat16", "float16")
+        one_of("on_nonfinite", "stop", "rewind")
         for field in ("M", "Q", "K", "batch_size", "accumulate", "epochs", "eval_every"):
             require(getattr(self, field) >= 1, field, "must be at least 1")
-        for field in ("train_size", "policy_interval"):
+        for field in ("train_size", "policy_interval", "checkpoint_every"):
             require(getattr(self, field) is None or getattr(self, field) >= 1, field, "must be at least 1, or null")
         for field in ("valid_size", "workers", "crop_padding", "cutout", "weight_decay", "warmup_epochs", "grad_clip"):
             require(getattr(self, field) >= 0, field, "must not be negative")
@@ -142,6 +154,7 @@ class Config:
         for field in ("lr", "controller_lr", "gamma", "resident_gb"):
             require(getattr(self, field) > 0, field, "must be above 0")
         between(0, 0.999, "dropout", "momentum", "label_smoothing")
+        between(0, 1, "collapse_entropy")
         between(8, 16384, "image_size")
         resize_and_crop = len(self.eval_view) == 2 and 8 <= self.eval_view[1] <= self.eval_view[0] <= 16384
         require(resize_and_crop, "eval_view", "must be two numbers between 8 and 16384, the second not the larger")

@@ -18,7 +18,7 @@ import argparse
 import dataclasses
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,9 +187,16 @@ def check(predictions: Predictions, benchmark: Benchmark, cell: Cell) -> None:
         raise UserError(f"{in_words(benchmark, cell)}: the network gives values that are not finite numbers")
 
 
-def score(model: nn.Module, split: Readable, num_classes: int, normalise: Normalise, world: World) -> Scores:
-    """Score `model` in float32 on every image of `split`."""
-    return Scores.of(predict(model, split, normalise, world), num_classes)
+def score(
+    model: nn.Module,
+    split: Readable,
+    num_classes: int,
+    normalise: Normalise,
+    world: World,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Scores:
+    """Score `model` in float32 on every image of `split`. stopped: see `predict`."""
+    return Scores.of(predict(model, split, normalise, world, stopped=stopped), num_classes)
 
 
 @torch.no_grad()
@@ -202,13 +209,15 @@ def predict(
     batch: int | None = None,
     bfloat16: bool = False,
     progress: ImageProgress | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Predictions:
     """What `model`, in evaluation mode, says of every image of `split`; the model's mode is put back.
 
     The processes take the batches in turn. All batches have one shape, the last one filled up with images that do not
     count, and results are put together by image: they are the same for any number of processes.
 
-    batch: images in a forward pass (default: BATCH). bfloat16: mixed precision instead of float32.
+    batch: images in a forward pass (default: BATCH). bfloat16: mixed precision instead of float32. stopped: asked
+    between batches; once it is true, this process predicts no more, and what is returned is of no use.
     """
     was_training = model.training
     model.eval()
@@ -218,6 +227,8 @@ def predict(
     precision = torch.autocast(world.device.type, torch.bfloat16) if bfloat16 else nullcontext()
     results_I4 = torch.zeros(len(split.labels), 4, dtype=torch.float64, device=world.device)
     for index, (images_BCHW, label_B) in zip(mine, split.batches(mine), strict=True):
+        if stopped():
+            break
         filled_BCHW = torch.cat((images_BCHW, images_BCHW[:1].expand(size - len(index), -1, -1, -1)))
         inputs_BCHW = normalise(filled_BCHW)
         with full_float32(), precision:

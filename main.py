@@ -17,38 +17,32 @@ n * M + m); C, H, W as usual, but for logits_BC, where C counts classes.
 """
 
 import argparse
-import json
 import math
 import shlex
-import shutil
 import sys
-import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from augmentations import Plan, apply, portion
-from checkpoint import load_newest_checkpoint, save_checkpoint, write_atomically, write_text
+from checkpoint import save_tensors
 from config import (
     DEFAULT_CONF,
     Config,
     add_arguments,
-    changed_settings,
     load_config,
     overrides_from,
     plain_values,
     run_directory,
-    to_yaml,
 )
 from dataloader import (
     Crops,
     Data,
-    Normalise,
     Split,
     balanced_order,
     cutout_mask,
@@ -60,22 +54,15 @@ from dataloader import (
 )
 from download import Downloads
 from evaluate import score
+from keeper import Keeper
 from models import build_model
-from policies import PolicySource, Tally, build_policies
-from processes import World, digest, each_waits_for_the_last, exit_with_status, join
-from runlog import Progress, RunLog, SilentLog
-from utils import (
-    CommandLine,
-    UserError,
-    choose_kernels,
-    duration,
-    environment,
-    keyed_generator,
-    random_state,
-    seed_default_generators,
-    set_random_state,
-    warn,
-)
+from processes import World, each_waits_for_the_last, exit_with_status, interruption, join
+from rundirectory import check_run_directory, held, write_run_directory
+from stopping import Stopped
+from trainingstate import TrainingState
+from utils import CommandLine, UserError, choose_kernels, duration, seed_default_generators
+
+RESUMING = ("--overwrite", "--resume", "--resume-elastic", "--resume_elastic")  # what a command to go on begins without
 
 
 def main() -> None:
@@ -101,171 +88,81 @@ def train(config: Config, args: argparse.Namespace, world: World) -> None:
     seed_default_generators(world.devices, config.seed, "noise", world.rank)
     state = TrainingState.start(config, world, model.to(world.device, memory_format=torch.channels_last))
 
-    positions = None
-    if args.resume:
-        saved = world.from_leader(load_newest_checkpoint(run / "checkpoints", warn) if world.leads else None)
-        if saved and saved["data"] != fingerprint:
-            raise UserError(f"{run}: cannot be resumed, the images in {config.dataroot} are not those it began with")
-        if saved:
-            positions = saved["positions"]
-            state.load_state_dict(saved, run)
-    if world.leads:
-        write_run_directory(run, config, world.device, afresh=args.overwrite)
-
-    steps = len(data.train.labels) // config.batch_size
-    log = RunLog(run, positions, step=state.epoch * steps) if world.leads else SilentLog()
-    progress = Progress(config.epochs * steps, done=state.epoch * steps, shown=world.leads)
-    try:
-        while state.epoch < min(config.epochs, args.stop_epoch or config.epochs):
-            started = time.perf_counter()
-            metrics, intervals = train_one_epoch(state, data.train, progress)
-            trained = time.perf_counter()
-            state.epoch += 1
-            if state.epoch % config.eval_every == 0 or state.epoch == config.epochs:
-                metrics |= score_for_the_log(state, data)
-            times = {"train_seconds": trained - started, "other_seconds": time.perf_counter() - trained}
-            times["images_per_second"] = steps * config.batch_size * config.M / times["train_seconds"]
-            log.epoch(state.epoch, state.epoch * steps, metrics, times, intervals)
-            if world.leads and state.epoch in preview_epochs(config.epochs):
-                log.policy_images(*preview(state, data.train), step=state.epoch * steps)
-            kept = state.state_dict() | {"positions": log.positions(), "data": fingerprint}
-            if world.leads:
-                save_model(run / "model.pt", state, data.classes)
-                save_checkpoint(run / "checkpoints", state.epoch, kept)
-            progress.say(epoch_line(state, metrics, times))
-    except FloatingPointError as error:
-        raise UserError(
-            f"{run}: {error} in epoch {state.epoch + 1}; the epochs before it are kept\n"
-            "start another run with a lower lr, or with grad_clip or warmup_epochs set"
-        ) from None
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"finished epochs are kept; go on with: {resume_command(world)}") from None
-    finally:
-        progress.close()
-        log.close()
-    progress.say(closing_words(run, state))
-
-
-@dataclass
-class TrainingState:
-    """Everything that changes during training, as one thing to save and restore."""
-
-    config: Config
-    world: World
-    model: nn.Module
-    trained: nn.Module  # the same model, as it is called in training: on all devices of the run
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    policies: PolicySource
-    normalise: Normalise
-    epoch: int = 0  # finished epochs
-    best: float = 0.0  # best top-1 seen on the split that is scored during training; nothing is chosen by it
-
-    @classmethod
-    def start(cls, config: Config, world: World, model: nn.Module) -> "TrainingState":
-        optimizer = build_optimizer(model, config, fused=world.device.type == "cuda")
-        scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp and config.amp_dtype == "float16")
-        policies, normalise = build_policies(config), Normalise(config, world.device)
-        trained = world.wrap(model, getattr(torch, config.amp_dtype), config.image_size)
-        if config.compile:
-            model.compile()  # in place: the state dict's keys stay as they are
-        return cls(config, world, model, trained, optimizer, scaler, policies, normalise)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What all processes share, and under "ranks" what each has of its own. To be called by all of them.
-
-        Raises UserError where they have ceased to be equal.
-        """
-        self.world.require_equal(f"after epoch {self.epoch}: the weights", lambda: digest(self.model.state_dict()))
-        self.world.require_equal(f"after epoch {self.epoch}: the policies", lambda: digest(self.policies.state_dict()))
-        loss_sum_M, images = self.policies.tally
-        own = {
-            "devices": len(self.world.devices),
-            "random": random_state(self.world.devices),
-            "loss_sum_M": loss_sum_M.cpu(),
-            "images": images,
-        }
-        return {
-            "epoch": self.epoch,
-            "best": self.best,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "policies": self.policies.state_dict(),
-            "ranks": self.world.gather(own),
-        }
-
-    def load_state_dict(self, saved: dict[str, Any], run: Path) -> None:
-        """Raises UserError when the checkpoint of `run` is of another network, settings or number of processes."""
-        shape, now = (len(saved["ranks"]), saved["ranks"][0]["devices"]), (self.world.size, len(self.world.devices))
-        if shape != now:
-            raise UserError(
-                f"{run}: was trained by {shape[0]} processes on {shape[1]} devices each and can only be resumed so, "
-                f"not by {now[0]} on {now[1]}"
-            )
-        own = saved["ranks"][self.world.rank]
+    keeper = Keeper(run, state, len(data.train.labels) // config.batch_size, fingerprint)
+    with held(run, config, args) if world.leads else nullcontext():
+        if args.resume:
+            keeper.load(elastic=args.resume_elastic)
+        if world.leads:
+            write_run_directory(run, config, world.device, afresh=args.overwrite)
         try:
-            self.epoch, self.best = saved["epoch"], saved["best"]
-            self.model.load_state_dict(saved["model"])
-            fused = self.optimizer.param_groups[0]["fused"]
-            self.optimizer.load_state_dict(saved["optimizer"])
-            for group in self.optimizer.param_groups:
-                group["fused"] = fused  # belongs to the device, not to the run
-            self.scaler.load_state_dict(saved["scaler"])
-            self.policies.load_state_dict(saved["policies"])
-            self.policies.tally = Tally(own["loss_sum_M"], own["images"])
-        except (KeyError, RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{run}: its checkpoint does not fit the settings in its config.yaml ({reason})") from None
-        set_random_state(own["random"], self.world.devices)
+            with keeper:
+                while state.epoch < min(config.epochs, args.stop_epoch or config.epochs):
+                    try:
+                        run_epoch(state, data, keeper)
+                    except FloatingPointError as error:
+                        keeper.go_back(error)
+                keeper.progress.say(closing_words(run, state))
+        except Stopped as stop:
+            raise interruption(stop.signum)(f"{where(state)} is saved; go on with: {resume_command(world)}") from None
 
 
-def build_optimizer(model: nn.Module, config: Config, *, fused: bool) -> torch.optim.SGD:
-    """SGD as the config says. fused: all parameters in one kernel, and no wait for float16's scaler; for CUDA."""
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        config.lr,
-        config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=config.nesterov,
-        fused=fused or None,
-    )
-    if fused and config.momentum:
-        for parameter in model.parameters():  # a first step that the scaler skips would leave it whatever was there
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
+def run_epoch(state: TrainingState, data: Data, keeper: Keeper) -> None:
+    """Train for an epoch, or for what is left of it; score, log and save. Raises what the keeper raises."""
+    config, world, steps = state.config, state.world, keeper.steps
+    keeper.lap("other")
+    metrics = train_one_epoch(state, data.train, keeper)
+    world.even_out(state.model)
+    keeper.lap("train")
+    if (state.epoch + 1) % config.eval_every == 0 or state.epoch + 1 == config.epochs:
+        metrics |= score_for_the_log(state, data, keeper)
+    keeper.lap("other")
+    times = {f"{doing}_seconds": seconds for doing, seconds in state.so_far.seconds.items()}
+    times["images_per_second"] = steps * config.batch_size * config.M / times["train_seconds"]
+    state.end_epoch()
+    keeper.log.epoch(state.epoch, state.epoch * steps, metrics, times)
+    if world.leads and state.epoch in preview_epochs(config.epochs):
+        keeper.log.policy_images(*preview(state, data.train), step=state.epoch * steps)
+    if world.leads:
+        save_model(keeper.run / "model.pt", state, data.classes)
+    keeper.save()
+    keeper.progress.say(epoch_line(state, metrics, times))
+    keeper.heed()
 
 
-def train_one_epoch(state: TrainingState, split: Split, progress: Progress) -> tuple[dict[str, float], list[dict]]:
-    """Algorithm 1, one epoch. Returns loss and accuracy over all copies, and the records of the intervals it ended.
+def train_one_epoch(state: TrainingState, split: Split, keeper: Keeper) -> dict[str, float]:
+    """Algorithm 1, one epoch, or what is left of it. Returns learning rate, loss and accuracy over all copies, and
+    what the last interval that it ended says of the policies.
 
-    Afterwards the network is the same in every process. Raises FloatingPointError when the loss is no longer finite.
+    Raises FloatingPointError, in all processes, when a loss or a gradient is no longer finite.
     """
-    config, world, optimizer, policies = state.config, state.world, state.optimizer, state.policies
+    config, world, policies, so_far = state.config, state.world, state.policies, state.so_far
     batches = epoch_batches(len(split.labels), config.batch_size, config.seed, state.epoch)
     N, micro_batches = config.batch_size, world.deal(config.batch_size, config.accumulate)
     at_hand = range(N) if split.resident else range(micro_batches[0].start, micro_batches[-1].stop)
-    interval = config.policy_interval or len(batches)
-    loss_and_correct, seen = torch.zeros(2, dtype=torch.float64, device=world.device), 0
-    intervals = []
+    first, interval = state.epoch * len(batches), config.policy_interval or len(batches)
     state.trained.train()
-    reading = split.batches([batch[at_hand.start : at_hand.stop] for batch in batches], state.epoch)
-    for step, (images_NCHW, labels_N) in enumerate(reading, start=state.epoch * len(batches)):
+    left = [batch[at_hand.start : at_hand.stop] for batch in batches[state.step :]]
+    for step, (images_NCHW, labels_N) in enumerate(split.batches(left, state.epoch), start=first + state.step):
         if step % interval == 0:
-            policies.resample(keyed_generator(config.seed, "policies", step // interval))
+            policies.resample(state.keyed("policies", step // interval))
         draws = draw(state, images_NCHW, "train", step, N=N, groups=N // len(at_hand))
         inputs = (make_inputs(state, images_NCHW, labels_N, at_hand, draws, micro) for micro in micro_batches)
-        loss_and_correct += take_step(state, inputs, len(micro_batches), learning_rate(config, step, len(batches)))
-        seen += len(micro_batches) * len(micro_batches[0]) * config.M
-
+        so_far.loss_and_correct += take_step(
+            state, inputs, len(micro_batches), learning_rate(config, step, len(batches))
+        )
+        so_far.copies += len(micro_batches) * len(micro_batches[0]) * config.M
+        state.step += 1
         if (step + 1) % interval == 0 or step + 1 == config.epochs * len(batches):
-            intervals.append({"interval": step // interval, "step": step + 1, **policies.update(world.mean)})
-        progress.step(f"epoch {state.epoch + 1}/{config.epochs}", loss_and_correct, seen)
-    world.even_out(state.model)
-    loss, correct = world.mean(loss_and_correct / seen).tolist()
-    if not math.isfinite(loss):
-        raise FloatingPointError("the loss is no longer finite")
-    return {"lr": optimizer.param_groups[0]["lr"], "train_loss": loss, "train_top1": correct}, intervals
+            state.require_finite()
+            record = {"interval": step // interval, "step": step + 1, **policies.update(world.mean)}
+            so_far.adversary = {name: record[name] for name in ("entropy", "loss_spread")}
+            keeper.after_interval(record)
+        keeper.after_step()
+    state.require_finite()
+    loss, correct = world.mean(so_far.loss_and_correct / so_far.copies).tolist()
+    skipped = {"skipped_steps": int(state.numbers.skipped)} if state.scaler.is_enabled() else {}
+    lr = state.optimizer.param_groups[0]["lr"]
+    return {"lr": lr, "train_loss": loss, "train_top1": correct, **skipped, **so_far.adversary}
 
 
 class Draws(NamedTuple):
@@ -279,8 +176,8 @@ class Draws(NamedTuple):
 def draw(state: TrainingState, images_NCHW: Tensor, purpose: str, step: int, *, N: int, groups: int = 1) -> Draws:
     """Draws for a batch of N images like these, keyed by purpose and step; images are paired within `groups` parts."""
     config, (height, width) = state.config, images_NCHW.shape[-2:]
-    crop_draws, plan_draws = (keyed_generator(config.seed, purpose, what, step) for what in ("crop", "plan"))
-    blank_draws = keyed_generator(config.seed, "cutout", step)
+    crop_draws, plan_draws = (state.keyed(purpose, what, step) for what in ("crop", "plan"))
+    blank_draws = state.keyed("cutout", step)
     return Draws(
         draw_crops(N, config, crop_draws),
         state.policies.plan(N, plan_draws, groups),
@@ -324,7 +221,9 @@ def take_step(state: TrainingState, inputs: Iterable[tuple[Tensor, Tensor]], mic
             loss_B, correct_B = learn(state, inputs_BCHW, labels_B, micro_batches)
         state.policies.observe(loss_B.view(-1, state.config.M))
         loss_and_correct += torch.stack((loss_B.sum(), correct_B.sum()))
-    descend(state, lr)
+    gradient_norm = descend(state, lr)
+    loss_sum_M = state.policies.tally.loss_sum_M
+    state.numbers.observe(state.step, loss_sum_M, gradient_norm, scaled=state.scaler.is_enabled())
     return loss_and_correct
 
 
@@ -338,15 +237,18 @@ def learn(state: TrainingState, inputs_BCHW: Tensor, labels_B: Tensor, micro_bat
     return loss_B.detach(), logits_BC.detach().argmax(1) == labels_B
 
 
-def descend(state: TrainingState, lr: float) -> None:
-    """Step of the network's optimizer at the given rate, for gradients scaled by the scaler."""
+def descend(state: TrainingState, lr: float) -> Tensor:
+    """Step of the network's optimizer at the given rate, for gradients scaled by the scaler. Returns their norm."""
     for group in state.optimizer.param_groups:
         group["lr"] = lr
+    state.scaler.unscale_(state.optimizer)
+    gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
     if state.config.grad_clip:
-        state.scaler.unscale_(state.optimizer)
-        nn.utils.clip_grad_norm_(state.model.parameters(), state.config.grad_clip)
+        nn.utils.clip_grads_with_norm_(state.model.parameters(), state.config.grad_clip, norm)
     state.scaler.step(state.optimizer)
     state.scaler.update()
+    return norm
 
 
 def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
@@ -360,10 +262,12 @@ def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def score_for_the_log(state: TrainingState, data: Data) -> dict[str, float]:
+def score_for_the_log(state: TrainingState, data: Data, keeper: Keeper) -> dict[str, float]:
     """Loss and accuracy on the held-out part or, without one, on the test set. Nothing is chosen by them."""
     name, split = ("test", data.test) if data.valid is None else ("valid", data.valid)
-    scores = score(state.model, split, len(data.classes), state.normalise, state.world)
+    stopped = lambda: bool(keeper.wish.signum)  # noqa: E731
+    scores = score(state.model, split, len(data.classes), state.normalise, state.world, stopped)
+    keeper.heed()
     state.best = max(state.best, scores.top1)
     return {f"{name}_loss": scores.loss, f"{name}_top1": scores.top1, f"{name}_top1_best_seen": state.best}
 
@@ -389,12 +293,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--M", help="policies in use at a time; every image is seen once per policy")
     parser.add_argument("--amp", action="store_true", help="mixed precision")
     parser.add_argument("--resume", action="store_true", help="go on exactly where the run stopped")
+    parser.add_argument(
+        "--resume-elastic",
+        "--resume_elastic",
+        action="store_true",
+        help="with another number of processes or devices go on too: from the epoch's start, not exactly",
+    )
     parser.add_argument("--overwrite", action="store_true", help="delete the run of that name and start anew")
     parser.add_argument(
         "--stop_epoch", type=int, metavar="E", help="stop after E epochs; the schedule's horizon is unchanged"
     )
     parser.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)  # torch.distributed.launch passes it
     args = parser.parse_args()
+    args.resume = args.resume or args.resume_elastic
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
     if args.stop_epoch is not None and args.stop_epoch < 1:
@@ -414,45 +325,6 @@ def check_support(config: Config, world: World) -> None:
         )
 
 
-def check_run_directory(run: Path, config: Config, args: argparse.Namespace) -> None:
-    """Refuse to write over a run, or to resume one that was another. Nothing is changed yet."""
-    holds_run = (run / "config.yaml").exists()
-    if args.resume:
-        if not holds_run:
-            raise UserError(f"{run}: there is no run to resume; leave out --resume to start one")
-        if changes := changed_settings(load_config(run / "config.yaml", {}), config):
-            raise UserError(
-                f"{run}: cannot be resumed with other settings ({'; '.join(changes)})\n"
-                "ask for the settings it has, or start another run with --name"
-            )
-    elif run.is_file() or (run.is_dir() and any(run.iterdir())):
-        if not holds_run:
-            raise UserError(f"{run}: exists and is not a run; choose another place with --logdir or --name")
-        if not args.overwrite:
-            raise UserError(
-                f"{run}: holds a run already; go on with --resume, start anew with --overwrite, or use --name"
-            )
-
-
-def write_run_directory(run: Path, config: Config, device: torch.device, *, afresh: bool) -> None:
-    """Make the directory, or empty it if `afresh`; write the settings, and where and with what this start computes."""
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        for old in run.iterdir() if afresh else ():
-            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-    except OSError as error:
-        raise UserError(f"{run}: cannot be made or emptied ({error}); choose another place with --logdir") from None
-    path = run / "environment.json"
-    starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    starts.append(environment(device))
-    first, now = starts[0], starts[-1]
-    for name in ("torch", "device", "threads"):
-        if first[name] != now[name]:
-            warn(f"{run}: began with {name} {first[name]}, goes on with {now[name]}: not bit for bit the same")
-    write_text(path, json.dumps(starts, indent=2) + "\n")
-    write_text(run / "config.yaml", to_yaml(config))
-
-
 def save_model(path: Path, state: TrainingState, classes: tuple[str, ...]) -> None:
     """The weights and what evaluate.py needs to use them; tensors and plain values only."""
     content = {
@@ -461,7 +333,12 @@ def save_model(path: Path, state: TrainingState, classes: tuple[str, ...]) -> No
         "epoch": state.epoch,
         "config": plain_values(state.config),
     }
-    write_atomically(path, lambda new: torch.save(content, new))
+    save_tensors(path, content)
+
+
+def where(state: TrainingState) -> str:
+    """How far the run has come, in words."""
+    return f"step {state.step} of epoch {state.epoch + 1}" if state.step else f"epoch {state.epoch}"
 
 
 def epoch_line(state: TrainingState, metrics: dict[str, float], times: dict[str, float]) -> str:
@@ -473,6 +350,8 @@ def epoch_line(state: TrainingState, metrics: dict[str, float], times: dict[str,
     for name in ("test", "valid"):
         if f"{name}_top1" in metrics:
             words += [f"{name} loss {metrics[f'{name}_loss']:.3f}", f"{name} accuracy {metrics[f'{name}_top1']:.1%}"]
+    if metrics.get("skipped_steps"):
+        words.append(f"{metrics['skipped_steps']} steps skipped (float16)")
     left = (state.config.epochs - state.epoch) * (times["train_seconds"] + times["other_seconds"])
     return ", ".join([*words, f"{times['images_per_second']:,.0f} images/s", f"{duration(left)} left"])
 
@@ -486,6 +365,13 @@ def closing_words(run: Path, state: TrainingState) -> str:
     ]
     if state.epoch < state.config.epochs:
         words.append(f"  go on        {resume_command(state.world)}")
+    if state.collapse.intervals:
+        words.append(
+            f"The controller collapsed: in {state.collapse.intervals} intervals, first after step "
+            f"{state.collapse.first}; policies.jsonl says how."
+        )
+    if state.rewinds:
+        words.append(f"Numbers were not finite {state.rewinds} times: incidents.jsonl says where.")
     return "\n".join(words)
 
 
@@ -497,7 +383,7 @@ def resume_command(world: World) -> str:
     for word in sys.argv[1:]:
         if word == "--stop_epoch":
             left_out = 2
-        if left_out == 0 and word not in ("--overwrite", "--resume") and not word.startswith("--stop_epoch="):
+        if left_out == 0 and word not in RESUMING and not word.startswith("--stop_epoch="):
             words.append(word)
         left_out = max(0, left_out - 1)
     return shlex.join(["python", "main.py", *words, "--resume"])

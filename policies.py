@@ -39,6 +39,8 @@ class PolicySource:
     `ops` are names of operations in `augmentations.OPS`; op_MQK holds rows of OPS.
     """
 
+    learns = False
+
     def __init__(self, M: int, Q: int = 5, K: int = 2, ops: tuple[str, ...] = (), levels: int = 10):
         self.M, self.Q, self.K, self.levels = M, Q, K, levels
         self.rows = torch.tensor([row_of(name) for name in ops], dtype=torch.long)
@@ -87,7 +89,7 @@ class PolicySource:
 
         The record holds the policies by name, their mean losses, advantages, mean entropy (nats), the losses' spread
         (unbiased standard deviation), and the shares of operations and levels. Raises FloatingPointError, before
-        anything is learned, if a loss is not finite.
+        anything is learned, if a loss is not finite, and afterwards if the controller is not.
         """
         loss_M = average(self.tally.loss_sum_M / max(1, self.tally.images)).cpu()
         if not loss_M.isfinite().all():
@@ -135,6 +137,11 @@ class PolicySource:
         names = [OPS[row].name for row in self.rows.tolist()]
         return {"operations": dict(zip(names, op_shares, strict=True)), "levels": dict(enumerate(level_shares))}
 
+    @property
+    def largest_entropy(self) -> float:
+        """Entropy of a policy, in nats, whose decisions are all uniformly random."""
+        return self.Q * self.K * (math.log(len(self.rows)) + math.log(self.levels)) if len(self.rows) else 0.0
+
     def state_dict(self) -> dict[str, Any]:
         """The policies in use: with `tally`, all that an interval needs to go on where it was left."""
         return {"op_MQK": self.op_MQK, "level_MQK": self.level_MQK}
@@ -159,7 +166,7 @@ class RandomPolicies(PolicySource):
         self.level_MQK = torch.randint(self.levels, shape, generator=generator)
 
     def _learn(self, loss_M: Tensor) -> tuple[Tensor, float]:
-        return advantage(loss_M), self.Q * self.K * (math.log(len(self.rows)) + math.log(self.levels))
+        return advantage(loss_M), self.largest_entropy
 
 
 class ControllerPolicies(PolicySource):
@@ -167,6 +174,8 @@ class ControllerPolicies(PolicySource):
 
     The controller's weights start from `seed`, whatever else has been drawn before.
     """
+
+    learns = True
 
     def __init__(
         self,
@@ -189,7 +198,10 @@ class ControllerPolicies(PolicySource):
         self.entropy_bonus = entropy_bonus
 
     def _sample(self, generator: torch.Generator) -> None:
-        decisions = self.controller.sample(self.M, generator)
+        try:
+            decisions = self.controller.sample(self.M, generator)
+        except RuntimeError:  # of weights so large that what comes of them is no probability
+            raise FloatingPointError("the controller is no longer finite") from None
         self.op_MQK, self.level_MQK = self.rows[decisions.op_MQK], decisions.level_MQK
 
     def _learn(self, loss_M: Tensor) -> tuple[Tensor, float]:
@@ -197,6 +209,8 @@ class ControllerPolicies(PolicySource):
         advantage_M, entropy_M = reinforce(
             self.controller, self.optimizer, choice_MQK, self.level_MQK, loss_M, self.entropy_bonus
         )
+        if not all(parameter.isfinite().all() for parameter in self.controller.parameters()):
+            raise FloatingPointError("the controller is no longer finite")
         return advantage_M, entropy_M.mean().item()
 
     def state_dict(self) -> dict[str, Any]:

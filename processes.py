@@ -8,6 +8,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -134,9 +135,39 @@ class World:
         """Give all processes the mean of their BatchNorm statistics, which each has made of its own images."""
         if self.size > 1:
             statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-            mean = self.mean(torch.cat([buffer.flatten() for buffer in statistics]))
+            # In float64 the mean of equal values is that value, so that a second time changes nothing.
+            mean = self.mean(torch.cat([buffer.flatten().double() for buffer in statistics]))
             for buffer, values in zip(statistics, mean.split([b.numel() for b in statistics]), strict=True):
                 buffer.copy_(values.view_as(buffer))
+
+
+class LateMaximum:
+    """The largest of each of a few numbers over all processes, as of the call before: none waits for the slowest.
+
+    One process alone has its numbers at once.
+    """
+
+    def __init__(self, world: World):
+        self._world = world
+        self._under_way: tuple[Tensor, dist.Work] | None = None
+
+    def __call__(self, *own: int) -> list[int]:
+        """To be called by all processes, with as many numbers each time; returns the same in all of them."""
+        if self._world.size == 1:
+            return list(own)
+        before = self.settle() or [0] * len(own)
+        numbers = torch.tensor(own)
+        self._under_way = numbers, dist.all_reduce(numbers, dist.ReduceOp.MAX, async_op=True)
+        return before
+
+    def settle(self) -> list[int]:
+        """Wait for what is under way; empty where nothing is. Afterwards it is forgotten."""
+        if self._under_way is None:
+            return []
+        numbers, work = self._under_way
+        work.wait()
+        self._under_way = None
+        return numbers.tolist()
 
 
 @contextlib.contextmanager
@@ -197,6 +228,15 @@ def digest(state: Any) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+class Terminated(KeyboardInterrupt):
+    """Ended by SIGTERM, as KeyboardInterrupt is by SIGINT."""
+
+
+def interruption(signum: int) -> type[KeyboardInterrupt]:
+    """What is raised for a signal."""
+    return Terminated if signum == signal.SIGTERM else KeyboardInterrupt
+
+
 def exit_with_status(main: Callable[[], None]) -> NoReturn:
     """Run a script's main(): status 0; 2 for what the user can mend; 130 after Ctrl-C. No traceback in any of them.
 
@@ -206,10 +246,10 @@ def exit_with_status(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except (Exception, KeyboardInterrupt) as error:
-        if not _first_to_fail():
-            sys.exit(2)
-        status, message = _in_words(error)
-        print(message, file=sys.stderr, flush=True)
+        speaks = _first_to_fail()
+        status, message = _in_words(error) if speaks or isinstance(error, KeyboardInterrupt) else (2, "")
+        if speaks:
+            print(message, file=sys.stderr, flush=True)
         sys.exit(status)
     sys.exit(0)
 
@@ -217,6 +257,8 @@ def exit_with_status(main: Callable[[], None]) -> NoReturn:
 def _in_words(error: BaseException) -> tuple[int, str]:
     """Exit status and message for what the user can mend; anything else is raised again."""
     where = f"process {os.environ['RANK']}: " if _number("RANK", 0) else ""
+    if isinstance(error, Terminated):
+        return 143, f"\nterminated{'; ' if str(error) else ''}{error}"
     if isinstance(error, KeyboardInterrupt):
         return 130, f"\ninterrupted{'; ' if str(error) else ''}{error}"
     if isinstance(error, (UserError, OSError, UnicodeError)):

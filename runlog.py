@@ -4,10 +4,13 @@
 `times.jsonl`. TensorBoard's horizontal axis is the step throughout.
 """
 
+import contextlib
 import json
 import os
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,63 +19,100 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+from checkpoint import cannot_write
 from utils import UserError, duration
 
 JSONL_FILES = ("metrics.jsonl", "policies.jsonl", "times.jsonl")
 
 
 class RunLog:
-    """Writes below `directory`. A resumed run gives the `positions` and `step` of its checkpoint: later lines go."""
+    """Writes below `directory`. A resumed run gives the `positions` and `step` of its checkpoint: later lines go.
+
+    Raises UserError where the disk is full or cannot be written to.
+    """
 
     def __init__(self, directory: Path, positions: dict[str, int] | None = None, step: int = 0):
+        self.directory = directory
         self._files = {}
-        for name in JSONL_FILES:
-            file = self._files[name] = (directory / name).open("ab")
-            position = (positions or {}).get(name, 0)
-            if file.seek(0, os.SEEK_END) < position:
-                raise UserError(f"{directory / name}: lacks lines that the checkpoint counts on; put a copy back")
-            file.truncate(position)
-        self._writer = SummaryWriter(str(directory), purge_step=step + 1 if positions else None)
+        self._hook, threading.excepthook = threading.excepthook, self._in_a_thread
+        with self._writing():
+            for name in JSONL_FILES:
+                file = self._files[name] = (directory / name).open("ab")
+                position = (positions or {}).get(name, 0)
+                if file.seek(0, os.SEEK_END) < position:
+                    raise UserError(f"{directory / name}: lacks lines that the checkpoint counts on; put a copy back")
+                file.truncate(position)
+            # TensorBoard takes the first such mark for the run's start; at each later one, what comes after it goes.
+            self._writer = SummaryWriter(str(directory), purge_step=step + 1 if positions else 0)
 
     def positions(self) -> dict[str, int]:
         """Length of each jsonl file in bytes, for the checkpoint; so much is on the disk then."""
-        for file in self._files.values():
-            os.fsync(file.fileno())
+        with self._writing():
+            self._writer.flush()
+            for file in self._files.values():
+                os.fsync(file.fileno())
         return {name: file.seek(0, os.SEEK_END) for name, file in self._files.items()}
 
-    def epoch(
-        self, epoch: int, step: int, metrics: dict[str, float], times: dict[str, float], intervals: list[dict[str, Any]]
-    ) -> None:
-        """A line of metrics.jsonl and times.jsonl for the epoch, one of policies.jsonl for each interval it ended."""
-        for record in intervals:
+    def interval(self, record: dict[str, Any]) -> None:
+        """A line of policies.jsonl for an interval that has ended, and its curves."""
+        with self._writing():
             self._line("policies.jsonl", {name: value for name, value in record.items() if name != "shares"})
             for name in ("entropy", "loss_spread"):
                 self._writer.add_scalar(f"policies/{name}", record[name], record["step"])
+            self._writer.add_scalar("policies/collapsed", float(record["collapsed"] is not None), record["step"])
             for group, values in record["shares"].items():
                 for name, share in values.items():
                     self._writer.add_scalar(f"{group}/{name}", share, record["step"])
-        last = {name: intervals[-1][name] for name in ("entropy", "loss_spread")} if intervals else {}
-        self._line("metrics.jsonl", {"epoch": epoch, "step": step, **metrics, **last})
-        self._line("times.jsonl", {"epoch": epoch, **times})
-        for name, value in (metrics | {"images_per_second": times["images_per_second"]}).items():
-            self._writer.add_scalar(f"epoch/{name}", value, step)
-        self._writer.flush()
+
+    def epoch(self, epoch: int, step: int, metrics: dict[str, float], times: dict[str, float]) -> None:
+        """A line of metrics.jsonl and one of times.jsonl for an epoch that has ended, and its curves."""
+        with self._writing():
+            self._line("metrics.jsonl", {"epoch": epoch, "step": step, **metrics})
+            self._line("times.jsonl", {"epoch": epoch, **times})
+            for name, value in (metrics | {"images_per_second": times["images_per_second"]}).items():
+                self._writer.add_scalar(f"epoch/{name}", value, step)
+            self._writer.flush()
+
+    def incident(self, record: dict[str, Any], words: str, step: int) -> None:
+        """A line of incidents.jsonl, which keeps what went wrong whatever the run goes back to, and a text."""
+        with self._writing():
+            with (self.directory / "incidents.jsonl").open("ab") as file:
+                file.write((json.dumps(record) + "\n").encode())
+                os.fsync(file.fileno())
+            self._writer.add_text("incidents", words, step)
+            self._writer.flush()
 
     def policy_images(self, rows: Tensor, captions: list[str], step: int) -> None:
         """uint8 images (rows, columns, C, H, W), a row per policy, and each row's caption. Small ones are enlarged."""
         scale = max(1, 96 // rows.shape[-1])
         images = rows.flatten(0, 1).repeat_interleave(scale, -1).repeat_interleave(scale, -2)
-        self._writer.add_image("policies", make_grid(images.cpu(), nrow=rows.shape[1]), step)
-        self._writer.add_text("policies", "\n".join(f"{row + 1}. {text}" for row, text in enumerate(captions)), step)
+        words = "\n".join(f"{row + 1}. {text}" for row, text in enumerate(captions))
+        with self._writing():
+            self._writer.add_image("policies", make_grid(images.cpu(), nrow=rows.shape[1]), step)
+            self._writer.add_text("policies", words, step)
 
     def close(self) -> None:
-        self._writer.close()
-        for file in self._files.values():
-            file.close()
+        with contextlib.suppress(OSError):  # what cannot be written has been complained of, or comes after the end
+            self._writer.close()
+            for file in self._files.values():
+                file.close()
+        threading.excepthook = self._hook
+
+    def _in_a_thread(self, error: threading.ExceptHookArgs) -> None:
+        """What fails in TensorBoard's thread is raised again by its writer's next call; it needs no traceback."""
+        if not issubclass(error.exc_type, OSError):
+            self._hook(error)
 
     def _line(self, name: str, record: dict[str, Any]) -> None:
         self._files[name].write((json.dumps(record) + "\n").encode())
         self._files[name].flush()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self.directory}: {cannot_write(self.directory, error)}") from None
 
 
 class SilentLog:
@@ -81,14 +121,10 @@ class SilentLog:
     def positions(self) -> dict[str, int]:
         return {}
 
-    def epoch(self, *_: Any) -> None:
+    def _nothing(self, *_: Any, **__: Any) -> None:
         pass
 
-    def policy_images(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+    interval = epoch = incident = policy_images = close = _nothing
 
 
 class Progress:

@@ -38,8 +38,10 @@ from measuring import ROOT, Spread, count, in_turn, parse, parser, publish, rati
 import main as training
 from config import DEFAULT_CONF, Config, add_setting_arguments, load_config, overrides_from, plain_values
 from dataloader import ResidentSplit, StreamedSplit
+from keeper import Keeper
 from policies import PolicySource
 from processes import World, exit_with_status, join
+from runlog import Progress, RunLog
 from utils import Table, UserError
 
 # The functions of each part, by who holds them: main's own names, and the classes whose objects it calls.
@@ -49,11 +51,11 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
     "model": [(training, "learn"), (training, "descend")],
     "controller": [(PolicySource, "resample"), (PolicySource, "observe"), (PolicySource, "update")],
     "logging": [
-        *((training.RunLog, name) for name in ("epoch", "policy_images", "positions")),
-        *((training.Progress, name) for name in ("step", "say")),
+        *((RunLog, name) for name in ("interval", "epoch", "policy_images", "positions")),
+        *((Progress, name) for name in ("step", "say")),
         (training, "preview"),
     ],
-    "checkpoints": [(training.TrainingState, "state_dict"), (training, "save_model"), (training, "save_checkpoint")],
+    "checkpoints": [(training, "save_model"), (Keeper, "save")],
     "scoring": [(training, "score_for_the_log")],
 }
 OVERHEAD = ("controller", "logging", "checkpoints")
@@ -104,11 +106,12 @@ def run(config: Config, args: argparse.Namespace, world: World, parts: dict[str,
     """Train for a few epochs, without a word on stdout; returns all but the first."""
     clock = Clock(world.device)
     with tempfile.TemporaryDirectory() as folder, clock.watches(parts), contextlib.redirect_stdout(io.StringIO()):
-        said = {"logdir": Path(folder), "name": "run", "resume": False, "overwrite": False, "stop_epoch": args.epochs}
+        said = dict.fromkeys(("resume", "resume_elastic", "overwrite"), False)
+        said |= {"logdir": Path(folder), "name": "run", "stop_epoch": args.epochs}
         try:
             training.train(config, argparse.Namespace(**vars(args) | said), world)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt from None  # this run is not kept, whatever main says of it
+        except KeyboardInterrupt as stop:
+            raise type(stop) from None  # this run is not kept, whatever main says of it
     return clock.epochs[1 : args.epochs]
 
 
@@ -127,8 +130,8 @@ class Clock:
                 for holder, name in functions:
                     timed = self._timed(part, getattr(holder, name))
                     replaced.enter_context(mock.patch.object(holder, name, timed))
-            say = self._ending_an_epoch(training.Progress.say)
-            replaced.enter_context(mock.patch.object(training.Progress, "say", say))
+            say = self._ending_an_epoch(Progress.say)
+            replaced.enter_context(mock.patch.object(Progress, "say", say))
             yield
 
     def _timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -48,6 +48,7 @@ from config import DEFAULT_CONF, Config, add_setting_arguments, load_config, ove
 from dataloader import ResidentSplit
 from models import build_model
 from processes import World, exit_with_status, join
+from trainingstate import TrainingState
 from utils import Table, UserError, choose_kernels, keyed_generator, keyed_seed, seed_default_generators
 
 WAYS = ("policies", "limit", "per image")
@@ -131,7 +132,7 @@ class Steps:
         model = build_model(config.model, self.classes, **config.model_options())
         model = model.to(world.device, memory_format=torch.channels_last)
         self.config, self.world = config, world
-        self.state = training.TrainingState.start(config, world, model)
+        self.state = TrainingState.start(config, world, model)
         self.state.trained.train()
         self.state.policies.resample(keyed_generator(config.seed, "policies", 0))
         self.micro_batches = world.deal(config.batch_size, config.accumulate)

@@ -3,10 +3,13 @@
 import contextlib
 import functools
 import io
+import itertools
+import json
 import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import traceback
@@ -17,12 +20,14 @@ from typing import NamedTuple
 import pytest
 import torch
 from hypothesis import settings
+from PIL import Image
 
 import dataloader
 import evaluate
 import main
 import pictures
 import robustness
+from checkpoint import Checkpoints
 from processes import World, exit_with_status, join
 
 settings.register_profile("project", deadline=None, derandomize=True, database=None)
@@ -106,12 +111,17 @@ def on_ranks(size, function, *arguments):
 
 def scripts_on_ranks(size, name, *arguments):
     """A script in `size` processes, as if torchrun had started it -> [OfRank] by rank."""
+    return start_ranks(size, as_script(name, *arguments))
+
+
+def as_script(name, *arguments):
+    """What runs a script in a process of its own, once called there."""
 
     def run():
         sys.argv = [name, *map(str, arguments)]
         exit_with_status({"main.py": main.main, "evaluate.py": evaluate.main}[name])
 
-    return start_ranks(size, run)
+    return run
 
 
 def _call_joined(function, arguments):
@@ -120,18 +130,43 @@ def _call_joined(function, arguments):
 
 
 def start_ranks(size, run):
-    forking = multiprocessing.get_context("fork")  # the modules are loaded already
-    ports, port = forking.Pipe(duplex=False)
-    keeper = forking.Process(target=_keep_store, args=(port,), daemon=True)
-    _start(keeper)
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_receive(ports)), "WORLD_SIZE": str(size)}
-    # As under torchrun: the store is kept by another process, and outlives those that meet there.
-    meeting |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
-    results = [forking.Pipe(duplex=False) for _ in range(size)]
+    with Ranks(size, run) as ranks:
+        return ranks.finished()
 
-    def as_rank(rank):
+
+class Ranks:
+    """`size` processes that call run() as if torchrun had started them; killed at the end of the context."""
+
+    def __init__(self, size, run):
+        forking = multiprocessing.get_context("fork")  # the modules are loaded already
+        ports, port = forking.Pipe(duplex=False)
+        self._keeper = forking.Process(target=_keep_store, args=(port,), daemon=True)
+        _start(self._keeper)
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_receive(ports)), "WORLD_SIZE": str(size)}
+        # As under torchrun: the store is kept by another process, and outlives those that meet there.
+        meeting |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+        self._results = [forking.Pipe(duplex=False) for _ in range(size)]
+        self.processes = [
+            forking.Process(target=self._as_rank, args=(rank, run, meeting if size > 1 else {})) for rank in range(size)
+        ]
+        for process in self.processes:
+            _start(process)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in (*self.processes, self._keeper):
+            process.kill()
+            process.join()
+
+    def finished(self):
+        """[OfRank] by rank, once all have ended."""
+        return [pickle.loads(_receive(result, raw=True)) for result, _ in self._results]
+
+    def _as_rank(self, rank, run, meeting):
         os.chdir(ROOT)
-        os.environ |= meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        os.environ |= meeting | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if meeting else {})
         out, err, result, status = io.StringIO(), io.StringIO(), None, 1
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
@@ -140,18 +175,8 @@ def start_ranks(size, run):
                 status = leaving.code
             except BaseException:
                 traceback.print_exc()
-        results[rank][1].send_bytes(pickle.dumps(OfRank(status, result, out.getvalue(), err.getvalue())))
+        self._results[rank][1].send_bytes(pickle.dumps(OfRank(status, result, out.getvalue(), err.getvalue())))
         os._exit(0)  # without the test runner's own farewell
-
-    ranks = [forking.Process(target=as_rank, args=(rank,)) for rank in range(size)]
-    for rank in ranks:
-        _start(rank)
-    try:
-        return [pickle.loads(_receive(result, raw=True)) for result, _ in results]
-    finally:
-        for process in (*ranks, keeper):
-            process.kill()
-            process.join()
 
 
 def _keep_store(port):
@@ -173,13 +198,25 @@ def _receive(connection, *, raw=False):
 
 
 @pytest.fixture
+def own_images(tmp_path):
+    """A folder data set of two classes with ten images each, for training and for testing."""
+    g = torch.Generator().manual_seed(0)
+    for split, name, i in itertools.product(("train", "test"), ("cats", "dogs"), range(10)):
+        path = tmp_path / "data" / split / name / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(torch.randint(256, (16, 16, 3), dtype=torch.uint8, generator=g).numpy()).save(path)
+    return tmp_path / "data"
+
+
+@pytest.fixture
 def start_process():
     """Start a script in a process of its own, as a user would; ended with the test."""
     processes = []
 
-    def start(name, *arguments):
+    def start(name, *arguments, **options):
         command = [sys.executable, "-c", HEEDING_SIGINT, str(ROOT / name), *map(str, arguments)]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(command, cwd=ROOT, **pipes, **options)
         processes.append(process)
         return process
 
@@ -195,6 +232,71 @@ def assert_refused(done, *words):
     assert "Traceback" not in done.err
     assert 1 <= len(done.err.strip().splitlines()) <= 2, done.err
     assert all(word in done.err for word in words), done.err
+
+
+LAUNCHERS = {
+    "torchrun": [sys.executable, "-m", "torch.distributed.run"],
+    "launch": [sys.executable, "-m", "torch.distributed.launch"],
+}
+# Deprecated calls of ours, made in the processes that the launcher starts, are errors there.
+STRICT = """import os, warnings
+if "RANK" in os.environ:
+    for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+        warnings.simplefilter("error", category)
+"""
+
+
+def launch(launcher, port, folder, *arguments, size=2):
+    """A script in processes of their own, started by torchrun or its forerunner; they are a group."""
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(STRICT)
+    command = [*LAUNCHERS[launcher], "--nproc_per_node", str(size), "--master_port", str(port), *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def lines(path):
+    """The records of a jsonl file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def files(run, *names):
+    return [(run / name).read_bytes() for name in names or ("metrics.jsonl", "policies.jsonl")]
+
+
+class Unkept:
+    """Stands by an epoch in the place of a Keeper, and does nothing but collect the records of its intervals."""
+
+    def __init__(self):
+        self.intervals = []
+
+    def after_step(self):
+        pass
+
+    def after_interval(self, record):
+        self.intervals.append(record)
+
+
+def final_state(run):
+    """The newest checkpoint of a run, without what its clocks say."""
+    state = Checkpoints(run / "checkpoints").load_newest(pytest.fail)
+    del state["positions"]["times.jsonl"]  # clocks have digits of their own
+    del state["so_far"]["seconds"]
+    return state
 
 
 def same(a, b):

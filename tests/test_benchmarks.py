@@ -25,6 +25,7 @@ from perimage import OPERATIONS, Draws, Operation, PerImage
 from PIL import Image
 
 import main
+import trainingstate
 from augmentations import OPS, apply
 from config import Config
 from models import build_model
@@ -229,7 +230,7 @@ def noise(N, height=32, width=32):
 def test_image_by_image_the_same_inputs_come_from_the_same_draws(size):
     N, M, images_NCHW = 24, 4, noise(24, *size)
     pipeline = per_image(images_NCHW, M=M, Q=4, cutout=9)
-    state = main.TrainingState.start(pipeline.config, ALONE, build_model("wresnet10_1", 10))
+    state = trainingstate.TrainingState.start(pipeline.config, ALONE, build_model("wresnet10_1", 10))
     every_row = torch.cat([torch.randperm(len(OPS), generator=keyed_generator(half)) for half in range(2)])
     state.policies.op_MQK = every_row.view(M, 4, 2)
     state.policies.level_MQK = torch.randint(10, (M, 4, 2), generator=keyed_generator("levels"))

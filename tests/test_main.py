@@ -9,38 +9,25 @@ import signal
 import pytest
 import torch
 import yaml
-from conftest import ALONE, ROOT, TINY, assert_refused, same
+from conftest import ALONE, ROOT, TINY, Unkept, assert_refused, files, final_state, lines, same
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
+import rundirectory
+import trainingstate
 from augmentations import OPS, row_of
-from checkpoint import load_newest_checkpoint, load_tensors, save_checkpoint
+from checkpoint import Checkpoints, load_tensors
 from config import Config, load_config
 from dataloader import Normalise, ResidentSplit, epoch_batches
 from evaluate import score
 from models import build_model
 from policies import RandomPolicies
 from processes import World
-from runlog import Progress
-from utils import choose_kernels, environment, full_float32
+from utils import choose_kernels, environment, full_float32, keyed_generator
 
 # Noise in the network, and intervals that end in the middle of epochs (4 steps each): state that is easily lost.
 DEMANDING = ("dropout=0.1", "policy_interval=3", "controller_lr=0.05")
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def files(run, *names):
-    return [(run / name).read_bytes() for name in names or ("metrics.jsonl", "policies.jsonl")]
-
-
-def final_state(run):
-    state = load_newest_checkpoint(run / "checkpoints", warn=pytest.fail)
-    del state["positions"]["times.jsonl"]  # clocks have digits of their own
-    return state
 
 
 @pytest.fixture
@@ -147,14 +134,14 @@ def test_tensorboard_shows_curves_shares_and_images(train):
 def test_a_single_policy_trains_without_a_controller_step(train):
     run = train("single", "M=1", "controller_lr=1000")
     for line in lines(run / "metrics.jsonl") + lines(run / "policies.jsonl"):
-        assert all(math.isfinite(value) for value in line.values() if not isinstance(value, list)), line
+        assert all(math.isfinite(value) for value in line.values() if isinstance(value, (int, float))), line
     assert [line["advantages"] for line in lines(run / "policies.jsonl")] == [[0.0]] * 3
     assert final_state(run)["policies"]["optimizer"]["state"] == {}
 
 
 def state_for(config, policies=None, model=None):
     torch.manual_seed(0)
-    state = main.TrainingState.start(config, ALONE, model or build_model(config.model, 10))
+    state = trainingstate.TrainingState.start(config, ALONE, model or build_model(config.model, 10))
     state.policies = policies or state.policies
     return state
 
@@ -176,9 +163,10 @@ def test_rewards_belong_to_the_policies_that_caused_them(destroyer):
     policies.op_MQK = torch.zeros_like(policies.op_MQK)
     state = state_for(config, policies)
     split = ResidentSplit(images, labels)
-    for epoch in range(config.epochs):
-        state.epoch = epoch
-        metrics, (record,) = main.train_one_epoch(state, split, Progress(0, 0))
+    for _ in range(config.epochs):
+        metrics = main.train_one_epoch(state, split, keeper := Unkept())
+        state.end_epoch()
+    (record,) = keeper.intervals
     losses = record["losses"]
     assert losses.index(max(losses)) == destroyer
     assert max(losses) > 1.5 * sorted(losses)[-2]
@@ -215,7 +203,7 @@ def test_steps_are_those_of_sgd_on_the_mean_loss_of_all_copies():
     split = small_set(16)
     model = Recorder(192)
     weight, bias = (p.detach().clone().double() for p in model.linear.parameters())
-    metrics, _ = main.train_one_epoch(state_for(config, model=model), split, Progress(0, 0))
+    metrics = main.train_one_epoch(state_for(config, model=model), split, Unkept())
 
     losses, momenta = [], None
     for step, index in enumerate(epoch_batches(16, 8, config.seed, 0)):
@@ -242,7 +230,7 @@ def test_steps_are_those_of_sgd_on_the_mean_loss_of_all_copies():
 def test_the_network_sees_every_image_once_per_policy_with_its_own_cutout():
     config = Config(**PLAIN | {"cutout": 4}, batch_size=10, M=3)
     split, model = small_set(10), Recorder(192)
-    main.train_one_epoch(state_for(config, model=model), split, Progress(0, 0))
+    main.train_one_epoch(state_for(config, model=model), split, Unkept())
     (seen,) = model.seen
     (order,) = epoch_batches(10, 10, config.seed, 0)
     plain = Normalise(config, torch.device("cpu"))(split.images[order]).repeat_interleave(3, 0)
@@ -269,12 +257,12 @@ def test_no_step_waits_for_its_device(monkeypatch, model, settings):
     device = torch.device("meta")
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it knows no such device
     config = Config(model=model, dataset="shapes", M=4, batch_size=8, epochs=2, policy_interval=20, **settings)
-    state = main.TrainingState.start(config, World((device,)), build_model(model, 10).to(device))
+    state = trainingstate.TrainingState.start(config, World((device,)), build_model(model, 10).to(device))
     split = ResidentSplit(torch.empty(40, 3, 32, 32, dtype=torch.uint8, device=device), torch.zeros(40).long())
-    progress = Steps()
-    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):  # the end of the epoch
-        main.train_one_epoch(state, split, progress)
-    assert progress.steps == 5
+    keeper = Steps()
+    with pytest.raises(RuntimeError, match="meta tensor"):  # the end of the epoch
+        main.train_one_epoch(state, split, keeper)
+    assert keeper.steps == 5
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -282,17 +270,17 @@ def test_no_step_waits_for_its_device(monkeypatch, model, settings):
 def test_no_step_waits_for_cuda(settings):
     device = torch.device("cuda")
     config = Config(model="wresnet10_1", dataset="shapes", M=4, batch_size=8, epochs=2, policy_interval=20, **settings)
-    state = main.TrainingState.start(
+    state = trainingstate.TrainingState.start(
         config, World((device,)), build_model("wresnet10_1", 10).to(device, memory_format=torch.channels_last)
     )
     split = ResidentSplit(torch.zeros(80, 3, 32, 32, dtype=torch.uint8, device=device), torch.zeros(80).long())
-    progress = Steps(watched_from=2)
+    keeper = Steps(watched_from=2)
     try:
         with pytest.raises(RuntimeError, match="called a synchronizing"):  # the end of the epoch
-            main.train_one_epoch(state, split, progress)
+            main.train_one_epoch(state, split, keeper)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert progress.steps == 10
+    assert keeper.steps == 10
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -305,7 +293,7 @@ def test_a_fused_step_that_the_scaler_skips_leaves_no_trace(momentum):
         torch.nn.init.zeros_(model.weight)
         torch.full((5, 50, 50), math.nan)  # what the memory that comes next is full of
         optimizer, scaler = (
-            main.build_optimizer(model, config, fused=fused),
+            trainingstate.build_optimizer(model, config, fused=fused),
             torch.amp.GradScaler("cpu", init_scale=4.0),
         )
         for gradient in (math.inf, 1.0, 1.0):
@@ -320,11 +308,11 @@ def test_a_fused_step_that_the_scaler_skips_leaves_no_trace(momentum):
 
 def test_a_resumed_optimizer_stays_as_fused_as_its_device_has_it(train):
     run = train("fused", "--stop_epoch=1")
-    saved = final_state(run) | {"ranks": load_newest_checkpoint(run / "checkpoints", warn=pytest.fail)["ranks"]}
+    saved = Checkpoints(run / "checkpoints").load_newest(pytest.fail)
     assert saved["optimizer"]["param_groups"][0]["fused"] is None
     config = load_config(run / "config.yaml", {})
-    state = main.TrainingState.start(config, ALONE, build_model(config.model, 10))
-    state.optimizer = main.build_optimizer(state.model, config, fused=True)
+    state = trainingstate.TrainingState.start(config, ALONE, build_model(config.model, 10))
+    state.optimizer = trainingstate.build_optimizer(state.model, config, fused=True)
     state.load_state_dict(saved, run)
     assert [group["fused"] for group in state.optimizer.param_groups] == [True]
 
@@ -355,13 +343,14 @@ def test_scores_are_in_float32_whatever_the_training_is_in(tf32):
         )
 
 
-class Steps:
+class Steps(Unkept):
     """Counts steps, and from one of them on lets torch refuse to wait for CUDA."""
 
     def __init__(self, watched_from=None):
+        super().__init__()
         self.steps, self.watched_from = 0, watched_from
 
-    def step(self, *_):
+    def after_step(self):
         self.steps += 1
         if self.steps == self.watched_from:
             torch.cuda.set_sync_debug_mode("error")
@@ -371,7 +360,7 @@ class Steps:
 def test_mixed_precision_is_that_of_the_forward_pass(amp, dtype):
     config = Config(**PLAIN, batch_size=10, M=2, amp=amp)
     model = Recorder(192)
-    metrics, _ = main.train_one_epoch(state_for(config, model=model), small_set(10), Progress(0, 0))
+    metrics = main.train_one_epoch(state_for(config, model=model), small_set(10), Unkept())
     assert {answer.dtype for answer in model.answers} == {dtype}
     assert model.linear.weight.dtype == torch.float32
     assert math.isfinite(metrics["train_loss"])
@@ -379,7 +368,7 @@ def test_mixed_precision_is_that_of_the_forward_pass(amp, dtype):
 
 def test_float16_is_trained_with_a_scaled_loss():
     config = Config(**PLAIN, amp=True, amp_dtype="float16")
-    scaler = main.TrainingState.start(config, ALONE, Recorder(192)).scaler
+    scaler = trainingstate.TrainingState.start(config, ALONE, Recorder(192)).scaler
     assert scaler.is_enabled()
     assert not state_for(Config(**PLAIN, amp=True), model=Recorder(192)).scaler.is_enabled()
 
@@ -397,7 +386,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_good_state_kept(sc
         f"policy_interval={interval}",
     )
     exploding = ("schedule=step", "milestones=[2]", "gamma=1e9")
-    words = ("diverged: the loss is no longer finite in epoch 3", "lower lr")
+    words = ("diverged: the ", " is no longer finite in epoch 3, step ", "lower lr")
     assert_refused(script("main.py", *said, *exploding), *words)
     run = tmp_path / "diverged"
     assert final_state(run)["epoch"] == len(lines(run / "metrics.jsonl")) == 2
@@ -425,7 +414,7 @@ def test_gradients_are_clipped_to_the_norm(train):
     steps = []
     for clip in (0.0, 1e-6):
         run = train(f"clip{clip}", f"grad_clip={clip}", "epochs=1", "weight_decay=0", "momentum=0", "nesterov=false")
-        torch.manual_seed(main.keyed_generator(0, "network").initial_seed())
+        torch.manual_seed(keyed_generator(0, "network").initial_seed())
         start = build_model("wresnet10_1", 10).state_dict()
         end = load_tensors(run / "model.pt")["model"]
         moved = [(end[name] - start[name]).flatten() for name in start if "weight" in name]
@@ -506,17 +495,6 @@ def test_a_changed_place_of_the_data_or_number_of_workers_does_not_hinder_resumi
     assert yaml.safe_load((run / "config.yaml").read_text())["dataroot"] == "elsewhere"
 
 
-@pytest.fixture
-def own_images(tmp_path):
-    """A folder data set of two classes with ten images each, for training and for testing."""
-    g = torch.Generator().manual_seed(0)
-    for split, name, i in itertools.product(("train", "test"), ("cats", "dogs"), range(10)):
-        path = tmp_path / "data" / split / name / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(torch.randint(256, (16, 16, 3), dtype=torch.uint8, generator=g).numpy()).save(path)
-    return tmp_path / "data"
-
-
 @pytest.mark.parametrize("change", ["image removed", "image replaced", "class renamed", "test image removed"])
 @pytest.mark.parametrize("resident_gb", [1, 1e-9])
 def test_other_images_hinder_resuming(script, own_images, tmp_path, change, resident_gb):
@@ -565,7 +543,7 @@ def test_the_last_interval_may_be_shorter_and_is_logged(train):
 
 def test_every_start_is_noted_and_another_machine_is_warned_of(train, script, tmp_path, monkeypatch):
     run = train("noted", "--stop_epoch=1")
-    monkeypatch.setattr(main, "environment", lambda device: environment(device) | {"threads": 77})
+    monkeypatch.setattr(rundirectory, "environment", lambda device: environment(device) | {"threads": 77})
     done = script("main.py", "--resume", "--logdir", tmp_path, "--name", "noted", "--set", *TINY)
     assert done.status == 0
     assert "warning: " in done.err
@@ -587,7 +565,7 @@ def test_overwriting_through_a_link_leaves_nothing_of_the_old_run(train, tmp_pat
     run = train("target", "seed=1")
     (tmp_path / "link").symlink_to(run)
     train("link", "--overwrite", "--stop_epoch=1")
-    assert [path.name[:10] for path in (run / "checkpoints").iterdir()] == ["epoch-0001"]
+    assert sorted(path.name[:10] for path in (run / "checkpoints").iterdir()) == ["epoch-0000", "epoch-0001"]
     assert len(lines(run / "metrics.jsonl")) == 1
 
 
@@ -598,7 +576,7 @@ def test_all_checkpoints_damaged(script, train, tmp_path):
     metrics = files(run)
     refused = script("main.py", "--resume", "--logdir", tmp_path, "--name", "gone", "--set", *TINY)
     assert refused.status == 2
-    assert "all 2 checkpoints are damaged" in refused.err
+    assert "none of the 2 checkpoints is whole" in refused.err
     assert files(run) == metrics
 
 
@@ -610,7 +588,7 @@ def test_checkpoints_that_are_not_this_runs(script, train, tmp_path):
     before = final_state(run)
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("wresnet10_1", "wresnet16_1"))
     assert_refused(script("main.py", *said, "model=wresnet16_1"), "does not fit the settings in its config.yaml")
-    save_checkpoint(run / "checkpoints", 9, {"somebody": "else's"})
+    Checkpoints(run / "checkpoints").save({"epoch": 9, "step": 0, "somebody": "else's"})
     assert_refused(script("main.py", *said, "model=wresnet16_1"), "epoch-0009-", "is no checkpoint of a run")
     assert before["epoch"] == 1
 

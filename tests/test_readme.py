@@ -32,6 +32,18 @@ def test_the_files_named_exist_and_every_module_is_in_the_map():
     assert {path.name for path in ROOT.glob("*.py")} <= links
 
 
+def test_every_promise_names_tests_that_exist():
+    """docs/reliability.md, whose tables have a promise and its tests in each row."""
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (?!promise|exit|---|\d)(.*) \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) > 20
+    for promise, shown_by in rows:
+        named = re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", shown_by)
+        assert named or shown_by == "the tests above", promise
+        for file, test in named:
+            assert f"def {test or 'test_'}" in (ROOT / file).read_text(encoding="utf-8"), (file, test)
+
+
 def test_the_results_table_has_every_conf_with_its_errors_and_its_cost():
     for path in published_confs():
         header = path.read_text(encoding="utf-8")

@@ -28,6 +28,7 @@ from download import Downloads, Missing, Remote, unpack
 from imagefiles import IMAGE_SUFFIXES, CentreCrop, FileCheck, FitSquare, ImageFiles, RandomCrop
 from shapes import CLASSES as SHAPE_CLASSES
 from shapes import draw_shapes
+from stopping import leave_signals_to_the_parent
 from utils import UserError, keyed_generator, warn
 
 # Mean and standard deviation of red, green and blue. CIFAR's are those that the paper's line of work uses.
@@ -332,7 +333,12 @@ class _FolderSource:
         if not self.config.check_files:
             return [None] * len(paths)
         loader = DataLoader(
-            FileCheck(paths), 256, num_workers=self.config.workers, collate_fn=list, generator=torch.Generator()
+            FileCheck(paths),
+            256,
+            num_workers=self.config.workers,
+            collate_fn=list,
+            worker_init_fn=leave_signals_to_the_parent,
+            generator=torch.Generator(),
         )
         with self._bar("checking", len(paths)) as bar:
             for reasons_of_batch in loader:

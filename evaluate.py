@@ -14,6 +14,11 @@ Shape suffixes: B images of a batch, I of a split; V sequences of T frames; C, H
 counts classes.
 """
 
+if __name__ == "__main__":
+    from stopping import end_quietly_on_ctrl_c
+
+    end_quietly_on_ctrl_c()  # while all this is imported
+
 import argparse
 import dataclasses
 import re
@@ -112,9 +117,9 @@ def evaluate(subject: Subject, args: argparse.Namespace, world: World) -> dict[s
                 results.add(benchmark, measure(benchmark, cell, predictions, num_classes), seconds)
             if world.leads and (lacking or not any(results.pictures.glob(f"{benchmark.name}_*.png"))):
                 draw_pictures(results.pictures, benchmark, results.of(benchmark), subject.classes)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         without = " without --overwrite" if args.overwrite else ""
-        raise KeyboardInterrupt(f"what was scored is kept; the same command{without} goes on with the rest") from None
+        raise type(stop)(f"what was scored is kept; the same command{without} goes on with the rest") from None
     finally:
         progress.close()
     return results.head | {"benchmarks": {benchmark.name: results.of(benchmark) for benchmark in benchmarks}}

@@ -70,8 +70,8 @@ def make(config: Config, downloads: Downloads) -> Path:
         for row in rows:
             draw = partial(_draw, split, row.name, (5 * images, side, side, 3), config.seed, progress)
             note(write_atomically(folder / f"{row.name}.npy", draw))
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("whole files are kept; the same command goes on with the rest") from None
+    except KeyboardInterrupt as stop:
+        raise type(stop)("whole files are kept; the same command goes on with the rest") from None
     finally:
         progress.close()
     return folder

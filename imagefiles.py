@@ -15,6 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as on_pillow
 
+from stopping import leave_signals_to_the_parent
 from utils import in_a_line, keyed_seed
 
 IMAGE_SUFFIXES = frozenset(IMG_EXTENSIONS)
@@ -64,6 +65,7 @@ class ImageFiles(Dataset):
             num_workers=workers,
             collate_fn=_collate,
             pin_memory=pinned,
+            worker_init_fn=leave_signals_to_the_parent,
             generator=torch.Generator(),  # otherwise the loader draws from the default generator
         )
 

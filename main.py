@@ -16,9 +16,15 @@ Shape suffixes: N distinct images of a batch, M policies, B = N * M copies (imag
 n * M + m); C, H, W as usual, but for logits_BC, where C counts classes.
 """
 
+if __name__ == "__main__":
+    from stopping import end_quietly_on_ctrl_c
+
+    end_quietly_on_ctrl_c()  # while all this is imported
+
 import argparse
 import math
 import shlex
+import signal
 import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -56,9 +62,9 @@ from download import Downloads
 from evaluate import score
 from keeper import Keeper
 from models import build_model
-from processes import World, each_waits_for_the_last, exit_with_status, interruption, join
+from processes import World, each_waits_for_the_last, exit_with_status, join
 from rundirectory import check_run_directory, held, write_run_directory
-from stopping import Stopped
+from stopping import Stopped, Terminated
 from trainingstate import TrainingState
 from utils import CommandLine, UserError, choose_kernels, duration, seed_default_generators
 
@@ -103,7 +109,8 @@ def train(config: Config, args: argparse.Namespace, world: World) -> None:
                         keeper.go_back(error)
                 keeper.progress.say(closing_words(run, state))
         except Stopped as stop:
-            raise interruption(stop.signum)(f"{where(state)} is saved; go on with: {resume_command(world)}") from None
+            interruption = Terminated if stop.signum == signal.SIGTERM else KeyboardInterrupt
+            raise interruption(f"{where(state)} is saved; go on with: {resume_command(world)}") from None
 
 
 def run_epoch(state: TrainingState, data: Data, keeper: Keeper) -> None:

@@ -8,7 +8,7 @@ import contextlib
 import functools
 import hashlib
 import os
-import signal
+import select
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from stopping import Terminated, signals_raise
 from utils import UserError, keep_freed_memory
 
 # How long a process waits for the others. One that ends is noticed at once; one may be fetching tens of GB.
@@ -228,49 +229,74 @@ def digest(state: Any) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-class Terminated(KeyboardInterrupt):
-    """Ended by SIGTERM, as KeyboardInterrupt is by SIGINT."""
-
-
-def interruption(signum: int) -> type[KeyboardInterrupt]:
-    """What is raised for a signal."""
-    return Terminated if signum == signal.SIGTERM else KeyboardInterrupt
-
-
 def exit_with_status(main: Callable[[], None]) -> NoReturn:
-    """Run a script's main(): status 0; 2 for what the user can mend; 130 after Ctrl-C. No traceback in any of them.
+    """Run a script's main(): status 0; 2 for what the user can mend; 130 after Ctrl-C, 143 after SIGTERM; 141 where
+    nobody reads what is printed, as behind `| head`. No traceback in any of them.
 
     Files and memory are the user's to mend as well: a full disk, a missing permission, a batch too large. Of several
     processes the first to fail speaks; the others, which fail in its wake, end in silence.
     """
-    try:
-        main()
-    except (Exception, KeyboardInterrupt) as error:
-        speaks = _first_to_fail()
-        status, message = _in_words(error) if speaks or isinstance(error, KeyboardInterrupt) else (2, "")
+    with signals_raise() as enough:
+        try:
+            try:
+                main()
+                status = 0
+            except SystemExit as leaving:  # after --help
+                status = leaving.code
+            sys.stdout.flush()
+        except (Exception, KeyboardInterrupt) as error:
+            enough()
+            status = _tell(error)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # the interpreter would try again when it ends, and fail with a traceback
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(status)
+
+
+def _tell(error: BaseException) -> int:
+    """Say what ends this process, if it is the one to speak; returns the exit status. What is no user's to mend is
+    raised again.
+    """
+    speaks = _first_to_fail()
+    status, message = 2, ""
+    if isinstance(error, KeyboardInterrupt):
+        status, word = (143, "terminated") if isinstance(error, Terminated) else (130, "interrupted")
+        message = "\n" + "; ".join(filter(None, (word, str(error))))
+    elif isinstance(error, BrokenPipeError) and _nobody_reads():
+        return 141
+    elif speaks:
+        message = _in_words(error)
+    with contextlib.suppress(BrokenPipeError):
         if speaks:
             print(message, file=sys.stderr, flush=True)
-        sys.exit(status)
-    sys.exit(0)
+    return status
 
 
-def _in_words(error: BaseException) -> tuple[int, str]:
-    """Exit status and message for what the user can mend; anything else is raised again."""
-    where = f"process {os.environ['RANK']}: " if _number("RANK", 0) else ""
-    if isinstance(error, Terminated):
-        return 143, f"\nterminated{'; ' if str(error) else ''}{error}"
-    if isinstance(error, KeyboardInterrupt):
-        return 130, f"\ninterrupted{'; ' if str(error) else ''}{error}"
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe that has been closed at its other end."""
+    try:
+        pipe = select.poll()
+        pipe.register(sys.stdout.fileno(), 0)  # what is wrong with it is told unasked
+        return bool(pipe.poll(0))
+    except (AttributeError, OSError):  # no pipe, or a system that has no poll
+        return False
+
+
+def _in_words(error: BaseException) -> str:
+    """A message for what the user can mend; anything else is raised again."""
+    where = f"process {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
     if isinstance(error, (UserError, OSError, UnicodeError)):
-        return 2, f"error: {where}{error}"
+        return f"error: {where}{error}"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
-        return 2, f"error: {where}out of memory; a smaller model or fewer images at a time need less"
+        return f"error: {where}out of memory; a smaller model or fewer images at a time need less"
     if "timed out" in str(error).lower() and isinstance(error, (dist.DistError, RuntimeError)):
-        return 2, f"error: {where}has waited {PATIENCE} for another process, in vain; is that one stuck?"
+        return f"error: {where}has waited {PATIENCE} for another process, in vain; is that one stuck?"
     if isinstance(error, dist.DistError) or "closed by peer" in str(error):
-        return 2, f"error: {where}another process has ended without a word; was it killed, or out of memory?"
+        return f"error: {where}another process has ended without a word; was it killed, or out of memory?"
     if "DataLoader worker" in str(error):
-        return 2, f"error: {where}a process that decodes images was killed; fewer workers need less (shared) memory"
+        return f"error: {where}a process that decodes images was killed; fewer workers need less (shared) memory"
     raise error
 
 

@@ -12,6 +12,11 @@ or, where none is published, the one noted at first use. `source` says what the 
 "subset" of them, images "generated" here, one's "own", or those "embedded" in the program.
 """
 
+if __name__ == "__main__":
+    from stopping import end_quietly_on_ctrl_c
+
+    end_quietly_on_ctrl_c()  # while all this is imported
+
 import argparse
 import hashlib
 from collections.abc import Callable, Mapping, Sequence

@@ -1,12 +1,20 @@
-"""The wish that a run stop, by Ctrl-C (SIGINT) or SIGTERM: noted, and heeded where nothing is lost."""
+"""The wish that a process stop, by Ctrl-C (SIGINT) or SIGTERM: raised as an error, or noted and heeded when it is safe.
 
+Nothing is imported here that takes time: scripts begin with this.
+"""
+
+import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Terminated(KeyboardInterrupt):
+    """By SIGTERM, as KeyboardInterrupt is by Ctrl-C."""
 
 
 class Stopped(Exception):
@@ -15,6 +23,52 @@ class Stopped(Exception):
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
+
+
+def end_quietly_on_ctrl_c() -> None:
+    """For the seconds that a script's imports take: there is nothing to keep yet, and nothing to say."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # in the background of a shell it is ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def signals_raise() -> Iterator[Callable[[], None]]:
+    """Meanwhile Ctrl-C raises KeyboardInterrupt, and SIGTERM Terminated, until what is given is called.
+
+    From then on SIGTERM, which launchers repeat, is ignored, and Ctrl-C ends the process at once. Signals that are
+    ignored, or handled by others, stay as they are.
+    """
+    process = os.getpid()
+
+    def terminate(number: int, _: FrameType | None) -> None:
+        if os.getpid() == process:
+            raise Terminated
+        signal.signal(number, signal.SIG_DFL)  # a child that was forked
+        os.kill(os.getpid(), number)
+
+    def enough() -> None:
+        for number, handler in ((signal.SIGINT, signal.SIG_DFL), (signal.SIGTERM, signal.SIG_IGN)):
+            if number in before:
+                signal.signal(number, handler)
+
+    raising = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # no other may handle signals
+        ours = (signal.SIG_DFL, signal.default_int_handler)
+        before = {number: signal.getsignal(number) for number in SIGNALS if signal.getsignal(number) in ours}
+    for number in before:
+        signal.signal(number, raising[number])
+    try:
+        yield enough
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def leave_signals_to_the_parent(_: int = 0) -> None:
+    """For a process that decodes images: signals reach the whole group, and its images are needed until the end."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Wish:
@@ -33,8 +87,9 @@ class Wish:
 
     def __enter__(self) -> "Wish":
         self._process = os.getpid()
-        of_the_main_thread = threading.current_thread() is threading.main_thread()  # no other may handle signals
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS if of_the_main_thread}
+        of_the_main_thread = threading.current_thread() is threading.main_thread()
+        numbers = [n for n in SIGNALS if of_the_main_thread and signal.getsignal(n) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -42,7 +97,7 @@ class Wish:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if os.getpid() != self._process:  # one that decodes images, and is needed until the step is finished
+        if os.getpid() != self._process:  # a child that was forked, and is needed until the step is finished
             return
         if number == signal.SIGINT:
             self._left -= 1

@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import itertools
 import math
+import os
 import types
 import typing
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ import yaml
 
 from augmentations import OPS
 from models import check_model
-from utils import UserError, did_you_mean
+from utils import UserError, did_you_mean, in_a_line, one_line, require_file, shown
 
 ALL_OPS = tuple(op.name for op in OPS)
 DEFAULT_CONF = Path(__file__).parent / "confs" / "demo.yaml"
 DATASETS = ("shapes", "cifar10", "cifar100", "imagenet", "folder")
+LONGEST_CONF = 65536  # bytes; all settings with all that is said of them here are a tenth of it
 
 
 def setting(default: Any, doc: str, *, may_change: bool = False) -> Any:
@@ -123,7 +125,7 @@ class Config:
     def __post_init__(self):
         def require(ok: bool, field: str, what: str) -> None:
             if not ok:
-                raise ConfigError(field, f"{field}: {getattr(self, field)!r} {what}")
+                raise ConfigError(field, f"{field}: {shown(getattr(self, field))} {what}")
 
         def one_of(field: str, *choices: str) -> None:
             require(getattr(self, field) in choices, field, f"is not one of {', '.join(choices)}")
@@ -137,6 +139,7 @@ class Config:
             numbers = value if isinstance(value, tuple) else (value,)
             require(all(not isinstance(v, float) or math.isfinite(v) for v in numbers), field.name, "is not finite")
 
+        require(_can_be_a_path(self.dataroot), "dataroot", "cannot be the name of a folder")
         one_of("dataset", *DATASETS)
         one_of("policy", "controller", "random", "none")
         one_of("recurrence", "policy", "subpolicy")
@@ -187,11 +190,12 @@ class Config:
         require(bool(self.ops), "ops", "must name at least one operation; for none at all, set policy: none")
         require(len(set(self.ops)) == len(self.ops), "ops", "names an operation twice")
         for name in self.ops:
-            require(name in ALL_OPS, "ops", f"names an unknown operation {name!r}{did_you_mean(name, ALL_OPS)}")
+            require(name in ALL_OPS, "ops", f"names an unknown operation {shown(name)}{did_you_mean(name, ALL_OPS)}")
+        require(len(self.model) <= 60, "model", "is too long for the name of a network")
         try:
             check_model(self.model, **self.model_options())
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # the last two: too large to exist
-            raise ConfigError("model", f"model: {str(error).splitlines()[0]}") from None
+            raise ConfigError("model", f"model: {in_a_line(error)}") from None
 
     @property
     def cropped_when_read(self) -> bool:
@@ -229,11 +233,11 @@ def load_config(conf_file: Path | None, overrides: dict[str, tuple[str, Any]]) -
     values = {}
     for field, (where, value) in said.items():
         if field not in types_:
-            raise UserError(f"{where}: unknown setting {field!r}{did_you_mean(field, types_)}")
+            raise UserError(f"{where}: unknown setting {shown(field)}{did_you_mean(field, types_)}")
         try:
             values[field] = _convert(value, types_[field])
         except ValueError as error:
-            raise UserError(f"{where}: {field}: {value!r} is not {error}") from None
+            raise UserError(f"{where}: {field}: {shown(value)} is not {error}") from None
     try:
         return Config(**values)
     except ConfigError as error:
@@ -265,26 +269,56 @@ def add_setting_arguments(parser: argparse.ArgumentParser, *, several_seeds: boo
 
 
 def overrides_from(args: argparse.Namespace) -> dict[str, tuple[str, Any]]:
-    """Settings said on the command line: field -> (where, value). Raises UserError for a malformed --set."""
+    """Settings said on the command line: field -> (where, value).
+
+    Raises UserError for a malformed --set. A conf may be somebody else's: unless the command line says where data lie,
+    or are to be put, raises UserError for one that names a place outside the working directory, too.
+    """
     said = {}
     for word in args.set:
         field, equals, text = word.partition("=")
         if not equals:
-            raise UserError(f"--set {word}: write it as setting=value")
+            raise UserError(f"--set {one_line(word)}: write it as setting=value")
         try:
-            said[field] = ("--set", yaml.safe_load(text))
+            said[field] = ("--set", yaml.load(text, _Loader))
         except Exception:  # PyYAML's constructors raise more than YAMLError
-            raise UserError(f"--set {word}: the value cannot be read") from None
+            raise UserError(f"--set {one_line(word)}: the value cannot be read") from None
     for field in ("M", "seed", "amp", "dataroot"):
         value = getattr(args, field, None)
         if value not in (None, False):
             said[field] = (f"--{field}", value)
+    if args.load_conf and "dataroot" not in said:
+        dataroot = _read_yaml(args.load_conf).get("dataroot")
+        if isinstance(dataroot, str) and not stays_below(dataroot):
+            raise UserError(
+                f"{args.load_conf}: dataroot: {shown(dataroot)} leads out of the working directory\n"
+                "data may be put there only if the command line says so: --dataroot DIR"
+            )
     return said
 
 
+def stays_below(path: str) -> bool:
+    """Whether a path leads, by its words alone, to the working directory or below it."""
+    if not _can_be_a_path(path) or Path(path).anchor:
+        return False
+    first, _, _ = os.path.normpath(path).partition(os.sep)
+    return first != os.pardir and not first.startswith("~")
+
+
+def _can_be_a_path(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeError:  # half of a surrogate pair, which YAML lets a text hold
+        return False
+
+
 def run_directory(args: argparse.Namespace, config: Config) -> Path:
-    """<logdir>/<conf name>_<seed>, or <logdir>/<name>."""
-    return args.logdir / (args.name or f"{(args.load_conf or DEFAULT_CONF).stem}_{config.seed}")
+    """<logdir>/<conf name>_<seed>, or <logdir>/<name>. Raises UserError for a name that is not one below logdir."""
+    if args.name is None:
+        return args.logdir / f"{(args.load_conf or DEFAULT_CONF).stem}_{config.seed}"
+    if not stays_below(args.name) or os.path.normpath(args.name) == os.curdir:
+        raise UserError(f"--name {shown(args.name)}: names no directory below {args.logdir}; choose a plain name")
+    return args.logdir / args.name
 
 
 def to_yaml(config: Config) -> str:
@@ -300,7 +334,7 @@ def plain_values(config: Config) -> dict[str, Any]:
 def changed_settings(old: Config, new: Config) -> list[str]:
     """Settings in which two configs differ and that a resumed run must share, as 'name: old -> new'."""
     return [
-        f"{field.name}: {getattr(old, field.name)} -> {getattr(new, field.name)}"
+        f"{field.name}: {one_line(str(getattr(old, field.name)))} -> {one_line(str(getattr(new, field.name)))}"
         for field in dataclasses.fields(Config)
         if getattr(old, field.name) != getattr(new, field.name) and not field.metadata["may_change"]
     ]
@@ -311,19 +345,47 @@ def _as_yaml(value: Any) -> str:
     return yaml.safe_dump(plain, default_flow_style=True, width=1000).splitlines()[0]
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML of plain values. Refuses what is said twice, and '<<': ten lines of those can fill any memory."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Called for every mapping; the inherited one is what carries out '<<'."""
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                raise _Refused(None, None, "'<<' has no meaning in a conf file", key.start_mark)
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in lines:
+                problem = f"{shown(key.value)} has been said on line {lines[key.value]} already"
+                raise _Refused(None, None, problem, key.start_mark)
+            lines[key.value] = key.start_mark.line + 1
+
+
+class _Refused(yaml.MarkedYAMLError):
+    """Is YAML, but not for us."""
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        require_file(path)
+        with path.open("rb") as file:
+            data = file.read(LONGEST_CONF + 1)
+        if len(data) > LONGEST_CONF:
+            raise OSError(f"is longer than {LONGEST_CONF} bytes")
+        text = data.decode("utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such conf file; those that exist are under confs/") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a conf file ({error})") from None
+        raise UserError(f"{path}: cannot be read as a conf file ({in_a_line(error)})") from None
+    try:
+        content = yaml.load(text, _Loader)
     except Exception as error:  # YAMLError, and what PyYAML's constructors raise: ValueError, RecursionError, ...
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(
-            f"{path}{line}: is not YAML ({str(getattr(error, 'problem', None) or error).splitlines()[0]})"
-        ) from None
+        problem = one_line(str(getattr(error, "problem", None) or in_a_line(error)))
+        problem = problem if isinstance(error, _Refused) else f"is not YAML ({problem})"
+        raise UserError(f"{path}{line}: {problem}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):

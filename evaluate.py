@@ -42,6 +42,7 @@ from config import (
     overrides_from,
     plain_values,
     run_directory,
+    stays_below,
 )
 from dataloader import Normalise, Readable
 from download import Downloads, Missing
@@ -50,7 +51,7 @@ from models import build_model
 from pictures import draw_pictures
 from processes import World, exit_with_status, join
 from resultsfile import Results
-from robustness import BENCHMARKS, Benchmark, Cell, Entry, Wanted, fits, named
+from robustness import BENCHMARKS, Benchmark, Cell, Entry, LookOnly, Wanted, fits, named
 from runlog import ImageProgress
 from tables import FORMATS, compare, report
 from utils import CommandLine, UserError, environment, full_float32, has_shape, warn
@@ -65,7 +66,8 @@ class Subject:
     """What is to be scored: weights, the network and data they are for.
 
     config: settings to score with. trained_with: those of the training; None, as epoch and classes, where the file does
-    not say: it is not one of main.py.
+    not say: it is not one of main.py. look_only: its dataroot is outside the working directory, and only the file says
+    that data lie there.
     """
 
     file: Path
@@ -75,6 +77,7 @@ class Subject:
     classes: tuple[str, ...] | None = None
     trained_with: Config | None = None
     epoch: int | None = None
+    look_only: bool = False
 
 
 def main() -> None:
@@ -95,7 +98,8 @@ def evaluate(subject: Subject, args: argparse.Namespace, world: World) -> dict[s
     model = build_model(config.model, num_classes, **config.model_options())
     load_weights(model, subject)
     model = model.to(world.device, memory_format=torch.channels_last)
-    downloads = Downloads(args.data_url, not args.no_download, quiet=not world.leads)
+    how = LookOnly if subject.look_only else Downloads
+    downloads = how(args.data_url, not args.no_download, quiet=not world.leads)
     with world.one_first(config.fetches_data or args.benchmarks != ["clean"]):
         wanted = Wanted(config, subject.classes, num_classes, world.device, downloads)
         benchmarks = open_benchmarks(args.benchmarks, wanted)
@@ -287,7 +291,8 @@ def trained_here(args: argparse.Namespace) -> Subject:
             f"a {asked.model} for {asked.dataset}; leave out --load_conf, or name another checkpoint"
         )
     classes = tuple(content["classes"])
-    return Subject(file, content["model"], config, len(classes), classes, trained_with, content["epoch"])
+    look_only = "dataroot" not in overrides and not stays_below(config.dataroot)
+    return Subject(file, content["model"], config, len(classes), classes, trained_with, content["epoch"], look_only)
 
 
 def plain_state_dict(args: argparse.Namespace) -> Subject:

@@ -1,6 +1,8 @@
 """Image files: found whole or damaged, decoded by worker processes, cropped as they are read."""
 
+import contextlib
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +18,11 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as on_pillow
 
 from stopping import leave_signals_to_the_parent
-from utils import in_a_line, keyed_seed
+from utils import in_a_line, keyed_seed, one_line, require_file
 
 IMAGE_SUFFIXES = frozenset(IMG_EXTENSIONS)
+# What these suffixes stand for, whichever a file has. Pillow knows others, and hands some to programs that run code.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 
 
 class Reader(Protocol):
@@ -85,10 +89,11 @@ class FileCheck(Dataset):
     def __getitem__(self, position: int) -> str | None:
         path = self.paths[position]
         try:
-            with path.open("rb") as file, Image.open(file) as image:
+            with open_image(path) as image:
                 mark = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(image.format)
-                file.seek(-min(64, path.stat().st_size), os.SEEK_END)
-                if mark is None or mark not in file.read():
+                if mark:
+                    image.fp.seek(-min(64, path.stat().st_size), os.SEEK_END)
+                if mark is None or mark not in image.fp.read():
                     read_rgb(path)
         except Exception as error:
             return _unreadable(path, error)
@@ -132,7 +137,7 @@ class FitSquare:
     size: int
 
     def __call__(self, path: Path, seed: int) -> Tensor:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I"):  # 16 bits a channel: convert() would clip at 255
             upright = Image.fromarray((np.asarray(upright) / 257).round().clip(0, 255).astype(np.uint8))
@@ -144,9 +149,27 @@ class FitSquare:
         return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
 
 
+@contextlib.contextmanager
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """An image file, not decoded yet.
+
+    Raises OSError for what is no file, DecompressionBombWarning from 89 million pixels on, where Pillow would print it,
+    ValueError for a strip, and whatever Pillow raises.
+    """
+    require_file(path)
+    with warnings.catch_warnings():
+        # However small the file, what Pillow warns of would take each worker a quarter of a GB and more.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = Image.open(path, formats=FORMATS)
+    with image:
+        if max(image.size) > 1000 * min(image.size):  # scaled to a shorter side of 256, 1 by 100,000 would take 26 GB
+            raise ValueError(f"is too narrow: {image.width} by {image.height} pixels")
+        yield image
+
+
 def read_rgb(path: Path) -> Image.Image:
     """Decode to RGB, whatever the file's own colours are: grey, CMYK, a palette."""
-    with Image.open(path) as image:
+    with open_image(path) as image:
         image.load()
         return image if image.mode == "RGB" else image.convert("RGB")  # which would copy what is RGB already
 
@@ -159,4 +182,4 @@ def _collate(results: list[tuple[Tensor, int, str | None]]) -> tuple[Tensor, Ten
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    return f"{path} ({in_a_line(error)})"
+    return f"{one_line(str(path), 1000)} ({in_a_line(error)})"

@@ -21,9 +21,9 @@ import argparse
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ from download import Downloads, Ledger, Missing, Remote
 from generated import MANIFEST, generated_folder, make, read_manifest, side_of_test_images
 from imagefiles import CentreCrop, ImageFiles
 from processes import exit_with_status
-from utils import CommandLine, Table, UserError, did_you_mean, in_a_line, render
+from utils import CommandLine, Table, UserError, did_you_mean, in_a_line, one_line, render, require_file, shown, warn
 
 # Perturbations of the flip probability: the ten of the reference evaluation, in its order.
 SEQUENCES = (
@@ -84,6 +84,45 @@ class Benchmark(NamedTuple):
 
 
 @dataclass(frozen=True)
+class LookOnly(Downloads):
+    """For a folder that nobody has named but a checkpoint, which may be somebody else's: data that are there are used.
+
+    Nothing is fetched, or unpacked. Raises Missing for what would have to be.
+    """
+
+    def fetch(self, remote: Remote, folder: Path) -> Path:
+        if ".tar" in remote.name:  # there or not: whoever asks for one, unpacks it
+            self._refuse(folder, f"the content of {remote.name}")
+        if not (folder / remote.name).exists():
+            self._refuse(folder, remote.name)
+        return super().fetch(remote, folder)
+
+    def fetch_unpacked(self, archive: Remote, folder: Path, holds: Sequence[str]) -> list[Path]:
+        for name in holds:
+            if not (folder / name).is_dir():
+                self._refuse(folder, f"{name} of {archive.name}")
+        return [folder / name for name in holds]
+
+    def _refuse(self, folder: Path, what: str) -> NoReturn:
+        raise Missing(
+            f"{folder}: lacks {what}, and nothing is put there, for only the checkpoint says that data lie there\n"
+            "say where they lie, or may be put, with --dataroot DIR"
+        )
+
+
+class UnwrittenLedger(Ledger):
+    """For such a folder: hashes are compared with those that are noted, and none is noted."""
+
+    def _note(self, name: str, entry: dict[str, Any]) -> None:
+        _say_that_nothing_is_noted(self.folder)
+
+
+@cache
+def _say_that_nothing_is_noted(folder: Path) -> None:
+    warn(f"{folder}: no hashes are noted there, for only the checkpoint names it; if it is yours, say --dataroot DIR")
+
+
+@dataclass(frozen=True)
 class Wanted:
     """What opening a benchmark needs to know of the classifier and the machine. classes: None where nobody says."""
 
@@ -96,6 +135,10 @@ class Wanted:
     @property
     def root(self) -> Path:
         return Path(self.config.dataroot)
+
+    @property
+    def ledger(self) -> Ledger:
+        return (UnwrittenLedger if isinstance(self.downloads, LookOnly) else Ledger)(self.root)
 
     @cached_property
     def test_set(self) -> tuple[Split, tuple[str, ...]]:
@@ -155,7 +198,7 @@ def _open_corruption_arrays(entry: Entry, wanted: Wanted, *, archive: Remote, md
         folder, wanted, 32, "put a copy back, or remove the folder to have it fetched anew"
     )
     official = 5 * cells[0].images == CIFAR_C_IMAGES
-    ledger = Ledger(wanted.root)
+    ledger = wanted.ledger
     hashes = [ledger.check(path, md5=md5[path.stem] if official else None) for path in files]
     source, checked_by = ("official", "md5") if official else ("subset", "SHA-256 at first use")
     return Benchmark(entry.name, "corruptions", source, checked_by, _digest(hashes), cells)
@@ -175,7 +218,7 @@ def _open_generated(entry: Entry, wanted: Wanted) -> Benchmark:
     if made["test_set"] != split.fingerprint():
         raise UserError(f"{folder}: was drawn of other test images than the present ones; remove it, and {how}")
     cells, files = _corruption_cells(folder, wanted, side_of_test_images(wanted.config), how)
-    ledger = Ledger(wanted.root)
+    ledger = wanted.ledger
     for path in files:
         ledger.check(path, sha256=made["files"][path.name])
     note = "generated from this test set; frost is procedural; not comparable with published numbers"
@@ -193,7 +236,7 @@ def _open_perturbation_arrays(entry: Entry, wanted: Wanted, *, drive: str) -> Be
             f"{entry.name} lies in a shared drive, without hashes: fetch them by hand from {drive} into {folder}"
         )
     cells, hashes, counts = [], [], set()
-    ledger = Ledger(wanted.root)
+    ledger = wanted.ledger
     for name in SEQUENCES:
         path = folder / f"{name}.npy"
         expected = "(sequences, frames, 32, 32, 3), frames at least 2"
@@ -216,7 +259,7 @@ def _open_array_test_set(entry: Entry, wanted: Wanted, *, images: Remote, labels
     image_file, label_file = (wanted.downloads.fetch(remote, folder) for remote in (images, labels))
     shape = _array(image_file, f"({count}, 32, 32, 3)", lambda s: len(s) == 4 and s[0] == count)
     label_I = _labels(label_file, shape[0], wanted.num_classes)
-    ledger = Ledger(wanted.root)
+    ledger = wanted.ledger
     hashes = [ledger.check(path) for path in (image_file, label_file)]
     cell = Cell("", None, count, partial(MappedSplit, image_file, 0, label_I, wanted.device))
     return Benchmark(entry.name, "test set", "official", "shape, SHA-256 at first use", _digest(hashes), (cell,))
@@ -263,7 +306,7 @@ def _open_imagenet_v2(entry: Entry, wanted: Wanted, *, archive: Remote) -> Bench
     view = CentreCrop(*wanted.config.eval_view)
     cell = Cell("", None, images, partial(_streamed, folder, names, view, wanted))
     source = _imagenet_source(images, IMAGENET_V2_IMAGES, names)
-    fingerprint = Ledger(wanted.root).check(folder)
+    fingerprint = wanted.ledger.check(folder)
     return Benchmark(entry.name, "test set", source, "count, SHA-256 at first use", fingerprint, (cell,))
 
 
@@ -307,7 +350,7 @@ def _array(path: Path, expected: str, is_shape: Callable[[tuple], bool], side: i
     array = _mapped(path)
     shape = array.shape
     if array.dtype != np.uint8 or not is_shape(shape) or shape[-3:] != (side, side, 3) or not array.size:
-        raise UserError(f"{path}: holds {array.dtype} of shape {shape}; expected uint8 of shape {expected}")
+        raise UserError(f"{path}: holds {_kind(array)}; expected uint8 of shape {expected}")
     if not array.flags.c_contiguous:
         raise UserError(f"{path}: lies in column order; save it anew with numpy.ascontiguousarray")
     return shape
@@ -317,15 +360,25 @@ def _labels(path: Path, count: int, num_classes: int) -> Tensor:
     """The labels in a .npy file, int64. Raises UserError that names the file."""
     labels = _mapped(path)
     if labels.dtype.kind not in "iu" or labels.shape != (count,):
-        raise UserError(f"{path}: holds {labels.dtype} of shape {labels.shape}; expected {count} whole numbers")
+        raise UserError(f"{path}: holds {_kind(labels)}; expected {count} whole numbers")
     if not 0 <= labels.min() <= labels.max() < num_classes:
         raise UserError(f"{path}: holds labels {labels.min()}..{labels.max()}; there are {num_classes} classes")
     return torch.from_numpy(labels.astype(np.int64))
 
 
+def _kind(array: np.ndarray) -> str:
+    return f"{one_line(str(array.dtype), 80)} of shape {shown(array.shape)}"
+
+
 def _mapped(path: Path) -> np.ndarray:
     try:
-        return np.lib.format.open_memmap(path, mode="r")
+        require_file(path)
+        with path.open("rb") as file:
+            version = np.lib.format.read_magic(file)
+        if version != (1, 0):  # as numpy writes whatever is no record; later ones may have headers of GBs
+            raise ValueError(f"has version {version} of the format; save it anew with numpy.save")
+        with np.errstate(over="ignore"):  # of sizes that cannot be; they are refused all the same
+            return np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except Exception as error:  # damage shows in many ways: ValueError, EOFError, SyntaxError, ...

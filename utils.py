@@ -8,7 +8,9 @@ import hashlib
 import os
 import platform
 import re
+import reprlib
 import shlex
+import stat
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -49,13 +51,48 @@ class CommandLine(argparse.ArgumentParser):
 
 def did_you_mean(word: Any, known: Iterable[str]) -> str:
     """A question to append to an error message, empty if nothing known is close."""
-    close = difflib.get_close_matches(str(word), list(known), n=1)
+    close = difflib.get_close_matches(word, list(known), n=1) if isinstance(word, str) else []
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def one_line(text: str, most: int = 240) -> str:
+    """Somebody else's text for a message: on one line, cut where it is long, and of no effect on a terminal."""
+    text = text if len(text) <= most else f"{text[: most - 3]}..."
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def in_a_line(error: BaseException) -> str:
     """The first line of what an error says, or its kind if it says nothing."""
-    return str(error).splitlines()[0] if str(error).strip() else type(error).__name__
+    lines = str(error).strip().splitlines()
+    return one_line(lines[0]) if lines else type(error).__name__
+
+
+def require_file(path: Path) -> None:
+    """Raises OSError for what is no file, but a folder, or a pipe or a device, which may be read for ever."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("is no file")
+
+
+class _Shown(reprlib.Repr):
+    """A few of the items, and of their items: a list that holds itself, or others a billion times over, has an end."""
+
+    def __init__(self):
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 2, 80, 80
+
+    def repr_int(self, number: int, level: int) -> str:
+        bits = number.bit_length()
+        return repr(number) if bits < 200 else f"<{bits} bits>"  # Python refuses to print the longest
+
+    def repr_instance(self, value: Any, level: int) -> str:
+        kind = type(value)
+        plain = kind.__module__ in ("builtins", "datetime")  # others may be as long as they like
+        return super().repr_instance(value, level) if plain else f"<{kind.__name__}>"
+
+
+def shown(value: Any) -> str:
+    """repr() for a message: on one line and not long, whatever was in the file that the value comes from."""
+    return one_line(_Shown().repr(value), 160)
 
 
 def duration(seconds: float) -> str:

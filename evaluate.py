@@ -46,6 +46,7 @@ from config import (
 )
 from dataloader import Normalise, Readable
 from download import Downloads, Missing
+from locks import sole_writer
 from metrics import Predictions, Scores, measure
 from models import build_model
 from pictures import draw_pictures
@@ -94,6 +95,13 @@ def main() -> None:
 
 def evaluate(subject: Subject, args: argparse.Namespace, world: World) -> dict[str, Any]:
     """Score one checkpoint on the benchmarks asked for; returns what its results.json says of them."""
+    file = results_file(subject, args)
+    with sole_writer(file, "name another file with --output") if world.leads else nullcontext():
+        return score_benchmarks(subject, args, world, file)
+
+
+def score_benchmarks(subject: Subject, args: argparse.Namespace, world: World, file: Path) -> dict[str, Any]:
+    """`evaluate`, for the one that writes to `file`."""
     config, num_classes = subject.config, subject.num_classes
     model = build_model(config.model, num_classes, **config.model_options())
     load_weights(model, subject)
@@ -105,7 +113,7 @@ def evaluate(subject: Subject, args: argparse.Namespace, world: World) -> dict[s
         benchmarks = open_benchmarks(args.benchmarks, wanted)
     world.require_equal("the images", lambda: [(benchmark.name, benchmark.fingerprint) for benchmark in benchmarks])
 
-    results = begin_results(subject, args, benchmarks, world)
+    results = begin_results(subject, args, benchmarks, world, file)
     normalise = Normalise(config, world.device)
     progress = ImageProgress(sum(c.images for b in benchmarks for c in results.lacking(b)), shown=world.leads)
     try:
@@ -160,9 +168,16 @@ def _open_if_there(entry: Entry, wanted: Wanted) -> Benchmark | None:
         return None
 
 
-def begin_results(subject: Subject, args: argparse.Namespace, benchmarks: list[Benchmark], world: World) -> Results:
-    """Results beside the checkpoint or where they are asked for, with what was scored before and is still true."""
+def results_file(subject: Subject, args: argparse.Namespace) -> Path:
+    """Where it is asked for, or beside the checkpoint."""
     beside = "results.json" if subject.file.name == "model.pt" else f"{subject.file.name}.results.json"
+    return args.output or subject.file.parent / beside
+
+
+def begin_results(
+    subject: Subject, args: argparse.Namespace, benchmarks: list[Benchmark], world: World, file: Path
+) -> Results:
+    """Results in `file`, with what was scored before and is still true."""
     trained_with = subject.trained_with
     head = {
         "checkpoint": str(subject.file),
@@ -176,7 +191,6 @@ def begin_results(subject: Subject, args: argparse.Namespace, benchmarks: list[B
         "scored_with": {name: plain_values(subject.config)[name] for name in SCORING},
         "config": trained_with and plain_values(trained_with),
     }
-    file = args.output or subject.file.parent / beside
     results = Results(file, head, environment(world.device), writes=world.leads)
     if world.leads:
         results.take_over(benchmarks, overwrite=args.overwrite, replace=args.output is None)

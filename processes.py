@@ -262,8 +262,8 @@ def _tell(error: BaseException) -> int:
     speaks = _first_to_fail()
     status, message = 2, ""
     if isinstance(error, KeyboardInterrupt):
-        status, word = (143, "terminated") if isinstance(error, Terminated) else (130, "interrupted")
-        message = "\n" + "; ".join(filter(None, (word, str(error))))
+        status, word = (143, "terminated") if isinstance(error, Terminated) else (130, "\ninterrupted")  # after ^C
+        message = "; ".join(filter(None, (word, str(error))))
     elif isinstance(error, BrokenPipeError) and _nobody_reads():
         return 141
     elif speaks:

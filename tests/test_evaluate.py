@@ -3,23 +3,28 @@
 import contextlib
 import io
 import json
+import os
 import shutil
+import signal
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ALONE, TINY, assert_refused
+from conftest import ALONE, TINY, assert_refused, scripts_on_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_processes import free_port, launch
 
 import evaluate
 from checkpoint import load_tensors, sha256_of
 from config import Config
 from corruptions import CORRUPTIONS
 from dataloader import Normalise, ResidentSplit, load_test
+from locks import sole_writer
 from metrics import Scores
 from models import build_model
 from utils import UserError
@@ -289,6 +294,94 @@ def test_a_stopped_evaluation_goes_on_with_the_cells_that_are_lacking(script, co
     assert len(scored) == 8 + 95 - 7, "nothing was lacking"
     assert script(*corrupted, "--overwrite").status == 0
     assert len(scored) == 8 + 95 - 7 + 95
+
+
+def wait_for_a_cell(process, run):
+    for _ in range(12_000):
+        if (run / "results.json").exists() or process.poll() is not None:
+            return
+        time.sleep(0.01)
+
+
+def test_sigterm_keeps_what_was_scored_and_the_same_command_goes_on(script, start_process, corrupted, run):
+    """In a process of its own, which keeps all others from the file as long as it lives."""
+    process = start_process(*corrupted, "--batch_size", 1, "--benchmarks", "generated-c", "clean")
+    wait_for_a_cell(process, run)
+    refused = script(*corrupted)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    said = "terminated; what was scored is kept; the same command goes on with the rest\n"
+    assert (process.returncode, out, err) == (143, "", said)
+    assert_refused(refused, f"{run / 'results.json'}: is being written by process {process.pid} on ", "--output")
+    assert not (run / "results.json.lock").exists()
+    kept = json.loads((run / "results.json").read_text())["benchmarks"]["generated-c"]["cells"]
+    assert len(kept) >= 1
+    done = script(*corrupted)
+    assert done.status == 0, done.err
+    cells = json.loads((run / "results.json").read_text())["benchmarks"]["generated-c"]["cells"]
+    assert len(cells) == 95
+    assert cells[: len(kept)] == kept
+
+
+@pytest.mark.parametrize("of", [{0, 1}, {0}, {1}])
+def test_sigterm_of_several_processes_is_told_once(corrupted, run, monkeypatch, of):
+    """They all get it from a launcher; or one does by itself, and the other fails in its wake."""
+    predict, scored = evaluate.predict, []
+
+    def stopping(*arguments, **options):
+        if len(scored) == 3 and arguments[3].rank in of:
+            os.kill(os.getpid(), signal.SIGTERM)
+        scored.append(arguments)
+        return predict(*arguments, **options)
+
+    monkeypatch.setattr(evaluate, "predict", stopping)
+    done = scripts_on_ranks(2, *corrupted)
+    assert [rank.status for rank in done] == [143 if number in of else 2 for number in (0, 1)]
+    said = "terminated; what was scored is kept; the same command goes on with the rest\n"
+    assert "".join(rank.err for rank in done) == said
+    assert len(json.loads((run / "results.json").read_text())["benchmarks"]["generated-c"]["cells"]) == 3
+    assert not (run / "results.json.lock").exists()
+
+
+@pytest.mark.slow
+def test_sigterm_of_a_launcher_keeps_what_was_scored(corrupted, run, tmp_path):
+    said = (*corrupted, "--batch_size", 1, "--benchmarks", "generated-c", "clean")
+    process = launch("torchrun", free_port(), tmp_path / "strict", *said)
+    wait_for_a_cell(process, run)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert err.count("terminated; what was scored is kept") == 1
+    assert len(json.loads((run / "results.json").read_text())["benchmarks"]["generated-c"]["cells"]) >= 1
+    assert not (run / "results.json.lock").exists()
+
+
+def test_a_leader_that_is_refused_ends_all(corrupted, run):
+    with sole_writer(run / "results.json", ""):
+        done = scripts_on_ranks(2, *corrupted)
+    assert [rank.status for rank in done] == [2, 2]
+    assert done[1].err == ""
+    assert_refused(done[0], f"results.json: is being written by process {os.getpid()} on ")
+    assert not (run / "results.json").exists()
+
+
+def test_a_results_file_has_one_writer_at_a_time(script, run, tmp_path):
+    """The run itself may still be trained, other files be written, and results be compared."""
+    asked = ("evaluate.py", "--checkpoint", run / "model.pt")
+    other = ("--output", tmp_path / "other.json")
+    with sole_writer(run, ""):
+        assert script(*asked).status == 0
+    before = (run / "results.json").read_bytes()
+    with sole_writer(run / "results.json", ""):
+        refused = script(*asked, "--overwrite")
+        assert_refused(refused, f"results.json: is being written by process {os.getpid()} on ", "name another file")
+        assert script("evaluate.py", "--compare", run).status == 0
+        assert script(*asked, *other).status == 0
+        with sole_writer(tmp_path / "other.json", ""):
+            assert_refused(script(*asked, *other), f"other.json: is being written by process {os.getpid()}")
+    assert (run / "results.json").read_bytes() == before
+    assert not list(run.rglob("*.lock"))
+    assert script(*asked, "--overwrite").status == 0
 
 
 def test_cells_of_another_checkpoint_precision_or_data_are_not_taken_over(script, corrupted, run, tmp_path):

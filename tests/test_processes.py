@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from conftest import (
     ROOT,
     TINY,
     Unkept,
+    _start,
     assert_refused,
     final_state,
     free_port,
@@ -527,6 +530,193 @@ def test_a_process_whose_leader_is_gone_ends_in_silence(monkeypatch, capsys):
         processes.exit_with_status(lambda: met()[0].add("something", 1))
     assert leaving.value.code == 2
     assert capsys.readouterr().err == ""
+
+
+FORKING = multiprocessing.get_context("fork")
+STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+WORD = {signal.SIGINT: "\ninterrupted", signal.SIGTERM: "terminated"}
+
+
+@pytest.fixture
+def end(tmp_path):
+    """How a process ends whose main() this is, and what it writes to stderr: end(function) -> (status, text).
+
+    out: descriptor for its stdout. before: to be called first.
+    """
+
+    def run(function, out=None, before=lambda: None):
+        def start():
+            os.dup2(os.open(tmp_path / "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+            sys.stderr = os.fdopen(2, "w", buffering=1)
+            if out is not None:
+                os.dup2(out, 1)
+                sys.stdout = os.fdopen(1, "w")
+            os.chdir(ROOT)
+            before()
+            processes.exit_with_status(function)
+
+        process = FORKING.Process(target=start)
+        _start(process)
+        process.join(100)
+        ended, status = not process.is_alive(), process.exitcode
+        process.kill()
+        assert ended, "goes on"
+        return status, (tmp_path / "stderr").read_text()
+
+    return run
+
+
+def send(number, to=None):
+    """A signal, which has arrived when this returns."""
+    os.kill(to or os.getpid(), number)
+    time.sleep(0)
+
+
+def wait():
+    """For a signal; one that comes just before a sleep does not cut it short."""
+    while True:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", STATUS)
+def test_ctrl_c_and_sigterm_end_alike(end, number):
+    def in_words():
+        try:
+            send(number)
+        except KeyboardInterrupt as stop:
+            raise type(stop)("all is kept") from None
+
+    assert end(lambda: send(number)) == (STATUS[number], f"{WORD[number]}\n")
+    assert end(in_words) == (STATUS[number], f"{WORD[number]}; all is kept\n")
+
+
+@pytest.mark.parametrize("number", STATUS)
+def test_signals_are_as_before_afterwards(number, capsys):
+    before = [signal.getsignal(each) for each in STATUS]
+    with pytest.raises(SystemExit) as leaving:
+        processes.exit_with_status(lambda: send(number))
+    assert leaving.value.code == STATUS[number]
+    assert capsys.readouterr().err == f"{WORD[number]}\n"
+    assert [signal.getsignal(each) for each in STATUS] == before
+
+
+@pytest.mark.parametrize("number", STATUS)
+def test_a_signal_that_is_ignored_stays_so(end, number):
+    """As SIGINT is in the background of a shell, and all are by nohup."""
+    assert end(lambda: send(number), before=lambda: signal.signal(number, signal.SIG_IGN)) == (0, "")
+
+
+@pytest.mark.parametrize("number", STATUS)
+def test_one_more_ctrl_c_ends_what_is_put_in_order(end, number):
+    def never_ready():
+        try:
+            send(number)
+        finally:
+            send(signal.SIGINT)
+            wait()
+
+    assert end(never_ready) == (130, "\ninterrupted\n")
+
+
+def test_ctrl_c_while_an_error_is_told_ends_in_silence(end, monkeypatch):
+    monkeypatch.setattr(processes, "_first_to_fail", lambda: send(signal.SIGINT))
+
+    def fail():
+        raise UserError("nobody will know")
+
+    assert end(fail) == (-signal.SIGINT, "")
+
+
+def test_sigterm_while_an_error_is_told_changes_nothing(end, monkeypatch):
+    """As torchrun sends it to the others when one has failed."""
+    monkeypatch.setattr(processes, "_first_to_fail", lambda: send(signal.SIGTERM) or True)
+
+    def fail():
+        raise UserError("all will know")
+
+    assert end(fail) == (2, "error: all will know\n")
+
+
+@pytest.mark.parametrize("number", STATUS)
+def test_a_child_ends_as_if_nothing_were_set(end, number):
+    def main():
+        child = os.fork()
+        if not child:
+            send(number)
+            os._exit(0)
+        print(os.WTERMSIG(os.waitpid(child, 0)[1]), file=sys.stderr)
+
+    assert end(main) == (0, f"{int(number)}\n")
+
+
+def test_a_script_may_run_in_another_thread(capsys):
+    with ThreadPoolExecutor(1) as pool, pytest.raises(SystemExit) as leaving:
+        pool.submit(processes.exit_with_status, lambda: None).result()
+    assert leaving.value.code == 0
+
+
+@pytest.fixture
+def closed():
+    """A pipe that nobody reads."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    yield writing
+    os.close(writing)
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+def test_a_pipe_that_nobody_reads_ends_in_silence(end, closed, flushed):
+    """`| head`: at the end, or at once as with PYTHONUNBUFFERED."""
+    assert end(lambda: print("something", flush=flushed), out=closed) == (141, "")
+
+
+def test_help_that_nobody_reads_ends_in_silence(end, closed):
+    def show():
+        print("usage:")
+        raise SystemExit(0)
+
+    assert end(show, out=closed) == (141, "")
+
+
+def test_a_message_that_nobody_reads_ends_in_silence(end, closed):
+    """`2>&1 | head`."""
+
+    def fail():
+        raise UserError("nobody will know")
+
+    assert end(fail, before=lambda: os.dup2(closed, 2)) == (141, "")
+
+
+def test_another_broken_pipe_is_told(end, closed):
+    assert end(lambda: os.write(closed, b"x")) == (2, "error: [Errno 32] Broken pipe\n")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_output_that_fills_a_disk_is_told(end):
+    full = os.open("/dev/full", os.O_WRONLY)
+    assert end(lambda: print("something"), out=full) == (2, "error: [Errno 28] No space left on device\n")
+    os.close(full)
+
+
+def test_a_script_leaves_nothing_for_the_interpreter_to_complain_of(closed):
+    """What a process of its own still says when it ends, after everything."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [sys.executable, "robustness.py"], cwd=ROOT, env=environment, stdout=closed, stderr=subprocess.PIPE, check=False
+    )
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("script", ["evaluate.py", "robustness.py"])
+def test_ctrl_c_in_the_first_seconds_ends_in_silence(start_process, monkeypatch, tmp_path, script):
+    """While torch is imported: here one that never gets ready."""
+    (tmp_path / "torch.py").write_text("print('importing', flush=True)\nimport time\ntime.sleep(1000)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    process = start_process(script)
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=100) == ("", "")
+    assert process.returncode == -signal.SIGINT
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,18 @@
 import contextlib
 import hashlib
 import os
+import pickle
 import re
 import shutil
+import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from utils import UserError, in_a_line
+from utils import UserError, in_a_line, require_file
 
 CONTENT = frozenset(
     {"epoch", "step", "model", "optimizer", "scaler", "policies", "so_far", "positions", "data", "ranks"}
@@ -90,11 +93,22 @@ class Checkpoints:
 def load_tensors(path: Path) -> Any:
     """A file written by torch.save that holds tensors and plain values only; nothing in it is executed."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        require_file(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                # torch.save packs nothing: what says that it holds more would fill the memory.
+                if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                    raise ValueError("says that it holds more than it is long")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of torch, about files that it then refuses
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except Exception as error:  # damage shows in many ways: RuntimeError, EOFError, UnpicklingError, KeyError, ...
-        raise UserError(f"{path}: cannot be read as a checkpoint ({in_a_line(error)[:160]})") from None
+        reason = in_a_line(error)[:160]
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):  # torch's words say how to run it
+            reason = "it is damaged, or holds more than tensors and plain values: do not trust it then"
+        raise UserError(f"{path}: cannot be read as a checkpoint ({reason})") from None
 
 
 def save_tensors(path: Path, content: dict[str, Any]) -> None:

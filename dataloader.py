@@ -29,7 +29,7 @@ from imagefiles import IMAGE_SUFFIXES, CentreCrop, FileCheck, FitSquare, ImageFi
 from shapes import CLASSES as SHAPE_CLASSES
 from shapes import draw_shapes
 from stopping import leave_signals_to_the_parent
-from utils import UserError, keyed_generator, warn
+from utils import UserError, keyed_generator, shown, warn
 
 # Mean and standard deviation of red, green and blue. CIFAR's are those that the paper's line of work uses.
 CIFAR_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
@@ -413,9 +413,7 @@ def _open_folder(config: Config, split: str, classes: tuple[str, ...] | None, qu
 
 def class_folders(folder: Path) -> tuple[str, ...]:
     """Names of the folders in `folder`, sorted; hidden ones are passed over."""
-    return tuple(
-        sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    )
+    return tuple(sorted(e.name for e in os.scandir(folder) if os.path.isdir(e) and not e.name.startswith(".")))
 
 
 def list_images(folder: Path, label_of: Mapping[str, int]) -> tuple[list[Path], Tensor]:
@@ -433,10 +431,12 @@ def list_images(folder: Path, label_of: Mapping[str, int]) -> tuple[list[Path], 
 def image_files(folder: Path) -> list[os.DirEntry]:
     """The image files in `folder`, known by their names, in no order."""
     entries = os.scandir(folder)
-    return [e for e in entries if os.path.splitext(e.name)[1].lower() in IMAGE_SUFFIXES and e.is_file()]
+    with_suffix = (e for e in entries if os.path.splitext(e.name)[1].lower() in IMAGE_SUFFIXES)
+    # e.is_file() asks the disk about links alone, and raises for one that leads to itself.
+    return [e for e in with_suffix if (os.path.isfile(e) if e.is_symlink() else e.is_file())]
 
 
 def _first_difference(found: Sequence[str], expected: Sequence[str]) -> str:
     if len(found) != len(expected):
         return f"{len(found)} instead of {len(expected)}"
-    return next(f"{a!r} instead of {b!r}" for a, b in zip(found, expected, strict=True) if a != b)
+    return next(f"{shown(a)} instead of {shown(b)}" for a, b in zip(found, expected, strict=True) if a != b)

@@ -284,7 +284,7 @@ def unpack(archive: Path, folder: Path, quiet: bool = False) -> None:
 def _unpack(file: BinaryIO, archive: Path, folder: Path, quiet: bool) -> None:
     size = archive.stat().st_size
     try:
-        tar = tarfile.open(fileobj=file)  # noqa: SIM115 (holds nothing open but `file`)
+        tar = tarfile.open(fileobj=file, tarinfo=_Member)  # noqa: SIM115 (holds nothing open but `file`)
         with _bar(f"checking {archive.name}", size, quiet) as bar:
             folders, members = _plain_members(tar, archive, lambda: bar.update(file.tell() - bar.n))
     except UserError:
@@ -301,6 +301,22 @@ def _unpack(file: BinaryIO, archive: Path, folder: Path, quiet: bool) -> None:
             with tar.extractfile(member) as source, (folder / path).open("wb") as target:
                 shutil.copyfileobj(source, target, CHUNK)
             bar.update(file.tell() - bar.n)
+
+
+class _Member(tarfile.TarInfo):
+    """A header, of which those that go before a file's own, and are read at once, are no longer than any name needs."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+        member = super().frombuf(buf, encoding, errors)
+        if member.type in BEFORE_OTHERS and member.size > CHUNK:
+            raise tarfile.ReadError("a header that would fill the memory")
+        return member
+
+
+BEFORE_OTHERS = (
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE
+)  # fmt: skip
 
 
 def _plain_members(
@@ -374,7 +390,7 @@ class Ledger:
             entries = json.loads(self.file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             entries = None
         noted = entries.values() if isinstance(entries, dict) else [None]
         if not all(isinstance(entry, dict) and {"sha256", "md5"} <= entry.keys() for entry in noted):

@@ -55,7 +55,7 @@ from resultsfile import Results
 from robustness import BENCHMARKS, Benchmark, Cell, Entry, LookOnly, Wanted, fits, named
 from runlog import ImageProgress
 from tables import FORMATS, compare, report
-from utils import CommandLine, UserError, environment, full_float32, has_shape, warn
+from utils import CommandLine, UserError, environment, full_float32, has_shape, one_line, warn
 
 BATCH = 256  # images in a forward pass; of no influence on the counts
 # The settings that scores depend on; all others are those of the training, whatever is said when it is scored.
@@ -103,8 +103,10 @@ def evaluate(subject: Subject, args: argparse.Namespace, world: World) -> dict[s
 def score_benchmarks(subject: Subject, args: argparse.Namespace, world: World, file: Path) -> dict[str, Any]:
     """`evaluate`, for the one that writes to `file`."""
     config, num_classes = subject.config, subject.num_classes
+    with torch.device("meta"):  # the settings are the file's, too: what they ask for may be larger than any memory
+        check_weights(build_model(config.model, num_classes, **config.model_options()), subject)
     model = build_model(config.model, num_classes, **config.model_options())
-    load_weights(model, subject)
+    model.load_state_dict(subject.weights)
     model = model.to(world.device, memory_format=torch.channels_last)
     how = LookOnly if subject.look_only else Downloads
     downloads = how(args.data_url, not args.no_download, quiet=not world.leads)
@@ -292,7 +294,8 @@ def trained_here(args: argparse.Namespace) -> Subject:
         )
         raise UserError(f"{file}: there is no such checkpoint; {remedy}")
     content = load_tensors(file)
-    if not has_shape(content, {"model": dict, "classes": [str], "config": dict, "epoch": int}):
+    shape = {"model": dict, "classes": [str], "config": dict, "epoch": int}
+    if not has_shape(content, shape) or not _is_state_dict(content["model"]) or content["epoch"] < 0:
         raise UserError(f"{file}: is no model.pt of main.py; score a plain state dict with --model NAME --weights FILE")
     said = {field: (str(file), value) for field, value in content["config"].items()}
     trained_with = load_config(None, said)
@@ -325,7 +328,7 @@ def plain_state_dict(args: argparse.Namespace) -> Subject:
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    if not _is_state_dict(content):
         raise UserError(f"{args.weights}: holds no state dict (names with tensors)")
     weights = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in content.items()}
     return Subject(args.weights, weights, config, outputs_of(weights, config))
@@ -339,11 +342,21 @@ def outputs_of(weights: dict[str, Tensor], config: Config) -> int:
     return len(weights[bias]) if bias in weights and weights[bias].ndim == 1 else 10
 
 
-def load_weights(model: nn.Module, subject: Subject) -> None:
-    """Fill `model`. Raises UserError that names the first tensors that do not fit."""
+def _is_state_dict(content: Any) -> bool:
+    """Whether it holds tensors by name, and such as have their numbers with them."""
+    return (
+        isinstance(content, dict)
+        and bool(content)
+        and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
+        and not any(v.is_meta or v.layout != torch.strided or v.is_complex() for v in content.values())
+    )
+
+
+def check_weights(model: nn.Module, subject: Subject) -> None:
+    """Raises UserError that names the first tensors that do not fit."""
     own, weights = model.state_dict(), subject.weights
     problems = [f"{name} is missing" for name in own if name not in weights]
-    problems += [f"{name} is unknown" for name in weights if name not in own]
+    problems += [f"{one_line(name, 80)} is unknown" for name in weights if name not in own]
     problems += [
         f"{name} is {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
         for name in own
@@ -355,7 +368,6 @@ def load_weights(model: nn.Module, subject: Subject) -> None:
             f"{subject.file}: does not fit {subject.config.model} with {subject.num_classes} classes: "
             f"{'; '.join(problems[:2])}{more}"
         )
-    model.load_state_dict(weights)
 
 
 def parse_arguments() -> argparse.Namespace:

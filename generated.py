@@ -18,7 +18,7 @@ from corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from dataloader import Split, load_test
 from download import Downloads
 from runlog import ImageProgress
-from utils import UserError, environment, has_shape, keyed_generator
+from utils import UserError, environment, has_shape, in_a_line, keyed_generator
 
 MANIFEST = "generated.json"
 CHUNK = 250  # images that are drawn together: part of the key of their draws
@@ -121,6 +121,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         made = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if not has_shape(made, {"test_set": str, "classes": [str], "side": int, "files": dict}):
             raise ValueError("entries are missing or of another kind")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / MANIFEST}: cannot be read ({error}); remove {folder} and draw them again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{folder / MANIFEST}: cannot be read ({in_a_line(error)}); remove {folder} and draw them again"
+        ) from None
     return made

@@ -268,8 +268,10 @@ def _tell(error: BaseException) -> int:
         return 141
     elif speaks:
         message = _in_words(error)
-    with contextlib.suppress(BrokenPipeError):
-        if speaks:
+    if speaks:
+        # Names of files and folders may be somebody else's, and a terminal obeys what is not printable.
+        message = "".join(c if c == "\n" or c.isprintable() else repr(c)[1:-1] for c in message)
+        with contextlib.suppress(BrokenPipeError):
             print(message, file=sys.stderr, flush=True)
     return status
 

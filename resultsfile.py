@@ -139,7 +139,7 @@ def read_results(path: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{file}: there is no such file; evaluate.py writes one beside each checkpoint") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read as results of evaluate.py ({in_a_line(error)})") from None
     if not has_shape(content, RESULT) or not all(map(_is_benchmark, content["benchmarks"].values())):
         raise UserError(f"{file}: holds no results of this version of evaluate.py")

@@ -16,10 +16,10 @@ LAST_SURVIVAL = 0.5  # p_L: probability that the last block stays undisturbed; i
 def pyramidnet(num_classes: int, *, depth: int = 272, alpha: int = 200, bottleneck: bool = True) -> nn.Module:
     """PyramidNet-depth with widening factor alpha, of bottleneck blocks or of basic ones.
 
-    Raises ValueError unless depth is 9n + 2 (bottleneck) or 6n + 2 (basic), to 10,000, and alpha 1 to 10,000.
+    Raises ValueError unless depth is 9n + 2 (bottleneck) or 6n + 2 (basic), to 2,000, and alpha 1 to 10,000.
     """
     layers = 9 if bottleneck else 6
-    if not layers + 2 <= depth <= 10_000 or (depth - 2) % layers:
+    if not layers + 2 <= depth <= 2_000 or (depth - 2) % layers:
         raise ValueError(f"the depth of this PyramidNet is {layers}n + 2 ({layers + 2}, {2 * layers + 2}), not {depth}")
     if not 1 <= alpha <= 10_000:
         raise ValueError(f"the alpha of a PyramidNet is 1 to 10000, not {alpha}")

@@ -12,8 +12,8 @@ from models.noise import scale_apart, uniform_per_image
 
 
 def shakeshake(num_classes: int, *, depth: int = 26, width: int = 32) -> nn.Module:
-    """Shake-Shake depth 2x<width>d. Raises ValueError unless depth is 6n + 2, to 10,000, and width even, to 10,000."""
-    if not 8 <= depth <= 10_000 or (depth - 2) % 6:
+    """Shake-Shake depth 2x<width>d. Raises ValueError unless depth is 6n + 2, to 2,000, and width even, to 10,000."""
+    if not 8 <= depth <= 2_000 or (depth - 2) % 6:
         raise ValueError(f"the depth of a Shake-Shake network is 6n + 2 (8, 14, 20, 26, ...), not {depth}")
     if not 2 <= width <= 10_000 or width % 2:
         raise ValueError(f"the width of a Shake-Shake network is even, 2 to 10000, not {width}")

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 
 def wideresnet(num_classes: int, *, depth: int = 28, width: int = 10, dropout: float = 0.0) -> nn.Module:
-    """WRN-depth-width. Raises ValueError unless depth is 6n + 4, from 10 to 10,000, and width 1 to 1,000."""
-    if not 10 <= depth <= 10_000 or (depth - 4) % 6:
+    """WRN-depth-width. Raises ValueError unless depth is 6n + 4, from 10 to 2,000, and width 1 to 1,000."""
+    if not 10 <= depth <= 2_000 or (depth - 4) % 6:
         raise ValueError(f"the depth of a wide ResNet is 6n + 4 (10, 16, 22, 28, 40, ...), not {depth}")
     if not 1 <= width <= 1000:
         raise ValueError(f"the width of a wide ResNet is 1 to 1000, not {width}")

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from utils import UserError, in_a_line, require_file
+from utils import UserError, has_shape, in_a_line, require_file
 
-CONTENT = frozenset(
-    {"epoch", "step", "model", "optimizer", "scaler", "policies", "so_far", "positions", "data", "ranks"}
-)
+CONTENT = {
+    "epoch": int, "step": int, "model": dict, "optimizer": dict, "scaler": dict, "policies": dict, "so_far": dict,
+    "positions": dict, "data": str, "ranks": [{"devices": int}],
+}  # fmt: skip
 NAME = re.compile(r"epoch-(\d+)-step-(\d+)-([0-9a-f]{16})\.pt")
 
 
@@ -82,7 +83,7 @@ class Checkpoints:
             if file not in whole:
                 warn(f"{file}: is damaged (its content does not match the hash in its name); trying the one before")
         content = load_tensors(usable[-1])
-        if not isinstance(content, dict) or not content.keys() >= CONTENT:
+        if not has_shape(content, CONTENT) or not content["ranks"]:
             raise UserError(
                 f"{usable[-1]}: is no checkpoint of a run, or of another version of this program; move it away"
             )

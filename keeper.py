@@ -81,6 +81,8 @@ class Keeper:
             )
         exact = state.fits(saved)
         state.load_state_dict(saved, self.run)
+        if not all(isinstance(position, int) and position >= 0 for position in saved["positions"].values()):
+            raise UserError(f"{self.run}: its checkpoint does not say where the lines of the log end")
         self._positions = saved["positions"]
         self._saved_at = (state.epoch, state.step) if exact else None
 
@@ -186,7 +188,9 @@ class Keeper:
             "of_policies": of_policies,
             "rewind": rewind,
         }
-        self.log.incident(record, words, state.epoch * self.steps + step + 1)
+        # TensorBoard forgets what is shown of later steps than the run goes back to, now or when it is resumed.
+        epoch, finished = self._saved_at
+        self.log.incident(record, words, epoch * self.steps + finished)
         self.progress.say(words)
         return what
 

@@ -21,6 +21,7 @@ import pytest
 import torch
 from hypothesis import settings
 from PIL import Image
+from torch import nn
 
 import dataloader
 import evaluate
@@ -41,6 +42,9 @@ FIGURE_CLASS = pictures.figure_class
 ALONE = World((torch.device("cpu"),))
 # The smallest run that still has several steps, policies and epochs.
 TINY = ("model=wresnet10_1", "train_size=40", "batch_size=10", "M=2", "epochs=3", "eval_every=3", "workers=0")
+
+# With main.build_model replaced by little_network, a run that is smaller still: 4 steps an epoch, scored on 10 images.
+LITTLE = ("valid_size=10", "dropout=0.1")
 
 
 # A process started in the background of a shell inherits that SIGINT is ignored; a user's in the foreground does not.
@@ -276,6 +280,18 @@ def lines(path):
 
 def files(run, *names):
     return [(run / name).read_bytes() for name in names or ("metrics.jsonl", "policies.jsonl")]
+
+
+def little_network(_name, classes, dropout=0.0, **_):
+    """Small enough for many whole runs, and with what larger ones have: BatchNorm and dropout."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=4),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(dropout),
+        nn.Linear(256, classes),
+    )
 
 
 class Unkept:

@@ -188,10 +188,10 @@ def impatient():
     """Ends a wait, or reading without an end, with what no reader catches."""
 
     def give_up(*_):
-        raise SystemExit("has waited for ten seconds")
+        raise SystemExit("has waited for a minute")
 
     before = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(10)
+    signal.alarm(60)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)

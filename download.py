@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import tarfile
 import threading
 import time
@@ -90,24 +91,33 @@ class Downloads:
                 raise UserError(f"{path}: {fault}; remove it to have it fetched anew, or put a right copy there")
         except OSError as error:
             raise Missing(_unusable(folder, error)) from None
+        except KeyboardInterrupt as stop:
+            kept = f"what has come of {remote.name} is kept; the same command carries on from there"
+            raise type(stop)(kept) from None
         return path
 
     def fetch_unpacked(self, archive: Remote, folder: Path, holds: Sequence[str]) -> list[Path]:
         """The folders that `archive` holds, in `folder`: fetched and unpacked where one is missing.
 
-        An archive that was fetched for it is removed again, one that lay there is kept. Raises what `fetch` and
-        `unpack` raise, and UserError when the archive does not hold them.
+        An archive that was fetched for it is removed again, also when the process that has fetched it was killed; one
+        that lay there is kept. Raises what `fetch` and `unpack` raise, and UserError when the archive does not hold
+        them.
         """
-        folders = [folder / name for name in holds]
-        if not all(path.is_dir() for path in folders):
+        folders, path = [folder / name for name in holds], folder / archive.name
+        fetched = folder / f".fetched-{archive.name}"  # is there as long as an archive is that is to be removed
+        if fetched.exists() or not all(path.is_dir() for path in folders):
             try:
                 with _alone(folder) if self.allowed else contextlib.nullcontext():
                     # Another process may have unpacked and removed the archive while this one waited.
                     if not all(path.is_dir() for path in folders):
-                        lay_there = (folder / archive.name).exists()
-                        unpack(self.fetch(archive, folder), folder, quiet=self.quiet)
+                        lay_there = path.exists()
+                        self.fetch(archive, folder)
                         if not lay_there:
-                            (folder / archive.name).unlink()
+                            fetched.touch()
+                        unpack(path, folder, quiet=self.quiet)
+                    with contextlib.suppress(OSError):
+                        fetched.unlink()
+                        path.unlink()
             except OSError as error:
                 raise Missing(_unusable(folder, error)) from None
         for path in folders:
@@ -119,7 +129,8 @@ class Downloads:
         url, part = self._address(remote), path.with_name(f"{path.name}.part")
         remedy = f"{_by_hand(remote, path.parent)} name a mirror with --data-url"
         part.touch()
-        furthest, tries = part.stat().st_size, 0
+        begun = furthest = part.stat().st_size
+        tries, resolved = 0, False
         while True:
             try:
                 _receive(url, part, remote, self.quiet)
@@ -127,7 +138,9 @@ class Downloads:
             except _Failure as failure:
                 size = part.stat().st_size
                 furthest, tries = max(size, furthest), 0 if size > furthest else tries
-                if not failure.passes or tries == len(PAUSES):
+                resolved |= failure.resolved
+                # A name that nobody knows is likely to be a wrong one, or there is no network at all.
+                if not failure.passes or tries == (len(PAUSES) if resolved else 1):
                     if size == 0:
                         part.unlink()
                     raise Missing(f"{url}: {failure}\n{remedy}") from None
@@ -137,6 +150,10 @@ class Downloads:
                 tries += 1
         if fault := _fault(part, remote):
             part.unlink()
+            if begun:  # by an earlier run, of another version or from another mirror
+                if not self.quiet:
+                    warn(f"{part}: was not the beginning of {url}; fetching it anew")
+                return self._download(remote, path)
             raise Missing(f"{url}: what came from there {fault}\n{remedy}")
         with part.open("rb") as file:
             os.fsync(file.fileno())
@@ -159,11 +176,11 @@ def _unusable(folder: Path, error: OSError) -> str:
 
 
 class _Failure(Exception):
-    """Why a server did not deliver, and whether that may pass."""
+    """Why a server did not deliver, and whether that may pass. resolved: its name is known."""
 
-    def __init__(self, reason: str, *, passes: bool, status: int | None = None):
+    def __init__(self, reason: str, *, passes: bool, status: int | None = None, resolved: bool = True):
         super().__init__(reason)
-        self.passes, self.status = passes, status
+        self.passes, self.status, self.resolved = passes, status, resolved
 
 
 @contextlib.contextmanager
@@ -178,7 +195,9 @@ def _network(url: str) -> Iterator[None]:
     except (OSError, http.client.HTTPException, ValueError) as error:
         cause = getattr(error, "reason", error)  # URLError wraps what happened
         reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
-        raise _Failure(reason, passes=not url.startswith("file:")) from None
+        # A ValueError is of an address that is none, or of a certificate that is not valid.
+        passes = not url.startswith("file:") and not isinstance(cause, ValueError)
+        raise _Failure(reason, passes=passes, resolved=not isinstance(cause, socket.gaierror)) from None
 
 
 def _receive(url: str, part: Path, remote: Remote, quiet: bool) -> None:
@@ -346,9 +365,12 @@ def _plain_members(
 
 
 def _move(source: Path, target: Path) -> None:
-    """Rename, or, where both are folders, move what is in one into the other."""
+    """Rename, or, where both are folders, move what is in one into the other.
+
+    What is not there yet comes last, and whole folders in one step: as long as one is missing, not all is done.
+    """
     if source.is_dir() and target.is_dir():
-        for entry in source.iterdir():
+        for entry in sorted(source.iterdir(), key=lambda entry: not (target / entry.name).exists()):
             _move(entry, target / entry.name)
     else:
         source.replace(target)

@@ -3,7 +3,11 @@
 import functools
 import hashlib
 import http.server
+import os
 import pickle
+import re
+import shutil
+import sys
 import tarfile
 import threading
 
@@ -12,7 +16,9 @@ import pytest
 import torch
 import torchvision.transforms as T
 from PIL import Image
+from test_download import killed_before_step, serving, start_forked, wait_until
 
+import download
 from config import Config
 from dataloader import (
     Normalise,
@@ -28,6 +34,7 @@ from dataloader import (
     load_test,
     make_copies,
 )
+from download import Downloads
 from shapes import CLASSES, draw_shapes
 from utils import UserError
 
@@ -352,7 +359,7 @@ def cifar_root(tmp_path, monkeypatch):
             "tgz_md5": hashlib.md5(archive.read_bytes()).hexdigest(),
         }.items():
             monkeypatch.setattr(CIFAR10, attribute, value)
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=functools.partial(server.serve_forever, poll_interval=0.01))
         thread.start()
         yield tmp_path
         server.shutdown()
@@ -375,6 +382,95 @@ def test_cifar_that_is_there_is_read_without_a_network(cifar_root, monkeypatch):
     load_data(config, CPU)
     monkeypatch.setattr("torchvision.datasets.CIFAR10.url", "http://127.0.0.1:9/")
     assert len(load_data(config, CPU).test.labels) == 20
+
+
+@pytest.fixture
+def misbehaving(cifar_root, monkeypatch):
+    """A server that has the same archive, and sends it as its script says; nothing is waited for between tries."""
+    with serving((cifar_root / "cifar.tar.gz").read_bytes()) as server:
+        monkeypatch.setattr("torchvision.datasets.CIFAR10.url", f"http://127.0.0.1:{server.server_port}/cifar.tar.gz")
+        monkeypatch.setenv("no_proxy", "*")
+        monkeypatch.setattr(download, "STALL", 0.3)
+        monkeypatch.setattr(download.time, "sleep", lambda _: None)
+        yield server
+
+
+@pytest.mark.parametrize(
+    "script", [["cut"], ["stalled"], ["cut", "stalled", 503, "cut"], ["too long"], ["without length"]]
+)
+def test_cifar_comes_whole_from_a_server_that_fails(cifar_root, misbehaving, script):
+    misbehaving.script = script
+    data = load_data(Config(dataset="cifar10", dataroot=str(cifar_root / "data"), batch_size=10), CPU)
+    assert (len(data.train.labels), len(data.test.labels)) == (40, 20)
+    assert misbehaving.sent == len(misbehaving.content)
+    assert sorted(path.name for path in (cifar_root / "data").iterdir()) == ["cifar-10-batches-py", "cifar.tar.gz"]
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ([403], "403 Forbidden"),
+        (["too short"], "what came from there has md5"),
+        (["wrongly"], "what came from there has md5"),
+        (["a page"], "what came from there has md5"),
+        (["cut", *[503] * 4], "503 Service Unavailable"),
+    ],
+)
+def test_cifar_that_does_not_come_is_to_be_fetched_by_hand(cifar_root, misbehaving, script, words):
+    """And then is taken from where it was to be put; what has come before a failure is gone on with otherwise."""
+    misbehaving.script, folder = list(script), cifar_root / "data"
+    config = Config(dataset="cifar10", dataroot=str(folder), batch_size=10)
+    address = f"http://127.0.0.1:{misbehaving.server_port}/cifar.tar.gz"
+    message = f"{re.escape(address)}: {words}.*\nfetch {re.escape(address)} by hand and put it into {folder}, or"
+    with pytest.raises(UserError, match=message):
+        load_data(config, CPU)
+    part = ["cifar.tar.gz.part"] * (script[0] == "cut")
+    assert [path.name for path in folder.iterdir()] == part
+    if not part:
+        shutil.copy(cifar_root / "cifar.tar.gz", folder)
+    assert len(load_data(config, CPU).test.labels) == 20
+    assert misbehaving.ranges[len(script) :] == [f"bytes={len(misbehaving.content) // 2}-"] * len(part)
+
+
+def test_cifar_is_fetched_once_by_two_that_want_it(cifar_root, misbehaving, tmp_path):
+    pytest.importorskip("fcntl")
+    config = Config(dataset="cifar10", dataroot=str(cifar_root / "data"), batch_size=10)
+
+    def load(number):
+        os.dup2(os.open(tmp_path / f"stderr{number}", os.O_WRONLY | os.O_CREAT), 2)
+        sys.stderr = os.fdopen(2, "w", buffering=1)
+        assert len(load_data(config, CPU).test.labels) == 20
+
+    misbehaving.script = ["after a sign"]
+    processes = [start_forked(functools.partial(load, number)) for number in range(2)]
+    said = [tmp_path / f"stderr{number}" for number in range(2)]
+    waiting = f"warning: {cifar_root / 'data'}: waiting for another process that is fetching or unpacking there\n"
+    wait_until(lambda: any(file.exists() and file.read_text() == waiting for file in said))
+    misbehaving.sign.set()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert misbehaving.ranges == [None]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_cifar_is_never_taken_for_whole_when_the_one_that_fetched_it_was_killed(cifar_root, begun):
+    """At any step, into an empty folder or over the files of an older copy."""
+    config = Config(dataset="cifar10", dataroot=str(cifar_root / "data"), batch_size=10)
+    downloads = Downloads(mirror=cifar_root.as_uri(), quiet=True)
+    made = {path.name: path.read_bytes() for path in (cifar_root / "made" / "cifar-10-batches-py").iterdir()}
+    folder, on, killed = cifar_root / "data" / "cifar-10-batches-py", True, 0
+    while on:
+        if begun:
+            folder.mkdir(parents=True)
+            for name in ("data_batch_1", "test_batch"):
+                (folder / name).write_bytes(b"old")
+        on = killed_before_step(killed + 1, lambda: load_data(config, CPU, downloads))
+        killed += on
+        assert len(load_data(config, CPU, downloads).test.labels) == 20
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == made
+        shutil.rmtree(cifar_root / "data")
+    assert killed > 5
 
 
 def test_a_cifar_archive_with_wrong_content_is_refused(cifar_root, monkeypatch):

@@ -7,10 +7,15 @@ import gzip
 import hashlib
 import http.server
 import io
+import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
+import shutil
+import signal
+import socket
 import sys
 import tarfile
 import tempfile
@@ -20,11 +25,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import _start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import download
 from download import Downloads, Ledger, Remote, unpack
+from processes import exit_with_status
 from utils import UserError
 
 CONTENT = random.Random(0).randbytes(50_000)
@@ -33,15 +40,16 @@ HALF = len(CONTENT) // 2
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves CONTENT with ranges, or misbehaves as the next word of the server's script says."""
+    """Serves the server's content with ranges, or misbehaves as the next word of its script says."""
 
     def do_GET(self):
-        server, asked = self.server, self.headers["Range"]
+        server, asked, content = self.server, self.headers["Range"], self.server.content
+        half = len(content) // 2
         server.ranges.append(asked)
         how = server.script.pop(0) if server.script else "well"
         ranges = asked and how not in ("without ranges", "in chunks", "in chunks, cut")
         start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if ranges else 0
-        body = CONTENT[start:]
+        body = content[start:]
         if how == "redirected":
             self.send_response(302)
             self.send_header("Location", "/elsewhere/file.bin")
@@ -49,14 +57,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.end_headers()
         elif isinstance(how, int):
             self.send_error(how)
-        elif start >= len(CONTENT):
+        elif start >= len(content):
             self.send_error(416)
         elif how in ("in chunks", "in chunks, cut"):
             self.protocol_version = "HTTP/1.1"
             self.send_response(200)
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
-            self.send(f"{len(body):x}\r\n".encode() + (body + b"\r\n0\r\n\r\n" if how == "in chunks" else body[:HALF]))
+            self.send(f"{len(body):x}\r\n".encode() + (body + b"\r\n0\r\n\r\n" if how == "in chunks" else body[:half]))
             self.close_connection = True
         else:
             body = {"wrongly": b"x" * len(body), "a page": b"<html>"}.get(how, body)
@@ -64,7 +72,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_response(206 if start else 200)
             if start:
                 first = start + 1 if how == "another range" else start
-                self.send_header("Content-Range", f"bytes {first}-{len(CONTENT) - 1}/{len(CONTENT)}")
+                self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
             if how != "without length":
                 self.send_header("Content-Length", str(announced))
             self.end_headers()
@@ -83,12 +91,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv("no_proxy", "*")
+@contextlib.contextmanager
+def serving(content):
+    """A server on this machine. script: of its next answers; sign: to go on where it waits for one."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.script, server.ranges, server.sent, server.sign = [], [], 0, threading.Event()
-        server.remote = Remote(f"http://127.0.0.1:{server.server_port}/there/file.bin?raw=1", len(CONTENT), MD5)
+        server.content, server.script, server.ranges, server.sent = content, [], [], 0
+        server.sign = threading.Event()
         thread = threading.Thread(target=functools.partial(server.serve_forever, poll_interval=0.01))
         thread.start()
         yield server
@@ -97,12 +105,66 @@ def server(monkeypatch):
         thread.join()
 
 
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    with serving(CONTENT) as server:
+        server.remote = Remote(f"http://127.0.0.1:{server.server_port}/there/file.bin?raw=1", len(CONTENT), MD5)
+        yield server
+
+
 @pytest.fixture(autouse=True)
 def pauses(monkeypatch):
     """The seconds that would have been waited between tries."""
     seconds = []
     monkeypatch.setattr(download.time, "sleep", seconds.append)
     return seconds
+
+
+def start_forked(function):
+    """function() in a process of its own."""
+    process = multiprocessing.get_context("fork").Process(target=function)
+    _start(process)
+    return process
+
+
+def wait_until(true):
+    """For what another process does; without time.sleep, in whose place the tests here have something else."""
+    for _ in range(10_000):
+        if true():
+            return
+        threading.Event().wait(0.01)
+    pytest.fail("does not happen")
+
+
+STEPS = [
+    (shutil, "copyfileobj"),
+    (shutil, "rmtree"),
+    *((Path, name) for name in ("replace", "unlink", "mkdir", "touch")),
+]
+
+
+def killed_before_step(number, function):
+    """function() in a process that is killed before its so-many-th change of the disk -> whether it came that far."""
+
+    def counted(change):
+        def step(*arguments, **options):
+            if next(steps) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return change(*arguments, **options)
+
+        return step
+
+    def run():
+        for owner, name in STEPS:
+            setattr(owner, name, counted(getattr(owner, name)))
+        function()
+
+    steps = itertools.count(1)
+    process = start_forked(run)
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
 
 
 def names(folder):
@@ -189,6 +251,23 @@ def test_another_range_than_asked_for_is_not_appended(server, tmp_path):
     assert server.ranges == ["bytes=1000-", None]
 
 
+@pytest.mark.parametrize("published", [{"size": len(CONTENT), "md5": MD5}, {"md5": MD5}])
+def test_a_part_of_something_else_is_replaced(server, tmp_path, published, capsys):
+    """It is found out at the end only; what comes then is judged by itself."""
+    (tmp_path / "file.bin.part").write_bytes(b"x" * 1000)
+    remote = Remote(server.remote.url, **published)
+    assert Downloads().fetch(remote, tmp_path).read_bytes() == CONTENT
+    assert server.ranges == ["bytes=1000-", None]
+    assert capsys.readouterr().err.endswith(f"was not the beginning of {remote.url}; fetching it anew\n")
+    (tmp_path / "file.bin").rename(tmp_path / "file.bin.part")
+    (tmp_path / "file.bin.part").write_bytes(b"x" * 1000)
+    server.script = ["well", "wrongly"]
+    with assert_refused("what came from there has md5"):
+        Downloads(quiet=True).fetch(remote, tmp_path)
+    assert server.ranges[2:] == ["bytes=1000-", None]
+    assert names(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     ("left", "ranges"),
     [
@@ -265,6 +344,36 @@ def test_a_server_that_is_not_there_is_given_up(tmp_path, server):
         Downloads().fetch(Remote(url), tmp_path)
 
 
+def not_resolved(*_, **__):
+    raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+
+def test_a_name_that_nobody_knows_is_given_up_soon(tmp_path, server, monkeypatch, pauses):
+    """Mistyped, or without a network; unless it has been known before: then that may pass."""
+    resolve, asked = socket.getaddrinfo, []
+
+    def sometimes(*arguments, **options):
+        asked.append(arguments)
+        return (not_resolved if len(asked) in (2, 3) else resolve)(*arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", not_resolved)
+    with assert_refused("Name or service not known", f"fetch {server.remote.url} by hand"):
+        Downloads().fetch(server.remote, tmp_path)
+    assert pauses == [1]
+    assert names(tmp_path) == []
+    monkeypatch.setattr(socket, "getaddrinfo", sometimes)
+    server.script = ["cut"]
+    assert Downloads(quiet=True).fetch(server.remote, tmp_path).read_bytes() == CONTENT
+    assert pauses[1:] == [1, 4, 16]
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 80])
+def test_an_address_that_cannot_be_one_is_not_tried_again(tmp_path, pauses, host):
+    with assert_refused(f"http://{host}/file.bin: "):
+        Downloads(f"http://{host}").fetch(Remote("https://example.org/file.bin"), tmp_path)
+    assert pauses == []
+
+
 def test_a_stalled_connection_is_taken_up_again(server, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "STALL", 0.3)
     server.script = ["stalled"]
@@ -291,11 +400,33 @@ class Bar:
 def test_what_has_come_stays_after_an_interruption(server, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "CHUNK", 1000)
     monkeypatch.setattr(download, "_bar", lambda *_: Bar(KeyboardInterrupt()))
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=r"what has come of file.bin is kept; the same command carries on"):
         Downloads().fetch(server.remote, tmp_path)
     part = (tmp_path / "file.bin.part").read_bytes()
     assert 0 < len(part) <= 1000
     assert CONTENT.startswith(part)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_what_has_come_stays_after_the_end_of_the_process(server, tmp_path, number, capfd):
+    server.script = ["stalled"]
+
+    def fetch():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in the background of a shell
+        exit_with_status(lambda: Downloads().fetch(server.remote, tmp_path))
+
+    process, part = start_forked(fetch), tmp_path / "file.bin.part"
+    wait_until(lambda: part.exists() and part.stat().st_size == HALF)
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+    if number == signal.SIGTERM:
+        said = "terminated; what has come of file.bin is kept; the same command carries on from there\n"
+        assert capfd.readouterr().err == said
+    assert names(tmp_path) == ["file.bin.part"]
+    server.sign.set()
+    assert Downloads().fetch(server.remote, tmp_path).read_bytes() == CONTENT
+    assert server.ranges == [None, f"bytes={HALF}-"]
 
 
 def test_a_full_disk_is_named_with_its_remedy(server, tmp_path, monkeypatch):
@@ -768,6 +899,34 @@ def test_an_archive_that_lay_there_is_kept(tmp_path):
     assert names(tmp_path / "public") == ["a", "a/file", "set.tar"]
     with assert_refused("set.tar: does not hold c", lines=1):
         Downloads(allowed=False).fetch_unpacked(remote, tmp_path / "public", ("a", "c"))
+
+
+@pytest.mark.parametrize("there", [(), ("a",), ("b",)])
+@pytest.mark.parametrize("kept", [False, True])
+def test_killed_at_any_step_it_is_whole_or_is_mended(tmp_path, there, kept):
+    """A folder that a person has begun to fill is there already, or none; and the archive may be that person's."""
+    downloads, remote = archive_of(tmp_path, "a", "b")
+    data, killed, archives = tmp_path / "data", 0, []
+    for number in itertools.count(1):
+        for name in ("", *there):
+            (data / name).mkdir(parents=True)
+        if kept:
+            shutil.copy(tmp_path / "public" / "set.tar", data)
+        on = killed_before_step(number, lambda: downloads.fetch_unpacked(remote, data, ("a", "b")))
+        killed += on
+        if (data / "a").is_dir() and (data / "b").is_dir():
+            assert [(data / name / "file").read_bytes() for name in ("a", "b")] == [CONTENT] * 2, f"step {number}"
+        downloads.fetch_unpacked(remote, data, ("a", "b"))
+        lying = [name for name in names(data) if not name.startswith(".unpacking-") or (data / name).is_file()]
+        assert lying[:4] == ["a", "a/file", "b", "b/file"], f"step {number}"
+        assert lying[4:] in ([], ["set.tar"]), f"step {number}"
+        archives.append(lying[4:])
+        assert [(data / name / "file").read_bytes() for name in ("a", "b")] == [CONTENT] * 2
+        shutil.rmtree(data)
+        if not on:
+            break
+    assert killed > 5
+    assert all(archives) if kept else sum(map(len, archives)) <= 2, "known as fetched but for two instants"
 
 
 def test_several_that_want_an_archive_unpacked_wait_for_each_other(tmp_path):

@@ -802,7 +802,12 @@ def test_of_the_fault_of_one_process_its_policy_is_named(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("what", "settings"),
-    [("loss", ()), ("gradient", ("checkpoint_every=1", "policy_interval=3", "controller_lr=0.05")), ("buffer", ())],
+    [
+        ("loss", ()),
+        pytest.param(
+            "gradient", ("checkpoint_every=1", "policy_interval=3", "controller_lr=0.05"), marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_all_processes_go_back_for_the_fault_of_one_and_no_trace_is_left(tmp_path, monkeypatch, what, settings):
     run_on_ranks(tmp_path, "whole", REWIND, *settings)

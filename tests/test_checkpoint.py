@@ -210,7 +210,7 @@ SAVES = st.tuples(st.just("save"), st.integers(0, 3))  # steps in the epoch befo
 EVENTS = st.one_of(SAVES, SAVES, SAVES, st.tuples(st.sampled_from(["damage", "resume", "kill"]), st.integers(0, 9)))
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(st.lists(EVENTS, min_size=10, max_size=40))
 def test_the_newest_two_and_the_newest_from_between_epochs_are_kept_and_what_is_damaged_stays(events):
     """A run that is stopped, killed while it saves, resumed, and whose files are damaged, in any order.
@@ -690,7 +690,7 @@ def refused_or_gone_on_from(resumption, changes):
         pass
 
 
-@settings(max_examples=250, **FUZZ)
+@settings(max_examples=150, **FUZZ)
 @given(changes=CHANGES)
 def test_a_state_of_another_form_is_refused_in_words(resumption, changes):
     refused_or_loaded(resumption, changes)

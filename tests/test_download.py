@@ -901,8 +901,7 @@ def test_an_archive_that_lay_there_is_kept(tmp_path):
         Downloads(allowed=False).fetch_unpacked(remote, tmp_path / "public", ("a", "c"))
 
 
-@pytest.mark.parametrize("there", [(), ("a",), ("b",)])
-@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize(("there", "kept"), [((), False), (("a",), False), (("b",), False), (("a",), True)])
 def test_killed_at_any_step_it_is_whole_or_is_mended(tmp_path, there, kept):
     """A folder that a person has begun to fill is there already, or none; and the archive may be that person's."""
     downloads, remote = archive_of(tmp_path, "a", "b")

@@ -5,7 +5,6 @@ written is the truth that all others are compared with.
 """
 
 import contextlib
-import itertools
 import os
 import random
 import resource
@@ -138,8 +137,14 @@ def interrupt_within(monkeypatch, where, number=signal.SIGTERM, rank=0):
 @pytest.mark.parametrize(
     ("where", "size", "rank"),
     [
-        *itertools.product(("training", "evaluation", "save"), (1, 2), (0,)),
-        *itertools.product(("training", "evaluation"), (2,), (1,)),  # which does not save
+        ("training", 1, 0),
+        ("save", 1, 0),
+        ("evaluation", 2, 1),
+        pytest.param("evaluation", 1, 0, marks=pytest.mark.slow),
+        pytest.param("training", 2, 0, marks=pytest.mark.slow),
+        pytest.param("training", 2, 1, marks=pytest.mark.slow),
+        pytest.param("evaluation", 2, 0, marks=pytest.mark.slow),
+        pytest.param("save", 2, 0, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_exactly(monkeypatch, tmp_path, whole, where, size, rank):
@@ -170,6 +175,7 @@ def test_two_resumptions_in_a_row_from_within_epochs(monkeypatch, tmp_path, whol
     assert_same_run(tmp_path / "stopped", whole(1))
 
 
+@pytest.mark.slow
 def test_a_wish_that_comes_with_the_last_save_comes_too_late(monkeypatch, tmp_path, whole):
     with monkeypatch.context() as patched:
         interrupt_within(patched, "last save")
@@ -241,7 +247,7 @@ def wait_for(path):
     pytest.fail(f"{path} does not appear")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_process_says_what_it_does_and_how_to_go_on(start_process, tmp_path, script, number):
     settings = (*TINY, "epochs=500")
     process = start_process(*said(tmp_path, "stopped", settings=settings))
@@ -292,7 +298,7 @@ def test_workers_that_decode_images_do_not_hinder_stopping(start_process, tmp_pa
 # Other processes than it began with
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_with_other_processes_a_run_goes_on_from_the_epochs_start(monkeypatch, tmp_path, before, after):
     """Without noise in the network the only difference is in whose statistics of BatchNorm are averaged when."""
     settings = (*DEMANDING, "accumulate=2", "dropout=0", "policy=random")
@@ -322,6 +328,7 @@ def test_with_other_processes_a_run_goes_on_from_the_epochs_start(monkeypatch, t
         assert mine["losses"] == pytest.approx(other["losses"], rel=0.05)
 
 
+@pytest.mark.slow
 def test_as_many_processes_as_before_go_on_exactly_whatever_is_allowed(monkeypatch, tmp_path, whole):
     with monkeypatch.context() as patched:
         interrupt_within(patched, "training")
@@ -333,7 +340,7 @@ def test_as_many_processes_as_before_go_on_exactly_whatever_is_allowed(monkeypat
 # A full disk
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("full", ["checkpoints", "everything"])
 def test_a_full_disk_leaves_the_checkpoint_before_whole(monkeypatch, tmp_path, whole, full, size):
     """From the third checkpoint on, no file may grow beyond a tenth of one; or none beyond what it holds now."""

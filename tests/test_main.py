@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import json
 import math
-import signal
 
 import pytest
 import torch
@@ -606,19 +605,6 @@ def test_a_directory_that_cannot_be_made(script, tmp_path):
     (tmp_path / "file").write_text("")
     refused = script("main.py", "--logdir", tmp_path / "file", "--set", *TINY)
     assert_refused(refused, "cannot be made", "--logdir")
-
-
-def test_ctrl_c_keeps_finished_epochs_and_says_how_to_go_on(start_process, tmp_path):
-    settings = ("--logdir", tmp_path, "--name", "stopped", "--set", *TINY, "epochs=500")
-    process = start_process("main.py", *settings)
-    assert process.stdout.readline().startswith("epoch 1/500")
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert "Traceback" not in err
-    assert "go on with: python main.py" in err
-    assert "--resume" in err
-    assert final_state(tmp_path / "stopped")["epoch"] >= 1
 
 
 @pytest.mark.slow

@@ -18,7 +18,6 @@ import pytest
 import torch
 from conftest import (
     ALONE,
-    LAUNCHERS,
     ROOT,
     TINY,
     Unkept,
@@ -735,7 +734,7 @@ def test_a_half_made_environment_is_refused(script, monkeypatch, tmp_path, varia
 # The launchers
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("launch", marks=pytest.mark.slow)])
 def test_both_launchers_start_the_same_run(train_ranks, tmp_path, launcher):
     expected = train_ranks(2, "expected", "epochs=1")
     said = ("main.py", "--logdir", tmp_path, "--name", launcher, "--set", *TINY, "epochs=1")

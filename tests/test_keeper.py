@@ -163,6 +163,19 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_exactly(monkeypatch, tmp_
     assert_same_run(tmp_path / "stopped", whole(size))
 
 
+def test_images_that_are_read_anew_in_each_epoch_are_taken_up_where_they_were(monkeypatch, tmp_path, own_images):
+    streamed = ("dataset=folder", f"dataroot={own_images}", "image_size=16", "resident_gb=0.00001", "valid_size=0")
+    settings = (*DEMANDING, *streamed, "train_size=20", "batch_size=5")  # 4 steps in an epoch
+    truth = run_whole(1, tmp_path, settings=settings)
+    with monkeypatch.context() as patched:
+        interrupt_within(patched, "training")
+        (done,) = scripts_on_ranks(1, *said(tmp_path, "stopped", settings=settings))
+    assert done.status == 143
+    assert final_state(tmp_path / "stopped")["step"] == 2, "of the third epoch"
+    run_whole(1, tmp_path, "stopped", "--resume", settings=settings)
+    assert_same_run(tmp_path / "stopped", truth)
+
+
 def test_two_resumptions_in_a_row_from_within_epochs(monkeypatch, tmp_path, whole):
     for flags in ((), ("--resume",)):
         with monkeypatch.context() as patched:

@@ -243,11 +243,12 @@ def exit_with_status(main: Callable[[], None]) -> NoReturn:
                 status = 0
             except SystemExit as leaving:  # after --help
                 status = leaving.code
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
         except (Exception, KeyboardInterrupt) as error:
             enough()
             status = _tell(error)
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # none where it was closed before the start
         try:
             stream.flush()
         except OSError:  # the interpreter would try again when it ends, and fail with a traceback
@@ -317,6 +318,7 @@ def _first_to_fail() -> bool:
 @functools.cache
 def _meeting_point() -> tuple[dist.Store, int, int]:
     """The store that all processes of the run share, this one's rank, and their number. Raises UserError."""
+    _number("RANK", 0)
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(f"WORLD_SIZE is set, but not {', '.join(missing)}; start the processes with torchrun")

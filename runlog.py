@@ -149,7 +149,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Print to stdout without tearing the bar."""
-        if self._speaks:
+        if self._speaks and sys.stdout is not None:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
 

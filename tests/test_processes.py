@@ -705,7 +705,7 @@ def test_a_script_leaves_nothing_for_the_interpreter_to_complain_of(closed):
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-@pytest.mark.parametrize("script", ["evaluate.py", "robustness.py"])
+@pytest.mark.parametrize("script", ["main.py", "evaluate.py", "robustness.py"])
 def test_ctrl_c_in_the_first_seconds_ends_in_silence(start_process, monkeypatch, tmp_path, script):
     """While torch is imported: here one that never gets ready."""
     (tmp_path / "torch.py").write_text("print('importing', flush=True)\nimport time\ntime.sleep(1000)\n")
@@ -722,6 +722,7 @@ def test_ctrl_c_in_the_first_seconds_ends_in_silence(start_process, monkeypatch,
     [
         ({"WORLD_SIZE": "many"}, ["WORLD_SIZE: 'many' in the environment is not a number", "torchrun"]),
         ({"WORLD_SIZE": "2"}, ["WORLD_SIZE is set, but not RANK, MASTER_ADDR, MASTER_PORT", "torchrun"]),
+        ({"WORLD_SIZE": "2", "RANK": "x"}, ["RANK: 'x' in the environment is not a number"]),
         ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "x"}, ["LOCAL_RANK: 'x' in the environment is not a number"]),
     ],
 )

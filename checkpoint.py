@@ -147,18 +147,18 @@ def write_atomically(
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if not isinstance(error, (OSError, RuntimeError)):  # torch.save reports what the disk says as RuntimeError
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # as torch.save reports what it meets
+        if not isinstance(cause, OSError):
             raise
-        raise UserError(f"{path.parent}: {cannot_write(path.parent, error, needs)}") from None
+        raise UserError(f"{path.parent}: {cannot_write(path.parent, cause, needs)}") from None
     with contextlib.suppress(OSError):  # not every file system knows it for a folder
         _flush_to_disk(final.parent)
     return final
 
 
-def cannot_write(folder: Path, error: Exception, needs: int = 0) -> str:
+def cannot_write(folder: Path, error: OSError, needs: int = 0) -> str:
     """Why a file in `folder` cannot be written, and what to do about it, in words."""
-    cause = error.__context__ if isinstance(error.__context__, OSError) else error
-    reason = [getattr(cause, "strerror", None) or in_a_line(cause)]
+    reason = [error.strerror or in_a_line(error)]
     reason += [f"{needs / 1e6:,.1f} MB are needed"] if needs else []
     with contextlib.suppress(OSError):
         reason.append(f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB are free")

@@ -4,6 +4,7 @@ One in each process; they agree before they act, and the leader's alone writes a
 """
 
 import contextlib
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,25 @@ from trainingstate import TrainingState
 from utils import UserError, warn
 
 REWINDS = 2  # times that a run goes back to its last checkpoint after numbers that are not finite
+
+
+def require_nothing_finished(run: Path) -> None:
+    """Raises UserError for a run that has come further than to its first checkpoint, but has none."""
+    log = run / "metrics.jsonl"
+    if log.exists() and log.stat().st_size:
+        raise UserError(
+            f"{run}: has finished epochs, but no checkpoint of this version\n"
+            "put one back into checkpoints, or start anew with --overwrite"
+        )
+
+
+def count_rewinds(run: Path) -> int:
+    """How often a run went back, as its incidents.jsonl has it; a line that is cut short does not count."""
+    count, log = 0, run / "incidents.jsonl"
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else ():
+        with contextlib.suppress(ValueError, AttributeError):
+            count += json.loads(line).get("rewind") is not None
+    return count
 
 
 class Keeper:
@@ -33,7 +53,7 @@ class Keeper:
         self._noticed = LateMaximum(state.world)
         self._positions: dict[str, int] | None = None  # of the log at the last checkpoint
         self._saved_at = self._collapsed = None
-        self._began = time.perf_counter()
+        self._lap_began = time.perf_counter()
         self._step_seconds = self._save_seconds = 0.0
 
     def __enter__(self) -> "Keeper":
@@ -60,6 +80,8 @@ class Keeper:
         state, world = self.state, self.state.world
         saved = world.from_leader(self._checkpoints.load_newest(warn) if world.leads else None)
         if saved is None:
+            if world.leads:
+                require_nothing_finished(self.run)
             return
         if elastic and not state.fits(saved):
             newest = self._checkpoints.load_newest(warn, between_epochs=True) if world.leads else None
@@ -85,6 +107,8 @@ class Keeper:
             raise UserError(f"{self.run}: its checkpoint does not say where the lines of the log end")
         self._positions = saved["positions"]
         self._saved_at = (state.epoch, state.step) if exact else None
+        # Those of a process that was killed before it could save that it went back.
+        state.rewinds = max(state.rewinds, world.from_leader(count_rewinds(self.run) if world.leads else 0))
 
     def save(self) -> None:
         """Write the state, unless that is done already.
@@ -98,13 +122,14 @@ class Keeper:
         self._positions = self.log.positions()
         if self.state.world.leads:
             self._checkpoints.save(saved | {"positions": self._positions, "data": self._fingerprint})
+        self.state.world.gather(None)  # nobody goes on, or says that it is saved, before it is
         self._saved_at = self.state.epoch, self.state.step
         self._save_seconds = time.perf_counter() - began
 
     def lap(self, doing: str) -> float:
         """Seconds since the last call, which count as those that the epoch has spent on "train" or on "other"."""
         now = time.perf_counter()
-        seconds, self._began = now - self._began, now
+        seconds, self._lap_began = now - self._lap_began, now
         self.state.so_far.seconds[doing] += seconds
         return seconds
 

@@ -33,6 +33,8 @@ def check_run_directory(run: Path, config: Config, args: argparse.Namespace) -> 
             raise UserError(
                 f"{run}: holds a run already; go on with --resume, start anew with --overwrite, or use --name"
             )
+        if nested := next((path.parent for path in run.rglob("config.yaml") if path.parent != run), None):
+            raise UserError(f"{run}: cannot be overwritten, for another run lies below it, in {nested}; move that away")
 
 
 @contextlib.contextmanager

@@ -66,9 +66,12 @@ def signals_raise() -> Iterator[Callable[[], None]]:
 
 
 def leave_signals_to_the_parent(_: int = 0) -> None:
-    """For a process that decodes images: signals reach the whole group, and its images are needed until the end."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    """For a process that decodes images: signals reach the whole group, and its images are needed until the end.
+
+    Only a second SIGTERM, which the parent sends to one that is stuck, ends it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 class Wish:
@@ -103,7 +106,8 @@ class Wish:
             self._left -= 1
             if self._left == 0:
                 signal.signal(signal.SIGINT, signal.SIG_DFL)  # which works even where Python does not get its turn
-        if not self.signum and self._says is not None:
-            # print() is not for signal handlers: the process may be in the middle of one.
-            os.write(2, f"\n{self._says(signal.Signals(number).name)}\n".encode())
-        self.signum = self.signum or number
+        first, self.signum = not self.signum, self.signum or number
+        if first and self._says is not None:
+            words = f"\n{self._says(signal.Signals(number).name)}\n"
+            with contextlib.suppress(OSError):  # who reads it, as `| tee`, may have ended by the same Ctrl-C
+                os.write(2, words.encode())  # the process may be in the middle of a print()

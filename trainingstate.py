@@ -126,6 +126,8 @@ class TrainingState:
             self.numbers.reset(own["skipped"])
             if own["random"]:
                 set_random_state(own["random"], self.world.devices)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # of anything that is of another form than was saved
             reason = in_a_line(error)
             raise UserError(f"{run}: its checkpoint does not fit the settings in its config.yaml ({reason})") from None

@@ -644,6 +644,8 @@ def test_the_third_fault_stops_the_run_and_a_resumption_counts_on(script, tmp_pa
     assert [incident["rewind"] for incident in lines(run / "incidents.jsonl")] == [1, 2, None]
     assert positions(run)[-1] == (1, 0)
     assert_finite(run)
+    assert_refused(script(*command(tmp_path, "always", REWIND, "--resume")), "after going back 2 times")
+    assert [incident["rewind"] for incident in lines(run / "incidents.jsonl")] == [1, 2, None, None]
 
 
 def test_how_often_a_run_went_back_is_saved_with_it(script, tmp_path, monkeypatch):

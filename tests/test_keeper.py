@@ -222,6 +222,39 @@ def test_a_second_ctrl_c_ends_a_process_at_once(monkeypatch):
     assert end_by_signals(interrupt, interrupt, interrupt) == -interrupt
 
 
+def test_who_reads_what_is_said_may_end_by_the_same_ctrl_c():
+    """`2>&1 | tee`: the signal reaches both, and the wish is noted all the same."""
+
+    def run():
+        reading, writing = os.pipe()
+        os.close(reading)
+        os.dup2(writing, 2)
+        with stopping.Wish(lambda name: name) as wish:
+            os.kill(os.getpid(), signal.SIGINT)
+            return wish.signum
+
+    (done,) = start_ranks(1, run)
+    assert done.result == signal.SIGINT, done.err
+
+
+def test_nobody_says_that_it_is_saved_before_it_is(monkeypatch, tmp_path):
+    """The process that is asked to stop is not the one that saves, and fails to."""
+    interrupt_within(monkeypatch, "training", rank=1)
+    save, calls = checkpoint.Checkpoints.save, []
+
+    def out_of_room(self, state):
+        calls.append(1)
+        if len(calls) == 5:  # before it 0, 3, 6 and 8 steps were saved
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        return save(self, state)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", out_of_room)
+    done = scripts_on_ranks(2, *said(tmp_path, "full"))
+    assert [one.status for one in done] == [2, 2]
+    (message,) = filter(None, (one.err for one in done))
+    assert "checkpoints: cannot be written to (File too large" in message
+
+
 def test_signals_are_as_they_were_afterwards():
     before = [signal.getsignal(number) for number in stopping.SIGNALS]
     with contextlib.suppress(ZeroDivisionError), stopping.Wish() as wish:

@@ -72,11 +72,21 @@ def test_a_damaged_checkpoint_is_passed_over(train, reference, script, tmp_path)
     assert files(run) == files(reference)
 
 
-def test_a_run_stopped_before_its_first_checkpoint_starts_over(train, reference):
+def test_a_run_killed_before_its_first_checkpoint_starts_over(train, reference):
     run = train("early", *DEMANDING, "--stop_epoch=1")
-    for checkpoint in (run / "checkpoints").iterdir():
-        checkpoint.unlink()
+    for left in (*(run / "checkpoints").iterdir(), *run.glob("*.jsonl"), run / "model.pt"):
+        left.unlink()
     assert files(train("early", *DEMANDING, "--resume")) == files(reference)
+
+
+def test_a_run_that_has_lost_its_checkpoints_does_not_start_over(train, script, tmp_path):
+    run = train("emptied", "--stop_epoch=1")
+    for checkpoint in (run / "checkpoints").iterdir():
+        checkpoint.rename(run / "checkpoints" / f"another version's {checkpoint.name}")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    refused = script("main.py", "--resume", "--logdir", tmp_path, "--name", "emptied", "--set", *TINY)
+    assert_refused(refused, f"{run}: has finished epochs, but no checkpoint of this version", "--overwrite")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_a_finished_run_is_resumed_without_effect(train, reference):
@@ -558,6 +568,14 @@ def test_a_log_that_lost_lines_is_not_filled_with_nothing(train, script, tmp_pat
     (run / "metrics.jsonl").write_text("")
     refused = script("main.py", "--resume", "--logdir", tmp_path, "--name", "lost", "--set", *TINY)
     assert_refused(refused, "metrics.jsonl: lacks lines that the checkpoint counts on")
+
+
+def test_a_run_below_another_is_not_overwritten_with_it(train, script, tmp_path):
+    train("outer", "--stop_epoch=1")
+    inner = train("outer/inner", "--stop_epoch=1")
+    refused = script("main.py", "--overwrite", "--logdir", tmp_path, "--name", "outer", "--set", *TINY)
+    assert_refused(refused, "another run lies below it", str(inner))
+    assert (inner / "config.yaml").exists()
 
 
 def test_overwriting_through_a_link_leaves_nothing_of_the_old_run(train, tmp_path):

@@ -12,7 +12,7 @@ from typing import Any
 from alarms import collapse
 from checkpoint import Checkpoints
 from processes import LateMaximum
-from runlog import Progress, RunLog, SilentLog
+from runlog import JSONL_FILES, Progress, RunLog, SilentLog
 from stopping import Stopped, Wish
 from trainingstate import TrainingState
 from utils import UserError, warn
@@ -103,7 +103,8 @@ class Keeper:
             )
         exact = state.fits(saved)
         state.load_state_dict(saved, self.run)
-        if not all(isinstance(position, int) and position >= 0 for position in saved["positions"].values()):
+        positions = [saved["positions"].get(name) for name in JSONL_FILES]
+        if not all(isinstance(position, int) and position >= 0 for position in positions):
             raise UserError(f"{self.run}: its checkpoint does not say where the lines of the log end")
         self._positions = saved["positions"]
         self._saved_at = (state.epoch, state.step) if exact else None

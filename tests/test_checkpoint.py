@@ -653,6 +653,27 @@ def resumption(train, request):
     return Resumption(train("trusted", *LITTLE, f"policy={request.param}", *said))
 
 
+@pytest.mark.parametrize("resumption", ["random"], indirect=True)
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("ranks",), []),
+        (("ranks",), None),
+        (("ranks", 0, "devices"), torch.zeros(3)),
+        (("ranks", 0, "skipped"), 2**70),
+        (("epoch",), "2"),
+        (("positions",), {}),
+        (("positions", "times.jsonl"), LEFT_OUT),
+        (("positions", "metrics.jsonl"), -1),
+    ],
+)
+def test_what_a_state_cannot_be_is_refused_with_the_log_as_it_was(resumption, path, value):
+    with pytest.raises(UserError) as refused:
+        resumption.go_on(saved(changed(resumption.template, path, value)))
+    assert_in_words(refused.value)
+    assert {path: path.read_bytes() for path in resumption.logs} == resumption.logs
+
+
 ONE_CHANGE = st.tuples(st.integers(0, 10**6), wrong_values()).map(lambda change: [change])
 CHANGES = ONE_CHANGE | st.lists(st.tuples(st.integers(0, 10**6), wrong_values()), min_size=2, max_size=3)
 # Each example is independent of the one before, and made smaller it would take minutes.

@@ -71,8 +71,8 @@ class Keeper:
             self._noticed.settle()
         self._leave.close()
 
-    def load(self, *, elastic: bool = False) -> None:
-        """Bring the state to that of the newest whole checkpoint, if there is one.
+    def load(self, *, elastic: bool = False) -> bool:
+        """Bring the state to that of the newest whole checkpoint; returns whether there is one.
 
         elastic: where other processes or devices wrote it, to the newest from between two epochs, which is not exact.
         Raises UserError where there are only damaged ones, or those of other data, settings or processes.
@@ -82,7 +82,7 @@ class Keeper:
         if saved is None:
             if world.leads:
                 require_nothing_finished(self.run)
-            return
+            return False
         if elastic and not state.fits(saved):
             newest = self._checkpoints.load_newest(warn, between_epochs=True) if world.leads else None
             saved = world.from_leader(newest)
@@ -110,6 +110,7 @@ class Keeper:
         self._saved_at = (state.epoch, state.step) if exact else None
         # Those of a process that was killed before it could save that it went back.
         state.rewinds = max(state.rewinds, world.from_leader(count_rewinds(self.run) if world.leads else 0))
+        return True
 
     def save(self) -> None:
         """Write the state, unless that is done already.
@@ -189,7 +190,8 @@ class Keeper:
                 f"{self.run}: {what}{again}; what was saved before is kept\n"
                 "start another run with a lower lr, or with grad_clip or warmup_epochs set"
             ) from None
-        self.load()
+        if not self.load():
+            raise UserError(f"{self.run}: {what}, and its checkpoints are gone; put a copy back, or start anew")
         state.rewinds = rewinds
         self.progress.say(f"back to epoch {state.epoch + 1}, step {state.step + 1} ({rewinds} of {REWINDS} times)")
         self._close()

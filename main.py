@@ -378,7 +378,8 @@ def closing_words(run: Path, state: TrainingState) -> str:
             f"{state.collapse.first}; policies.jsonl says how."
         )
     if state.rewinds:
-        words.append(f"Numbers were not finite {state.rewinds} times: incidents.jsonl says where.")
+        times = "once" if state.rewinds == 1 else f"{state.rewinds} times"
+        words.append(f"Numbers were not finite {times}: incidents.jsonl says where.")
     return "\n".join(words)
 
 

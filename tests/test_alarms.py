@@ -599,7 +599,7 @@ def test_a_fault_that_happens_once_leaves_no_trace(script, tmp_path, monkeypatch
     assert done.status == 0, done.err
     step = {"checkpoint_every=1": 3, "checkpoint_every=2": 3}.get(settings[0] if settings else "", 1)
     assert f"\nback to epoch 2, step {step} (1 of 2 times)\n" in done.out
-    assert "Numbers were not finite 1 times: incidents.jsonl says where." in done.out
+    assert "Numbers were not finite once: incidents.jsonl says where." in done.out
     assert [(i["rewind"], i["epoch"]) for i in lines(run / "incidents.jsonl")] == [(1, 2)]
     assert files(run) == files(whole)
     assert [line["epoch"] for line in lines(run / "times.jsonl")] == [1, 2, 3]

@@ -93,16 +93,24 @@ class Checkpoints:
 
 def load_tensors(path: Path) -> Any:
     """A file written by torch.save that holds tensors and plain values only; nothing in it is executed."""
+    return load_hashed(path)[0]
+
+
+def load_hashed(path: Path) -> tuple[Any, str]:
+    """What `load_tensors` gives, and the SHA-256, in hex, of the very file that it was read from."""
     try:
         require_file(path)
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                # torch.save packs nothing: what says that it holds more would fill the memory.
-                if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-                    raise ValueError("says that it holds more than it is long")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of torch, about files that it then refuses
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            if zipfile.is_zipfile(file):
+                with zipfile.ZipFile(file) as archive:
+                    # torch.save packs nothing: what says that it holds more would fill the memory.
+                    if sum(entry.file_size for entry in archive.infolist()) > os.fstat(file.fileno()).st_size:
+                        raise ValueError("says that it holds more than it is long")
+            file.seek(0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of torch, about files that it then refuses
+                return torch.load(file, map_location="cpu", weights_only=True), sha256
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except Exception as error:  # damage shows in many ways: RuntimeError, EOFError, UnpicklingError, KeyError, ...

@@ -15,9 +15,9 @@ counts classes.
 """
 
 if __name__ == "__main__":
-    from stopping import end_quietly_on_ctrl_c
+    from stopping import begin
 
-    end_quietly_on_ctrl_c()  # while all this is imported
+    begin()  # before all that takes its time to import
 
 import argparse
 import dataclasses
@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import load_tensors, sha256_of
+from checkpoint import load_hashed
 from config import (
     DEFAULT_CONF,
     Config,
@@ -72,6 +72,7 @@ class Subject:
     """
 
     file: Path
+    sha256: str
     weights: dict[str, Tensor]
     config: Config
     num_classes: int
@@ -183,7 +184,7 @@ def begin_results(
     trained_with = subject.trained_with
     head = {
         "checkpoint": str(subject.file),
-        "sha256": sha256_of(subject.file),
+        "sha256": subject.sha256,
         "conf": args.load_conf and str(args.load_conf),
         "model": subject.config.model,
         "seed": trained_with and trained_with.seed,
@@ -293,7 +294,7 @@ def trained_here(args: argparse.Namespace) -> Subject:
             else "train one with main.py, or name a file with --checkpoint"
         )
         raise UserError(f"{file}: there is no such checkpoint; {remedy}")
-    content = load_tensors(file)
+    content, sha256 = load_hashed(file)
     shape = {"model": dict, "classes": [str], "config": dict, "epoch": int}
     if not has_shape(content, shape) or not _is_state_dict(content["model"]) or content["epoch"] < 0:
         raise UserError(f"{file}: is no model.pt of main.py; score a plain state dict with --model NAME --weights FILE")
@@ -309,7 +310,9 @@ def trained_here(args: argparse.Namespace) -> Subject:
         )
     classes = tuple(content["classes"])
     look_only = "dataroot" not in overrides and not stays_below(config.dataroot)
-    return Subject(file, content["model"], config, len(classes), classes, trained_with, content["epoch"], look_only)
+    return Subject(
+        file, sha256, content["model"], config, len(classes), classes, trained_with, content["epoch"], look_only
+    )
 
 
 def plain_state_dict(args: argparse.Namespace) -> Subject:
@@ -324,14 +327,14 @@ def plain_state_dict(args: argparse.Namespace) -> Subject:
     if conf is None:
         said = {"crop_padding": ("--benchmarks", 0)} | said  # for training; not every data set can have it
     config = load_config(conf, said)
-    content = load_tensors(args.weights)
+    content, sha256 = load_hashed(args.weights)
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not _is_state_dict(content):
         raise UserError(f"{args.weights}: holds no state dict (names with tensors)")
     weights = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in content.items()}
-    return Subject(args.weights, weights, config, outputs_of(weights, config))
+    return Subject(args.weights, sha256, weights, config, outputs_of(weights, config))
 
 
 def outputs_of(weights: dict[str, Tensor], config: Config) -> int:

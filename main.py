@@ -17,9 +17,9 @@ n * M + m); C, H, W as usual, but for logits_BC, where C counts classes.
 """
 
 if __name__ == "__main__":
-    from stopping import end_quietly_on_ctrl_c
+    from stopping import begin
 
-    end_quietly_on_ctrl_c()  # while all this is imported
+    begin()  # before all that takes its time to import
 
 import argparse
 import math
@@ -367,7 +367,7 @@ def closing_words(run: Path, state: TrainingState) -> str:
     words = [
         "",
         f"The run lies in {run} ({state.epoch} of {state.config.epochs} epochs).",
-        f"  score it     python evaluate.py --checkpoint {shlex.quote(str(run / 'model.pt'))}",
+        f"  score it     {in_shell('evaluate.py', '--checkpoint', str(run / 'model.pt'))}",
         f"  look at it   tensorboard --logdir {shlex.quote(str(run.parent))}",
     ]
     if state.epoch < state.config.epochs:
@@ -386,7 +386,8 @@ def closing_words(run: Path, state: TrainingState) -> str:
 def resume_command(world: World) -> str:
     """This command, with --resume."""
     if world.size > 1:
-        return "the same command and --resume"
+        without = ", without --stop_epoch" if any(word.startswith("--stop_epoch") for word in sys.argv) else ""
+        return f"the same command and --resume{without}"
     words, left_out = [], 0
     for word in sys.argv[1:]:
         if word == "--stop_epoch":
@@ -394,7 +395,12 @@ def resume_command(world: World) -> str:
         if left_out == 0 and word not in RESUMING and not word.startswith("--stop_epoch="):
             words.append(word)
         left_out = max(0, left_out - 1)
-    return shlex.join(["python", "main.py", *words, "--resume"])
+    return in_shell("main.py", *words, "--resume")
+
+
+def in_shell(script: str, *arguments: str) -> str:
+    """The command that runs a script beside this one from where this one was started."""
+    return shlex.join(["python", str(Path(sys.argv[0]).parent / script), *arguments])
 
 
 if __name__ == "__main__":

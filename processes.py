@@ -243,16 +243,24 @@ def exit_with_status(main: Callable[[], None]) -> NoReturn:
                 status = 0
             except SystemExit as leaving:  # after --help
                 status = leaving.code
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            sys.stdout.flush()
         except (Exception, KeyboardInterrupt) as error:
             enough()
             status = _tell(error)
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # none where it was closed before the start
+    for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:  # the interpreter would try again when it ends, and fail with a traceback
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    leave(status)
+
+
+def leave(status: Any) -> NoReturn:
+    """End this process. One of several does without the interpreter's farewell, in the middle of which a thread of
+    gloo's that drops its last tensor would abort it.
+    """
+    if _meeting_point.cache_info().currsize and isinstance(status, int):
+        os._exit(status)
     sys.exit(status)
 
 

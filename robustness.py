@@ -13,9 +13,9 @@ or, where none is published, the one noted at first use. `source` says what the 
 """
 
 if __name__ == "__main__":
-    from stopping import end_quietly_on_ctrl_c
+    from stopping import begin
 
-    end_quietly_on_ctrl_c()  # while all this is imported
+    begin()  # before all that takes its time to import
 
 import argparse
 import hashlib

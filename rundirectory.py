@@ -12,12 +12,18 @@ import torch
 from checkpoint import write_text
 from config import Config, changed_settings, load_config, to_yaml
 from locks import RUN_LOCK, sole_writer
-from utils import UserError, environment, in_a_line, warn
+from utils import UserError, environment, has_shape, in_a_line, warn
+
+THAT_ROUND = ("torch", "device", "threads")  # of an environment: with others, numbers are rounded otherwise
 
 
 def check_run_directory(run: Path, config: Config, args: argparse.Namespace) -> None:
     """Refuse to write over a run, or to resume one that was another. Nothing is changed yet."""
     holds_run = (run / "config.yaml").exists()
+    if not holds_run and (run / "checkpoints").is_dir():
+        raise UserError(
+            f"{run}: has checkpoints, but not their config.yaml; put a copy back, or choose another place with --name"
+        )
     if args.resume:
         if not holds_run:
             raise UserError(f"{run}: there is no run to resume; leave out --resume to start one")
@@ -44,7 +50,7 @@ def held(run: Path, config: Config, args: argparse.Namespace) -> Iterator[None]:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{run}: cannot be made ({error}); choose another place with --logdir") from None
-    with sole_writer(run, "choose another place with --name"):
+    with sole_writer(run, "choose another place with --logdir or --name"):
         check_run_directory(run, config, args)  # again: another may have been here in between
         yield
 
@@ -62,11 +68,13 @@ def write_run_directory(run: Path, config: Config, device: torch.device, *, afre
     path = run / "environment.json"
     try:
         starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    except (OSError, ValueError) as error:
+        if not has_shape(starts, [dict.fromkeys(THAT_ROUND, object)]):
+            raise ValueError("entries are missing or of another kind")
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({in_a_line(error)}); put a copy back, or remove it") from None
     starts.append(environment(device))
     first, now = starts[0], starts[-1]
-    for name in ("torch", "device", "threads"):
+    for name in THAT_ROUND:
         if first[name] != now[name]:
             warn(f"{run}: began with {name} {first[name]}, goes on with {now[name]}: not bit for bit the same")
     write_text(path, json.dumps(starts, indent=2) + "\n")

@@ -36,12 +36,13 @@ class RunLog:
         self._files = {}
         self._hook, threading.excepthook = threading.excepthook, self._in_a_thread
         with self._writing():
+            for name, position in (positions or {}).items():  # before anything is changed
+                path = directory / name
+                if position > (path.stat().st_size if path.exists() else 0):
+                    raise UserError(f"{path}: lacks lines that the checkpoint counts on; put a copy back")
             for name in JSONL_FILES:
-                file = self._files[name] = (directory / name).open("ab")
-                position = (positions or {}).get(name, 0)
-                if file.seek(0, os.SEEK_END) < position:
-                    raise UserError(f"{directory / name}: lacks lines that the checkpoint counts on; put a copy back")
-                file.truncate(position)
+                self._files[name] = (directory / name).open("ab")
+                self._files[name].truncate((positions or {}).get(name, 0))
             # TensorBoard takes the first such mark for the run's start; at each later one, what comes after it goes.
             self._writer = SummaryWriter(str(directory), purge_step=step + 1 if positions else 0)
 
@@ -149,7 +150,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Print to stdout without tearing the bar."""
-        if self._speaks and sys.stdout is not None:
+        if self._speaks:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
 

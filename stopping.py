@@ -6,6 +6,7 @@ Nothing is imported here that takes time: scripts begin with this.
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -25,8 +26,18 @@ class Stopped(Exception):
         self.signum = signum
 
 
-def end_quietly_on_ctrl_c() -> None:
-    """For the seconds that a script's imports take: there is nothing to keep yet, and nothing to say."""
+def begin() -> None:
+    """For the seconds that a script's imports take, Ctrl-C ends it in silence: there is nothing to keep yet.
+
+    Where stdin, stdout or stderr was closed before the start, what is written there goes nowhere, and no file gets its
+    number by chance.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (for as long as it runs)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # in the background of a shell it is ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 

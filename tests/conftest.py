@@ -27,6 +27,7 @@ import dataloader
 import evaluate
 import main
 import pictures
+import processes
 import robustness
 from checkpoint import Checkpoints
 from processes import World, exit_with_status, join
@@ -35,6 +36,7 @@ settings.register_profile("project", deadline=None, derandomize=True, database=N
 settings.load_profile("project")
 # Threads that wait for each other by spinning make small steps many times slower on a machine with other work.
 torch.set_num_threads(1)
+processes.leave = sys.exit  # here and in what is forked from here; a script in a process of its own leaves as it is
 dataloader.draw_shapes = functools.cache(dataloader.draw_shapes)  # always the same, and wanted by every run
 
 ROOT = Path(__file__).parent.parent

@@ -1,6 +1,7 @@
 """Scores against counting by hand; checkpoints of ours and of others."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -160,6 +161,26 @@ def test_output_goes_where_it_is_told(script, run, tmp_path):
     assert not (run / "results.json").exists()
 
 
+def test_scores_are_of_the_weights_whose_hash_they_bear(script, run, tmp_path, monkeypatch):
+    """A run that is still trained may replace its model.pt between the two."""
+    load = torch.load
+
+    def replaced(file, **options):
+        content = load(file, **options)
+        other = tmp_path / "other.pt"
+        torch.save(content | {"epoch": 99}, other)
+        other.rename(run / "model.pt")
+        return content
+
+    before = (run / "model.pt").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "load", replaced)
+        assert script("evaluate.py", "--checkpoint", run / "model.pt").status == 0
+    scored = json.loads((run / "results.json").read_text())
+    assert scored["sha256"] == hashlib.sha256(before).hexdigest()
+    assert scored["epoch"] != 99
+
+
 def test_checkpoints_that_cannot_be_scored(script, run, tmp_path):
     model = run / "model.pt"
     assert_refused(
@@ -303,6 +324,7 @@ def wait_for_a_cell(process, run):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_sigterm_keeps_what_was_scored_and_the_same_command_goes_on(script, start_process, corrupted, run):
     """In a process of its own, which keeps all others from the file as long as it lives."""
     process = start_process(*corrupted, "--batch_size", 1, "--benchmarks", "generated-c", "clean")
@@ -323,7 +345,7 @@ def test_sigterm_keeps_what_was_scored_and_the_same_command_goes_on(script, star
     assert cells[: len(kept)] == kept
 
 
-@pytest.mark.parametrize("of", [{0, 1}, {0}, {1}])
+@pytest.mark.parametrize("of", [{0, 1}, *(pytest.param({rank}, marks=pytest.mark.slow) for rank in (0, 1))])
 def test_sigterm_of_several_processes_is_told_once(corrupted, run, monkeypatch, of):
     """They all get it from a launcher; or one does by itself, and the other fails in its wake."""
     predict, scored = evaluate.predict, []

@@ -15,6 +15,7 @@ import time
 import pytest
 import torch
 from conftest import (
+    ROOT,
     TINY,
     Ranks,
     as_script,
@@ -255,6 +256,17 @@ def test_nobody_says_that_it_is_saved_before_it_is(monkeypatch, tmp_path):
     assert "checkpoints: cannot be written to (File too large" in message
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", [1, 2])
+def test_a_run_without_stdout_or_stderr_goes_on(start_process, tmp_path, closed):
+    """As with `>&-`: no file gets the number of the one that is closed, and nothing is written to it."""
+    process = start_process(*said(tmp_path, "run", settings=TINY), preexec_fn=lambda: os.close(closed))
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    assert ("epoch 3/3" in out) == (closed == 2)
+    assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 3
+
+
 def test_signals_are_as_they_were_afterwards():
     before = [signal.getsignal(number) for number in stopping.SIGNALS]
     with contextlib.suppress(ZeroDivisionError), stopping.Wish() as wish:
@@ -306,8 +318,8 @@ def test_a_process_says_what_it_does_and_how_to_go_on(start_process, tmp_path, s
     assert "Traceback" not in err
     before = final_state(tmp_path / "stopped")
     command = shlex.split(last.split("go on with: ")[1])
-    assert command[:2] == ["python", "main.py"]
-    assert script(*command[1:], "--stop_epoch", before["epoch"] + 2).status == 0
+    assert command[:2] == ["python", str(ROOT / "main.py")]
+    assert script("main.py", *command[2:], "--stop_epoch", before["epoch"] + 2).status == 0
     assert final_state(tmp_path / "stopped")["epoch"] == before["epoch"] + 2
 
 
@@ -344,7 +356,8 @@ def test_workers_that_decode_images_do_not_hinder_stopping(start_process, tmp_pa
 # Other processes than it began with
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_with_other_processes_a_run_goes_on_from_the_epochs_start(monkeypatch, tmp_path, before, after):
     """Without noise in the network the only difference is in whose statistics of BatchNorm are averaged when."""
     settings = (*DEMANDING, "accumulate=2", "dropout=0", "policy=random")

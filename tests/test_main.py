@@ -568,6 +568,30 @@ def test_a_log_that_lost_lines_is_not_filled_with_nothing(train, script, tmp_pat
     (run / "metrics.jsonl").write_text("")
     refused = script("main.py", "--resume", "--logdir", tmp_path, "--name", "lost", "--set", *TINY)
     assert_refused(refused, "metrics.jsonl: lacks lines that the checkpoint counts on")
+    (run / "metrics.jsonl").unlink()
+    policies = files(run, "policies.jsonl")
+    refused = script("main.py", "--resume", "--logdir", tmp_path, "--name", "lost", "--set", *TINY)
+    assert_refused(refused, "metrics.jsonl: lacks lines that the checkpoint counts on")
+    assert not (run / "metrics.jsonl").exists()
+    assert files(run, "policies.jsonl") == policies
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", '[{"torch": 1}]', "[" * 100000, "no"])
+def test_a_damaged_environment_is_named(train, script, tmp_path, content):
+    run = train("kept", "--stop_epoch=1")
+    (run / "environment.json").write_text(content)
+    before = files(run)
+    refused = script("main.py", "--resume", "--logdir", tmp_path, "--name", "kept", "--set", *TINY)
+    assert_refused(refused, "environment.json: cannot be read", "put a copy back, or remove it")
+    assert files(run) == before
+
+
+def test_a_run_that_has_lost_its_settings_is_not_taken_for_none(train, script, tmp_path):
+    run = train("kept", "--stop_epoch=1")
+    (run / "config.yaml").unlink()
+    for flag in ("--resume", "--overwrite"):
+        refused = script("main.py", flag, "--logdir", tmp_path, "--name", "kept", "--set", *TINY)
+        assert_refused(refused, "has checkpoints, but not their config.yaml", "put a copy back")
 
 
 def test_a_run_below_another_is_not_overwritten_with_it(train, script, tmp_path):

@@ -23,6 +23,9 @@ from utils import UserError, did_you_mean, in_a_line, one_line, require_file, sh
 ALL_OPS = tuple(op.name for op in OPS)
 DEFAULT_CONF = Path(__file__).parent / "confs" / "demo.yaml"
 DATASETS = ("shapes", "cifar10", "cifar100", "imagenet", "folder")
+FROM_A_FILE = ("recorded", "frozen")
+PER_IMAGE = ("trivialaugment", "randaugment", "autoaugment_cifar10", "autoaugment_imagenet", "augmix")
+POLICIES = ("controller", "random", "none", *FROM_A_FILE, *PER_IMAGE)
 LONGEST_CONF = 65536  # bytes; all settings with all that is said of them here are a tenth of it
 
 
@@ -72,7 +75,14 @@ class Config:
     std: tuple[float, ...] | None = setting(None, "likewise the standard deviation")
 
     # The adversary
-    policy: str = setting("controller", "source of policies: controller (learned), random (control) or none (control)")
+    policy: str = setting(
+        "controller",
+        "source of policies: controller (learned); random or none (controls); recorded (a file's) or frozen (another "
+        "run's controller); trivialaugment, randaugment, autoaugment_cifar10, autoaugment_imagenet, augmix (per image)",
+    )
+    policy_from: str | None = setting(
+        None, "recorded: file of policies, or a run whose record is replayed; frozen: a run, or its model.pt"
+    )
     M: int = setting(8, "policies in use at a time; every image of a batch is seen once per policy")
     Q: int = setting(5, "sub-policies of a policy; every image draws one")
     K: int = setting(2, "operations of a sub-policy, applied in order")
@@ -84,6 +94,22 @@ class Config:
     )
     controller_lr: float = setting(0.00035, "learning rate of the controller (Adam)")
     entropy_bonus: float = setting(0.00001, "weight of the controller's entropy in its objective")
+    logit_bound: float = setting(0.0, "c > 0 bounds the controller's logits, c * tanh(logits / c); 0: unbounded")
+    reward: str = setting(
+        "loss", "the controller's: loss (of the network), or teacher (less teacher_weight times that of a teacher)"
+    )
+    teacher_weight: float = setting(1.0, "lambda, of the teacher's loss in the reward")
+    teacher_rate: float = setting(0.999, "of the teacher, a moving average of the network: what a step keeps of it")
+    reward_ema: float = setting(
+        0.0, "rate of a moving average over the interval's steps, in the place of the mean loss; 0: the mean"
+    )
+    divide_by_std: bool = setting(True, "divide the rewards' distances from their mean by their standard deviation")
+    clean_share: float = setting(0.0, "probability that a copy is left without the operations of its policy")
+    randaugment_n: int = setting(2, "randaugment: operations applied to an image")
+    randaugment_m: int = setting(9, "randaugment: their strength, 0..30")
+    jsd: float = setting(
+        0.0, "augmix: weight of the divergence between an image's M copies, whose first is then clean; 0: none"
+    )
     collapse_entropy: float = setting(
         0.25, "alarm when the controller's entropy is below this share of its maximum; 0: never", may_change=True
     )
@@ -94,7 +120,8 @@ class Config:
         1, "micro-batches that a step's images are dealt into, over all processes; each takes at least one"
     )
     epochs: int = setting(200, "passes over the training images")
-    lr: float = setting(0.1, "learning rate at the start (SGD)")
+    optimizer: str = setting("sgd", "of the network: sgd, or adamw (whose weight decay is decoupled)")
+    lr: float = setting(0.1, "learning rate at the start")
     momentum: float = setting(0.9, "momentum of SGD")
     nesterov: bool = setting(True, "Nesterov's momentum")
     weight_decay: float = setting(0.0005, "L2 penalty, on all parameters")
@@ -141,7 +168,9 @@ class Config:
 
         require(_can_be_a_path(self.dataroot), "dataroot", "cannot be the name of a folder")
         one_of("dataset", *DATASETS)
-        one_of("policy", "controller", "random", "none")
+        one_of("policy", *POLICIES)
+        one_of("reward", "loss", "teacher")
+        one_of("optimizer", "sgd", "adamw")
         one_of("recurrence", "policy", "subpolicy")
         one_of("schedule", "cosine", "step")
         one_of("amp_dtype", "bfloat16", "float16")
@@ -152,11 +181,15 @@ class Config:
             require(getattr(self, field) is None or getattr(self, field) >= 1, field, "must be at least 1, or null")
         for field in ("valid_size", "workers", "crop_padding", "cutout", "weight_decay", "warmup_epochs", "grad_clip"):
             require(getattr(self, field) >= 0, field, "must not be negative")
-        for field in ("entropy_bonus", "seed"):
+        for field in ("entropy_bonus", "seed", "logit_bound", "teacher_weight", "jsd"):
             require(getattr(self, field) >= 0, field, "must not be negative")
         for field in ("lr", "controller_lr", "gamma", "resident_gb"):
             require(getattr(self, field) > 0, field, "must be above 0")
         between(0, 0.999, "dropout", "momentum", "label_smoothing")
+        between(0, 1, "clean_share")
+        between(0, 0.9999999, "teacher_rate", "reward_ema")
+        between(0, 30, "randaugment_m")
+        between(1, 100, "randaugment_n")
         between(0, 1, "collapse_entropy")
         between(8, 16384, "image_size")
         resize_and_crop = len(self.eval_view) == 2 and 8 <= self.eval_view[1] <= self.eval_view[0] <= 16384
@@ -187,6 +220,23 @@ class Config:
             value = getattr(self, field)
             require(value is None or len(value) == 3, field, "must be three numbers, for red, green and blue")
         require(self.std is None or min(self.std) >= 1e-6, "std", "must be above 0 (at least 1e-6)")
+        takes_file = self.policy in FROM_A_FILE
+        require(
+            not takes_file or self.policy_from is not None,
+            "policy",
+            "needs policy_from, the run or file that its policies come from",
+        )
+        require(
+            takes_file or self.policy_from is None,
+            "policy_from",
+            f"has no meaning with policy: {self.policy}; it is for {' and '.join(FROM_A_FILE)}",
+        )
+        require(_can_be_a_path(self.policy_from or ""), "policy_from", "cannot be the name of a file")
+        mixes = self.policy == "augmix"
+        require(self.jsd == 0 or (mixes and self.M > 1), "jsd", "needs policy: augmix and M of at least 2")
+        require(
+            not (mixes and self.clean_share), "clean_share", "is not for augmix, which mixes the clean image in itself"
+        )
         require(bool(self.ops), "ops", "must name at least one operation; for none at all, set policy: none")
         require(len(set(self.ops)) == len(self.ops), "ops", "names an operation twice")
         for name in self.ops:
@@ -201,6 +251,11 @@ class Config:
     def cropped_when_read(self) -> bool:
         """Whether an image comes from its file already cropped and flipped, once for all its copies."""
         return self.dataset == "imagenet"
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a moving average of the network has a say in the reward."""
+        return self.reward == "teacher" and self.policy == "controller"
 
     @property
     def fetches_data(self) -> bool:

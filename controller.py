@@ -37,6 +37,8 @@ class Controller(nn.Module):
     `recurrence` "policy" carries the state through all decisions of a policy; "subpolicy" starts every sub-policy
     from the zero state and the start symbol, so that the Q sub-policies are independent draws of one distribution.
 
+    logit_bound: c > 0 bounds all logits smoothly, c * tanh(logits / c), and so every probability; 0 does not.
+
     It lives on the CPU in float32: it is small, and its decisions are needed there to group images by operation.
     """
 
@@ -48,6 +50,7 @@ class Controller(nn.Module):
         K: int = 2,
         *,
         recurrence: str = "policy",
+        logit_bound: float = 0.0,
         embedding: int = 32,
         hidden: int = 100,
     ):
@@ -55,7 +58,7 @@ class Controller(nn.Module):
         if recurrence not in ("policy", "subpolicy"):
             raise ValueError(f"recurrence must be 'policy' or 'subpolicy', not {recurrence!r}")
         self.num_ops, self.num_levels, self.Q, self.K = num_ops, num_levels, Q, K
-        self.recurrence = recurrence
+        self.recurrence, self.logit_bound = recurrence, logit_bound
         self.embedding = nn.Embedding(1 + num_ops + num_levels, embedding)  # the start symbol, operations, levels
         self.lstm = nn.LSTMCell(embedding, hidden)
         self.op_head = nn.Linear(hidden, num_ops)
@@ -88,7 +91,10 @@ class Controller(nn.Module):
                 symbol_M, state = torch.zeros(M, dtype=torch.long), None
             is_op = d % 2 == 0
             state = self.lstm(self.embedding(symbol_M), state)
-            log_p_MC = (self.op_head if is_op else self.level_head)(state[0]).log_softmax(1)
+            logits_MC = (self.op_head if is_op else self.level_head)(state[0])
+            if self.logit_bound:
+                logits_MC = self.logit_bound * (logits_MC / self.logit_bound).tanh()
+            log_p_MC = logits_MC.log_softmax(1)
             choice_M = choose(d, log_p_MC.exp())
             log_prob_M = log_prob_M + log_p_MC.gather(1, choice_M[:, None]).squeeze(1)
             entropy_M = entropy_M - (log_p_MC.exp() * log_p_MC).sum(1)
@@ -98,11 +104,16 @@ class Controller(nn.Module):
         return Decisions(op_MQK, level_MQK, log_prob_M, entropy_M)
 
 
-def advantage(loss_M: Tensor, eps: float = 1e-5) -> Tensor:
-    """L~_m = (L^_m - mean) / std over the M policies, unbiased std; zero for a single policy, which has no rival."""
-    if len(loss_M) < 2:
-        return torch.zeros_like(loss_M)
-    return (loss_M - loss_M.mean()) / (loss_M.std() + eps)
+def advantage(reward_M: Tensor, *, divide_by_std: bool = True, eps: float = 1e-5) -> Tensor:
+    """L~_m = (L^_m - mean) / std over the M policies, unbiased std; zero for a single policy, which has no rival.
+
+    reward_M: the losses L^_m, or what else rewards the adversary. divide_by_std: False leaves the division out, so that
+    differences that hardly matter hardly count.
+    """
+    if len(reward_M) < 2:
+        return torch.zeros_like(reward_M)
+    distance_M = reward_M - reward_M.mean()
+    return distance_M / (reward_M.std() + eps) if divide_by_std else distance_M
 
 
 def policy_loss(log_prob_M: Tensor, entropy_M: Tensor, advantage_M: Tensor, entropy_bonus: float) -> Tensor:
@@ -118,17 +129,19 @@ def reinforce(
     optimizer: torch.optim.Optimizer,
     op_MQK: Tensor,
     level_MQK: Tensor,
-    loss_M: Tensor,
+    reward_M: Tensor,
     entropy_bonus: float,
+    *,
+    divide_by_std: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """One step of theta for the M policies and the losses L^_m they caused (Algorithm 1, last line of the epoch).
 
     Log-probabilities are computed anew here, so that between sampling and update nothing but the decisions has to be
     kept. Returns (advantage_M, entropy_M), both without gradient. With M = 1 there is nothing to compare and no step.
     """
-    advantage_M = advantage(loss_M)
+    advantage_M = advantage(reward_M, divide_by_std=divide_by_std)
     log_prob_M, entropy_M = controller.log_prob(op_MQK, level_MQK)
-    if len(loss_M) > 1:
+    if len(reward_M) > 1:
         optimizer.zero_grad(set_to_none=True)
         policy_loss(log_prob_M, entropy_M, advantage_M, entropy_bonus).backward()
         optimizer.step()

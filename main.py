@@ -28,6 +28,7 @@ import signal
 import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,6 +64,7 @@ from evaluate import score
 from keeper import Keeper
 from models import build_model
 from processes import World, each_waits_for_the_last, exit_with_status, join
+from published import augmix_loss, mix
 from rundirectory import check_run_directory, held, write_run_directory
 from stopping import Stopped, Terminated
 from trainingstate import TrainingState
@@ -151,7 +153,8 @@ def train_one_epoch(state: TrainingState, split: Split, keeper: Keeper) -> dict[
     left = [batch[at_hand.start : at_hand.stop] for batch in batches[state.step :]]
     for step, (images_NCHW, labels_N) in enumerate(split.batches(left, state.epoch), start=first + state.step):
         if step % interval == 0:
-            policies.resample(state.keyed("policies", step // interval))
+            progress = Fraction(step, config.epochs * len(batches))
+            policies.resample(state.keyed("policies", step // interval), progress)
         draws = draw(state, images_NCHW, "train", step, N=N, groups=N // len(at_hand))
         inputs = (make_inputs(state, images_NCHW, labels_N, at_hand, draws, micro) for micro in micro_batches)
         so_far.loss_and_correct += take_step(
@@ -177,6 +180,7 @@ class Draws(NamedTuple):
 
     crops: Crops | None
     plan: Plan
+    weight_BV: Tensor | None  # of the views that a copy is mixed of
     blank_B2: Tensor
 
 
@@ -187,7 +191,8 @@ def draw(state: TrainingState, images_NCHW: Tensor, purpose: str, step: int, *, 
     blank_draws = state.keyed("cutout", step)
     return Draws(
         draw_crops(N, config, crop_draws),
-        state.policies.plan(N, plan_draws, groups),
+        state.policies.plan(N, (height, width), plan_draws, groups),
+        state.policies.weights(N, plan_draws),
         draw_centres(N * config.M, height, width, blank_draws),
     )
 
@@ -195,13 +200,15 @@ def draw(state: TrainingState, images_NCHW: Tensor, purpose: str, step: int, *, 
 def augment(state: TrainingState, images_NCHW: Tensor, at_hand: range, draws: Draws, wanted: range) -> Tensor:
     """The M copies of each wanted image after crop, flip and policy, uint8 (len(wanted) * M, C, H, W), image-major.
 
+    Where a source mixes a copy of V views, those are V copies with one crop: (len(wanted) * M * V, C, H, W).
     images_NCHW: the images of the batch that are `at_hand`; the wanted ones and their partners are among them.
     """
-    M = state.config.M
-    plan, outside = portion(draws.plan, wanted.start * M, wanted.stop * M)
-    copies_B = torch.cat((torch.arange(wanted.start * M, wanted.stop * M), outside))
+    M, V = state.config.M, state.policies.views
+    first, last = wanted.start * M * V, wanted.stop * M * V
+    plan, outside = portion(draws.plan, first, last)
+    copies_B = torch.cat((torch.arange(first, last), outside)) // V
     copies_BCHW = make_copies(images_NCHW, copies_B, M, draws.crops, first=at_hand.start)
-    own_BCHW, partners_BCHW = copies_BCHW.split((len(wanted) * M, len(outside)))
+    own_BCHW, partners_BCHW = copies_BCHW.split((last - first, len(outside)))
     return apply(own_BCHW, plan, partners_BCHW if len(outside) else None)
 
 
@@ -210,9 +217,13 @@ def make_inputs(
 ) -> tuple[Tensor, Tensor]:
     """What the network sees of the wanted images: their augmented copies, normalised, with Cutout; and their labels."""
     M, (height, width) = state.config.M, images_NCHW.shape[-2:]
-    centre_B2 = draws.blank_B2[wanted.start * M : wanted.stop * M]
-    kept_B1HW = cutout_mask(state.config.cutout, centre_B2, height, width, images_NCHW.device)
-    inputs_BCHW = state.normalise(augment(state, images_NCHW, at_hand, draws, wanted), kept_B1HW)
+    wanted_B = slice(wanted.start * M, wanted.stop * M)
+    kept_B1HW = cutout_mask(state.config.cutout, draws.blank_B2[wanted_B], height, width, images_NCHW.device)
+    copies_BCHW = augment(state, images_NCHW, at_hand, draws, wanted)
+    if draws.weight_BV is None:
+        inputs_BCHW = state.normalise(copies_BCHW, kept_B1HW)
+    else:
+        inputs_BCHW = mix(state.normalise(copies_BCHW), draws.weight_BV[wanted_B], kept_B1HW)
     return inputs_BCHW, labels_N[wanted.start - at_hand.start : wanted.stop - at_hand.start].repeat_interleave(M)
 
 
@@ -222,13 +233,19 @@ def take_step(state: TrainingState, inputs: Iterable[tuple[Tensor, Tensor]], mic
     Returns the sum of all losses and the number of right answers, float64 on the device.
     """
     loss_and_correct = torch.zeros(2, dtype=torch.float64, device=state.world.device)
+    losses, teacher_losses = [], []
     state.optimizer.zero_grad(set_to_none=True)
     for number, (inputs_BCHW, labels_B) in enumerate(inputs, start=1):
         with each_waits_for_the_last(state.trained, last=number == micro_batches):
             loss_B, correct_B = learn(state, inputs_BCHW, labels_B, micro_batches)
-        state.policies.observe(loss_B.view(-1, state.config.M))
         loss_and_correct += torch.stack((loss_B.sum(), correct_B.sum()))
+        losses.append(loss_B.view(-1, state.config.M))
+        if state.teacher:
+            teacher_losses.append(judge(state, inputs_BCHW, labels_B).view(-1, state.config.M))
+    state.policies.observe(torch.cat(losses), torch.cat(teacher_losses) if teacher_losses else None)
     gradient_norm = descend(state, lr)
+    if state.teacher:
+        state.teacher.follow(state.model)
     loss_sum_M = state.policies.tally.loss_sum_M
     state.numbers.observe(state.step, loss_sum_M, gradient_norm, scaled=state.scaler.is_enabled())
     return loss_and_correct
@@ -237,11 +254,20 @@ def take_step(state: TrainingState, inputs: Iterable[tuple[Tensor, Tensor]], mic
 def learn(state: TrainingState, inputs_BCHW: Tensor, labels_B: Tensor, micro_batches: int) -> tuple[Tensor, Tensor]:
     """Forward and backward for one of the micro-batches. Returns each copy's loss, float32, and if it was right."""
     config = state.config
-    with torch.autocast(inputs_BCHW.device.type, getattr(torch, config.amp_dtype), enabled=config.amp):
+    with state.precision():
         logits_BC = state.trained(inputs_BCHW).float()
     loss_B = F.cross_entropy(logits_BC, labels_B, reduction="none", label_smoothing=config.label_smoothing)
-    state.scaler.scale(loss_B.mean() / micro_batches).backward()
+    objective = augmix_loss(loss_B, logits_BC, config.M, config.jsd) if config.jsd else loss_B.mean()
+    state.scaler.scale(objective / micro_batches).backward()
     return loss_B.detach(), logits_BC.detach().argmax(1) == labels_B
+
+
+@torch.no_grad()
+def judge(state: TrainingState, inputs_BCHW: Tensor, labels_B: Tensor) -> Tensor:
+    """The teacher's loss on each copy, float32."""
+    with state.precision():
+        logits_BC = state.teacher(inputs_BCHW).float()
+    return F.cross_entropy(logits_BC, labels_B, reduction="none", label_smoothing=state.config.label_smoothing)
 
 
 def descend(state: TrainingState, lr: float) -> Tensor:
@@ -333,13 +359,15 @@ def check_support(config: Config, world: World) -> None:
 
 
 def save_model(path: Path, state: TrainingState, classes: tuple[str, ...]) -> None:
-    """The weights and what evaluate.py needs to use them; tensors and plain values only."""
+    """The weights and what evaluate.py needs to use them, and the controller; tensors and plain values only."""
     content = {
         "model": state.model.state_dict(),
         "classes": list(classes),
         "epoch": state.epoch,
         "config": plain_values(state.config),
     }
+    if state.policies.learns:
+        content["controller"] = state.policies.controller.state_dict()
     save_tensors(path, content)
 
 

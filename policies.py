@@ -4,45 +4,82 @@ A policy is Q sub-policies of K operations, each with a level. The M policies ho
 batches); every image of a batch is seen once per policy and draws one of that policy's sub-policies each time.
 
 Every source has the same four calls, in this order: `resample` at the start of an interval, `plan` and `observe` per
-step, `update` at the end of the interval.
+step, `update` at the end of the interval. Sources that draw for each image by itself are in published.py.
 
 Shape suffixes: M, Q, K as above; N distinct images of a batch; B = N * M copies, image-major: copy m of image n stands
-at n * M + m, so that any run of whole images holds all their copies; O rows of OPS; L levels.
+at n * M + m, so that any run of whole images holds all their copies; O rows of OPS; L levels; R recorded intervals with
+P policies each.
 """
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from augmentations import OPS, Plan, row_of, upload
-from config import Config
 from controller import Controller, advantage, reinforce
-from utils import keyed_seed
+
+BEGINNING = Fraction(0)  # of a run
 
 
 class Tally(NamedTuple):
-    """What an interval has seen so far in this process: the sum of the losses under each policy, over how many images.
+    """What an interval has seen so far in this process: sums of losses under each policy, and over how many images.
 
-    loss_sum_M: float64.
+    loss_sum_M, teacher_sum_M: of the network and of its teacher, float64; the latter 0 where there is none.
+    images: fewer than have been seen where older ones count less.
     """
 
     loss_sum_M: Tensor
-    images: int
+    teacher_sum_M: Tensor
+    images: float
+
+    @classmethod
+    def empty(cls, M: int) -> "Tally":
+        return cls(*torch.zeros(2, M, dtype=torch.float64), 0.0)
+
+
+class Reward(NamedTuple):
+    """What the adversary is rewarded for; the defaults are the paper's.
+
+    teacher_weight: lambda, times which the loss of the teacher is taken off that of the network.
+    ema: rate at which, step by step, L^_m keeps what it was in the interval; 0: it is the plain mean over the interval.
+    divide_by_std: the advantage is the distance from the mean over the M policies in standard deviations.
+    """
+
+    teacher_weight: float = 0.0
+    ema: float = 0.0
+    divide_by_std: bool = True
+
+
+PAPERS_REWARD = Reward()
 
 
 class PolicySource:
     """M policies without any operation: the control that has only crop, flip and Cutout, each copy its own.
 
-    `ops` are names of operations in `augmentations.OPS`; op_MQK holds rows of OPS.
+    `ops` are names of operations in `augmentations.OPS`; op_MQK holds rows of OPS. clean_share: probability that a copy
+    is left without any operation, whatever its policy says.
     """
 
     learns = False
+    views = 1  # augmented versions of a copy, of which it is mixed
 
-    def __init__(self, M: int, Q: int = 5, K: int = 2, ops: tuple[str, ...] = (), levels: int = 10):
+    def __init__(
+        self,
+        M: int,
+        Q: int = 5,
+        K: int = 2,
+        ops: tuple[str, ...] = (),
+        levels: int = 10,
+        *,
+        clean_share: float = 0.0,
+        reward: Reward = PAPERS_REWARD,
+    ):
         self.M, self.Q, self.K, self.levels = M, Q, K, levels
+        self.clean_share, self.reward = clean_share, reward
         self.rows = torch.tensor([row_of(name) for name in ops], dtype=torch.long)
         self._magnitude_OL = torch.tensor(
             [[op.magnitude(level, levels) for level in range(levels)] for op in OPS], dtype=torch.float64
@@ -50,54 +87,62 @@ class PolicySource:
         self._signed_O = torch.tensor([op.signed for op in OPS])
         self.op_MQK = torch.full((M, Q, K), -1)
         self.level_MQK = torch.zeros(M, Q, K, dtype=torch.long)
-        self.tally = Tally(torch.zeros(M, dtype=torch.float64), 0)
+        self.tally = Tally.empty(M)
 
-    def resample(self, generator: torch.Generator) -> None:
-        """Begin an interval: choose the M policies and forget the losses of the last ones."""
-        self._sample(generator)
-        self.tally = Tally(torch.zeros(self.M, dtype=torch.float64), 0)
+    def resample(self, generator: torch.Generator, progress: Fraction = BEGINNING) -> None:
+        """Begin an interval: choose the M policies and forget the losses of the last ones.
 
-    def plan(self, N: int, generator: torch.Generator, groups: int = 1) -> Plan:
-        """Draw what happens to each of the N * M copies: sub-policy, sign, partner and centre of each operation.
-
-        SamplePairing's partner is another image of the batch, in the copy made for the same policy; of the same one
-        of `groups` equal parts of the batch, where an image cannot see the others.
+        progress: share of the run's steps that lie before it, in 0..1.
         """
-        M, Q, K = self.M, self.Q, self.K
-        subpolicy_NM = torch.randint(Q, (N, M), generator=generator)
-        op_BK = self.op_MQK[torch.arange(M), subpolicy_NM].view(N * M, K)
-        level_BK = self.level_MQK[torch.arange(M), subpolicy_NM].view(N * M, K)
-        coin_BK = torch.randint(2, (N * M, K), generator=generator).bool()
-        magnitude_BK = self._magnitude_OL[op_BK, level_BK]
-        magnitude_BK = torch.where(coin_BK & self._signed_O[op_BK], -magnitude_BK, magnitude_BK)
-        size = N // groups
-        step_NMK = torch.randint(1, max(2, size), (N, M, K), generator=generator)
-        n = torch.arange(N)[:, None, None]
-        partner_NMK = (n - n % size + (n + step_NMK) % size) * M + torch.arange(M)[:, None]
-        centre_BK2 = torch.rand(N * M, K, 2, dtype=torch.float64, generator=generator)
-        return Plan(op_BK, magnitude_BK, partner_NMK.view(N * M, K), centre_BK2)
+        self._sample(generator, progress)
+        self.tally = Tally.empty(self.M)
 
-    def observe(self, loss_NM: Tensor) -> None:
-        """Add losses to the interval's mean loss of each policy, L^_m; stays on the losses' device."""
-        loss_sum_M = upload(self.tally.loss_sum_M, loss_NM.device) + loss_NM.detach().double().sum(0)
-        self.tally = Tally(loss_sum_M, self.tally.images + len(loss_NM))
+    def plan(self, N: int, size: tuple[int, int], generator: torch.Generator, groups: int = 1) -> Plan:
+        """Draw what happens to each of the N * M copies, (N * M * views, K) in all.
+
+        size: (H, W) of the images. SamplePairing's partner is another image of the batch, in the copy made for the same
+        policy; of the same one of `groups` equal parts of the batch, where an image cannot see the others.
+        """
+        plan = self._plan(N, size, generator, groups)
+        if self.clean_share:
+            clean_B = torch.rand(N * self.M, generator=generator) < self.clean_share
+            plan = plan._replace(op_BK=plan.op_BK.masked_fill(clean_B[:, None], -1))
+        return plan
+
+    def weights(self, N: int, generator: torch.Generator) -> Tensor | None:
+        """Of which of its views each of the N * M copies is mixed, float32 (N * M, views); None where it is its one."""
+        return None
+
+    def observe(self, loss_NM: Tensor, teacher_loss_NM: Tensor | None = None) -> None:
+        """Add a step's losses to the interval's mean loss of each policy, L^_m; stays on the losses' device."""
+        keep = self.reward.ema or 1.0
+        before, sums = self.tally, []
+        for sum_M, added_NM in ((before.loss_sum_M, loss_NM), (before.teacher_sum_M, teacher_loss_NM)):
+            sum_M = upload(sum_M, loss_NM.device) * keep
+            sums.append(sum_M if added_NM is None else sum_M + added_NM.detach().double().sum(0))
+        self.tally = Tally(*sums, before.images * keep + len(loss_NM))
 
     def update(self, average: Callable[[Tensor], Tensor] = lambda loss_M: loss_M) -> dict[str, Any]:
         """End an interval: learn from the losses. Returns the interval's record.
 
         average: makes one mean of the means of several processes, each of which saw as many images.
 
-        The record holds the policies by name, their mean losses, advantages, mean entropy (nats), the losses' spread
-        (unbiased standard deviation), and the shares of operations and levels. Raises FloatingPointError, before
-        anything is learned, if a loss is not finite, and afterwards if the controller is not.
+        The record holds the policies by name, the number of levels, the policies' mean losses, and their teacher's
+        where it counts; advantages, mean entropy (nats), the spread of the losses (unbiased standard deviation), and
+        the shares of operations and levels. Raises FloatingPointError, before anything is learned, if a loss is not
+        finite, and afterwards if the controller is not.
         """
-        loss_M = average(self.tally.loss_sum_M / max(1, self.tally.images)).cpu()
-        if not loss_M.isfinite().all():
+        sums_2M = torch.stack((self.tally.loss_sum_M, self.tally.teacher_sum_M))
+        loss_M, teacher_loss_M = average(sums_2M / max(1.0, self.tally.images)).cpu()
+        reward_M = loss_M - self.reward.teacher_weight * teacher_loss_M
+        if not (loss_M.isfinite() & reward_M.isfinite()).all():
             raise FloatingPointError("the loss is no longer finite")
-        advantage_M, entropy = self._learn(loss_M)
+        advantage_M, entropy = self._learn(reward_M)
         return {
             "policies": self.by_name(),
+            "levels": self.levels,
             "losses": loss_M.tolist(),
+            **({"teacher_losses": teacher_loss_M.tolist()} if self.reward.teacher_weight else {}),
             "advantages": advantage_M.tolist(),
             "entropy": entropy,
             "loss_spread": loss_M.std().item() if self.M > 1 else 0.0,
@@ -149,98 +194,138 @@ class PolicySource:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.op_MQK, self.level_MQK = state["op_MQK"], state["level_MQK"]
 
-    def _sample(self, generator: torch.Generator) -> None:
+    def _sample(self, generator: torch.Generator, progress: Fraction) -> None:
         """Choose the M policies of an interval."""
 
-    def _learn(self, loss_M: Tensor) -> tuple[Tensor, float]:
-        """Take the M losses into account; returns (advantage_M, mean entropy of a policy in nats)."""
-        return advantage(loss_M), 0.0
+    def _plan(self, N: int, size: tuple[int, int], generator: torch.Generator, groups: int) -> Plan:
+        """Draw of each copy the sub-policy, and the sign, partner and centre of each operation."""
+        M, Q, K = self.M, self.Q, self.K
+        subpolicy_NM = torch.randint(Q, (N, M), generator=generator)
+        op_BK = self.op_MQK[torch.arange(M), subpolicy_NM].view(N * M, K)
+        level_BK = self.level_MQK[torch.arange(M), subpolicy_NM].view(N * M, K)
+        coin_BK = torch.randint(2, (N * M, K), generator=generator).bool()
+        magnitude_BK = self._magnitude_OL[op_BK, level_BK]
+        magnitude_BK = torch.where(coin_BK & self._signed_O[op_BK], -magnitude_BK, magnitude_BK)
+        part = N // groups
+        step_NMK = torch.randint(1, max(2, part), (N, M, K), generator=generator)
+        n = torch.arange(N)[:, None, None]
+        partner_NMK = (n - n % part + (n + step_NMK) % part) * M + torch.arange(M)[:, None]
+        centre_BK2 = torch.rand(N * M, K, 2, dtype=torch.float64, generator=generator)
+        return Plan(op_BK, magnitude_BK, partner_NMK.view(N * M, K), centre_BK2)
+
+    def _learn(self, reward_M: Tensor) -> tuple[Tensor, float]:
+        """Take the M rewards into account; returns (advantage_M, mean entropy of a policy in nats)."""
+        return advantage(reward_M, divide_by_std=self.reward.divide_by_std), 0.0
 
 
 class RandomPolicies(PolicySource):
     """M uniformly random policies per interval: what a learned policy has to beat."""
 
-    def _sample(self, generator: torch.Generator) -> None:
+    def _sample(self, generator: torch.Generator, progress: Fraction) -> None:
         shape = (self.M, self.Q, self.K)
         self.op_MQK = self.rows[torch.randint(len(self.rows), shape, generator=generator)]
         self.level_MQK = torch.randint(self.levels, shape, generator=generator)
 
-    def _learn(self, loss_M: Tensor) -> tuple[Tensor, float]:
-        return advantage(loss_M), self.largest_entropy
+    def _learn(self, reward_M: Tensor) -> tuple[Tensor, float]:
+        return super()._learn(reward_M)[0], self.largest_entropy
 
 
-class ControllerPolicies(PolicySource):
-    """M policies sampled from the controller, which learns from the losses they cause.
+class RecordedPolicies(PolicySource):
+    """Policies from a file: of each interval those recorded at the same share of the run that they come from.
 
-    The controller's weights start from `seed`, whatever else has been drawn before.
+    op_RPQK, level_RPQK: P policies of each of R intervals, rows of OPS and -1. Of P policies, M are drawn anew for each
+    interval, each as often as any other or once more; where P is M, they keep their places.
     """
 
-    learns = True
+    def __init__(self, M: int, op_RPQK: Tensor, level_RPQK: Tensor, levels: int, **options: Any):
+        _, _, Q, K = op_RPQK.shape
+        ops = tuple(OPS[row].name for row in op_RPQK.unique().tolist() if row >= 0)
+        super().__init__(M, Q, K, ops, levels, **options)
+        self.op_RPQK, self.level_RPQK = op_RPQK, level_RPQK
 
-    def __init__(
-        self,
-        M: int,
-        Q: int,
-        K: int,
-        ops: tuple[str, ...],
-        levels: int,
-        *,
-        recurrence: str,
-        lr: float,
-        entropy_bonus: float,
-        seed: int,
-    ):
-        super().__init__(M, Q, K, ops, levels)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach other devices too
-            self.controller = Controller(len(ops), levels, Q, K, recurrence=recurrence)
-        self.optimizer = torch.optim.Adam(self.controller.parameters(), lr=lr)
-        self.entropy_bonus = entropy_bonus
+    def _sample(self, generator: torch.Generator, progress: Fraction) -> None:
+        R, P = self.op_RPQK.shape[:2]
+        r = min(R - 1, math.floor(progress * R))
+        rounds = [torch.randperm(P, generator=generator) for _ in range(-(-self.M // P))]
+        chosen_M = torch.arange(P) if P == self.M else torch.cat(rounds)[: self.M]
+        self.op_MQK, self.level_MQK = self.op_RPQK[r, chosen_M], self.level_RPQK[r, chosen_M]
 
-    def _sample(self, generator: torch.Generator) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"recorded": [self.op_RPQK, self.level_RPQK]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.op_RPQK, self.level_RPQK = state["recorded"]
+
+
+class FrozenPolicies(PolicySource):
+    """M policies per interval, sampled from a controller that has learned elsewhere and learns no more."""
+
+    def __init__(self, M: int, controller: Controller, ops: tuple[str, ...], levels: int, **options: Any):
+        super().__init__(M, controller.Q, controller.K, ops, levels, **options)
+        self.controller = controller
+
+    def _sample(self, generator: torch.Generator, progress: Fraction) -> None:
         try:
             decisions = self.controller.sample(self.M, generator)
         except RuntimeError:  # of weights so large that what comes of them is no probability
             raise FloatingPointError("the controller is no longer finite") from None
         self.op_MQK, self.level_MQK = self.rows[decisions.op_MQK], decisions.level_MQK
 
-    def _learn(self, loss_M: Tensor) -> tuple[Tensor, float]:
-        choice_MQK = (self.op_MQK[..., None] == self.rows).int().argmax(-1)
+    def _choice_MQK(self) -> Tensor:
+        """The operations in use, as the controller counts them."""
+        return (self.op_MQK[..., None] == self.rows).int().argmax(-1)
+
+    def _learn(self, reward_M: Tensor) -> tuple[Tensor, float]:
+        with torch.no_grad():
+            _, entropy_M = self.controller.log_prob(self._choice_MQK(), self.level_MQK)
+        return super()._learn(reward_M)[0], entropy_M.mean().item()
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"controller": self.controller.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.controller.load_state_dict(state["controller"])
+
+
+class ControllerPolicies(FrozenPolicies):
+    """M policies sampled from the controller, which learns from the losses they cause."""
+
+    learns = True
+
+    def __init__(
+        self,
+        M: int,
+        controller: Controller,
+        ops: tuple[str, ...],
+        levels: int,
+        *,
+        lr: float,
+        entropy_bonus: float,
+        **options: Any,
+    ):
+        super().__init__(M, controller, ops, levels, **options)
+        self.optimizer = torch.optim.Adam(controller.parameters(), lr=lr)
+        self.entropy_bonus = entropy_bonus
+
+    def _learn(self, reward_M: Tensor) -> tuple[Tensor, float]:
         advantage_M, entropy_M = reinforce(
-            self.controller, self.optimizer, choice_MQK, self.level_MQK, loss_M, self.entropy_bonus
+            self.controller,
+            self.optimizer,
+            self._choice_MQK(),
+            self.level_MQK,
+            reward_M,
+            self.entropy_bonus,
+            divide_by_std=self.reward.divide_by_std,
         )
         if not all(parameter.isfinite().all() for parameter in self.controller.parameters()):
             raise FloatingPointError("the controller is no longer finite")
         return advantage_M, entropy_M.mean().item()
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {
-            "controller": self.controller.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
+        return super().state_dict() | {"optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.controller.load_state_dict(state["controller"])
         self.optimizer.load_state_dict(state["optimizer"])
-
-
-def build_policies(config: Config) -> PolicySource:
-    """The source that the config asks for."""
-    shape = (config.M, config.Q, config.K)
-    match config.policy:
-        case "controller":
-            return ControllerPolicies(
-                *shape,
-                config.ops,
-                config.levels,
-                recurrence=config.recurrence,
-                lr=config.controller_lr,
-                entropy_bonus=config.entropy_bonus,
-                seed=keyed_seed(config.seed, "controller"),
-            )
-        case "random":
-            return RandomPolicies(*shape, config.ops, config.levels)
-        case "none":
-            return PolicySource(*shape)
-    raise ValueError(f"unknown source of policies {config.policy!r}")

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from alarms import Collapse, Numbers
 from config import Config
 from dataloader import Normalise
-from policies import PolicySource, Tally, build_policies
+from policies import PolicySource, Tally
 from processes import World, digest
+from sources import build_policies
+from teacher import Teacher
 from utils import UserError, in_a_line, keyed_generator, random_state, seed_default_generators, set_random_state
 
 
@@ -37,6 +39,7 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     policies: PolicySource
+    teacher: Teacher | None
     normalise: Normalise
     numbers: Numbers
     so_far: EpochSoFar
@@ -49,6 +52,7 @@ class TrainingState:
     @classmethod
     def start(cls, config: Config, world: World, model: nn.Module) -> "TrainingState":
         optimizer = build_optimizer(model, config, fused=world.device.type == "cuda")
+        teacher = Teacher(model, config.teacher_rate, world) if config.has_teacher else None
         scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp and config.amp_dtype == "float16")
         policies, normalise = build_policies(config), Normalise(config, world.device)
         trained = world.wrap(model, getattr(torch, config.amp_dtype), config.image_size)
@@ -56,7 +60,12 @@ class TrainingState:
             model.compile()  # in place: the state dict's keys stay as they are
         nothing = EpochSoFar(torch.zeros(2, dtype=torch.float64, device=world.device))
         numbers = Numbers(world.device)
-        return cls(config, world, model, trained, optimizer, scaler, policies, normalise, numbers, nothing)
+        return cls(config, world, model, trained, optimizer, scaler, policies, teacher, normalise, numbers, nothing)
+
+    def precision(self) -> torch.autocast:
+        """In which networks are to be called in training: mixed, or float32."""
+        amp_dtype = getattr(torch, self.config.amp_dtype)
+        return torch.autocast(self.world.device.type, amp_dtype, enabled=self.config.amp)
 
     def end_epoch(self) -> None:
         self.epoch, self.step = self.epoch + 1, 0
@@ -77,12 +86,14 @@ class TrainingState:
         where = f"after epoch {self.epoch}, step {self.step}"
         self.world.require_equal(f"{where}: the weights", lambda: digest(list(self.model.parameters())))
         self.world.require_equal(f"{where}: the policies", lambda: digest(self.policies.state_dict()))
-        loss_sum_M, images = self.policies.tally
+        tally = self.policies.tally
         own = {
             "devices": len(self.world.devices),
             "random": random_state(self.world.devices),
-            "loss_sum_M": loss_sum_M.cpu(),
-            "images": images,
+            "loss_sum_M": tally.loss_sum_M.cpu(),
+            "teacher_sum_M": tally.teacher_sum_M.cpu(),
+            "images": tally.images,
+            "teacher": self.teacher and self.teacher.state_dict(),
             "loss_and_correct": self.so_far.loss_and_correct.cpu(),
             "copies": self.so_far.copies,
             "skipped": int(self.numbers.skipped),
@@ -120,7 +131,9 @@ class TrainingState:
                 group["fused"] = fused  # belongs to the device, not to the run
             self.scaler.load_state_dict(saved["scaler"])
             self.policies.load_state_dict(saved["policies"])
-            self.policies.tally = Tally(own["loss_sum_M"], own["images"])
+            self.policies.tally = Tally(own["loss_sum_M"], own["teacher_sum_M"], own["images"])
+            if self.teacher:
+                self.teacher.load_state_dict(own["teacher"])
             sums = own["loss_and_correct"].to(self.world.device)
             self.so_far = EpochSoFar(sums, own["copies"], **saved["so_far"])
             self.numbers.reset(own["skipped"])
@@ -141,7 +154,9 @@ class TrainingState:
         ranks, size = saved["ranks"], self.world.size
         return {
             "loss_sum_M": sum(rank["loss_sum_M"] for rank in ranks) / size,
-            "images": sum(rank["images"] for rank in ranks) // size,
+            "teacher_sum_M": sum(rank["teacher_sum_M"] for rank in ranks) / size,
+            "images": sum(rank["images"] for rank in ranks) / size,
+            "teacher": ranks[0]["teacher"],
             "loss_and_correct": torch.zeros(2, dtype=torch.float64),
             "copies": 0,
             "skipped": 0,
@@ -155,16 +170,12 @@ class TrainingState:
         return keyed_generator(self.config.seed, *key, *again)
 
 
-def build_optimizer(model: nn.Module, config: Config, *, fused: bool) -> torch.optim.SGD:
-    """SGD as the config says. fused: all parameters in one kernel, and no wait for float16's scaler; for CUDA."""
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        config.lr,
-        config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=config.nesterov,
-        fused=fused or None,
-    )
+def build_optimizer(model: nn.Module, config: Config, *, fused: bool) -> torch.optim.Optimizer:
+    """SGD or AdamW as the config says. fused: all parameters in one kernel, no wait for float16's scaler; for CUDA."""
+    common = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": fused or None}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), **common)
+    optimizer = torch.optim.SGD(model.parameters(), momentum=config.momentum, nesterov=config.nesterov, **common)
     if fused and config.momentum:
         for parameter in model.parameters():  # a first step that the scaler skips would leave it whatever was there
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

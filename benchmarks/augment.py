@@ -34,9 +34,10 @@ from torchvision.transforms import functional as on_pillow
 from augmentations import OPS, Plan, apply, apply_op, family_settings, through_families
 from config import ALL_OPS, Config
 from dataloader import Normalise, cutout_mask, draw_centres, draw_crops, make_copies
-from policies import PolicySource, build_policies
+from policies import PolicySource
 from processes import exit_with_status, join
 from shapes import COUNTS, draw_shapes
+from sources import build_policies
 from utils import Table, UserError, keyed_generator
 
 OURS, PILLOW, TORCHVISION, KORNIA = "batched, here", "per image, Pillow", "groups, torchvision", "batched, kornia"
@@ -107,7 +108,7 @@ def build_config(size: int, M: int) -> Config:
 def prepare(config: Config, size: int, N: int, device: torch.device) -> Work:
     policies = build_policies(config)
     policies.resample(keyed_generator("benchmark", "policies"))
-    plan = policies.plan(N, keyed_generator("benchmark", "plan"))
+    plan = policies.plan(N, (size, size), keyed_generator("benchmark", "plan"))
     images_NCHW = draw_shapes("train")[0][:N]
     if size != images_NCHW.shape[-1]:
         images_NCHW = F.interpolate(images_NCHW.float(), (size, size), mode="bilinear").to(torch.uint8)
@@ -191,7 +192,7 @@ def from_images(work: Work, normalise: Normalise, *, crop_per_copy: bool) -> Way
     draws = keyed_generator("benchmark", "draws")
 
     def batched() -> Tensor:
-        crops, plan = draw_crops(N, config, draws), policies.plan(N, draws)
+        crops, plan = draw_crops(N, config, draws), policies.plan(N, (height, width), draws)
         kept_B1HW = cutout_mask(config.cutout, draw_centres(N * M, height, width, draws), height, width, device)
         return normalise(apply(make_copies(images_NCHW, torch.arange(N * M), M, crops), plan), kept_B1HW)
 

@@ -28,6 +28,7 @@ from tensorboard.util import tensor_util
 import keeper
 import main
 import policies
+import sources
 from alarms import Collapse, NotFinite, Numbers, all_finite, collapse
 from augmentations import OPS
 from checkpoint import Checkpoints, load_tensors
@@ -301,7 +302,7 @@ def test_intervals_of_collapse_are_counted_with_the_step_of_the_first():
 def test_a_fresh_controller_is_no_alarm():
     """For the default settings, over 200 seeds; by far, and not by luck."""
     config, names = Config(), [op.name for op in OPS]
-    source, largest_share = policies.build_policies(config), 0.0
+    source, largest_share = sources.build_policies(config), 0.0
     for seed in range(200):
         torch.manual_seed(seed)
         decisions = Controller(16, config.levels, config.Q, config.K).sample(config.M)

@@ -29,8 +29,8 @@ import trainingstate
 from augmentations import OPS, apply
 from config import Config
 from models import build_model
-from policies import build_policies
 from processes import exit_with_status
+from sources import build_policies
 from utils import UserError, keyed_generator
 
 TINY = ("model=wresnet10_1", "train_size=40", "batch_size=10", "M=2", "eval_every=2")

@@ -54,7 +54,16 @@ def hash_of(content):
 def a_state(epoch, step, size=10, number=0):
     """A small state that counts as one of a run, and is told from others by its numbers."""
     none, numbers = torch.zeros(0), {"random": {"cpu": torch.zeros(0), "cuda": []}, "buffers": {}}
-    numbers |= {"loss_sum_M": none, "loss_and_correct": none, "devices": 1, "images": 0, "copies": 0, "skipped": 0}
+    numbers |= {
+        "loss_sum_M": none,
+        "teacher_sum_M": none,
+        "teacher": None,
+        "loss_and_correct": none,
+        "devices": 1,
+        "images": 0,
+        "copies": 0,
+        "skipped": 0,
+    }
     return {
         "epoch": epoch,
         "step": step,

@@ -164,7 +164,7 @@ def test_rewards_belong_to_the_policies_that_caused_them(destroyer):
     policies = RandomPolicies(config.M, config.Q, config.K, ("Brightness", "Solarize"))
     neutral = torch.tensor([row_of("Solarize"), row_of("Solarize")])
 
-    def fixed(_):
+    def fixed(*_):
         policies.op_MQK[:], policies.level_MQK[:] = neutral, 9
         policies.op_MQK[destroyer], policies.level_MQK[destroyer] = row_of("Brightness"), 0
 

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from conftest import same
 
 from augmentations import OPS, apply, row_of
-from config import Config
-from policies import ControllerPolicies, PolicySource, RandomPolicies, build_policies
+from controller import Controller
+from policies import ControllerPolicies, PolicySource, RandomPolicies
 
+SIZE = (32, 32)
 NAMES = tuple(op.name for op in OPS)
 
 
@@ -18,9 +19,9 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def controller_policies(M=4, ops=NAMES, **options):
-    options = {"recurrence": "policy", "lr": 0.01, "entropy_bonus": 1e-5, "seed": 0} | options
-    return ControllerPolicies(M, 5, 2, ops, 10, **options)
+def controller_policies(M=4, ops=NAMES, *, seed=0, **options):
+    torch.manual_seed(seed)
+    return ControllerPolicies(M, Controller(len(ops)), ops, 10, **{"lr": 0.01, "entropy_bonus": 1e-5} | options)
 
 
 SOURCES = {
@@ -35,7 +36,7 @@ def test_every_copy_gets_a_subpolicy_of_its_own_policy(name):
     source = SOURCES[name]()
     source.resample(generator())
     N, M = 2000, source.M
-    plan = source.plan(N, generator(1))
+    plan = source.plan(N, SIZE, generator(1))
     drawn = torch.zeros(M, source.Q)
     for m in range(M):
         subpolicies = source.op_MQK[m] * 10 + source.level_MQK[m]  # one number per operation and level
@@ -57,7 +58,7 @@ def test_every_copy_gets_a_subpolicy_of_its_own_policy(name):
 def test_signs_are_a_fair_coin_for_signed_operations_alone():
     source = RandomPolicies(8, 5, 2, NAMES)
     source.resample(generator())
-    plan = source.plan(4000, generator(1))
+    plan = source.plan(4000, SIZE, generator(1))
     signed = torch.tensor([op.signed for op in OPS])[plan.op_BK]
     moved = plan.magnitude_BK != 0
     negative = plan.magnitude_BK < 0
@@ -69,13 +70,13 @@ def test_partners_are_other_images_in_the_same_policys_copy():
     source = RandomPolicies(3, 5, 2, ("SamplePairing",))
     source.resample(generator())
     N, M = 5, 3
-    plan = source.plan(N, generator(1))
+    plan = source.plan(N, SIZE, generator(1))
     own = torch.arange(N * M)[:, None]
     assert (plan.partner_BK // M != own // M).all()
     assert (plan.partner_BK % M == own % M).all()
     assert plan.partner_BK.min() >= 0
     assert plan.partner_BK.max() < N * M
-    alone = source.plan(1, generator(1))
+    alone = source.plan(1, SIZE, generator(1))
     images = torch.randint(256, (M, 3, 8, 8), dtype=torch.uint8, generator=generator(2))
     assert torch.equal(alone.partner_BK, torch.arange(M)[:, None].expand(M, 2))
     assert torch.equal(apply(images, alone), images), "an image without company stays as it is"
@@ -84,7 +85,7 @@ def test_partners_are_other_images_in_the_same_policys_copy():
 def test_centres_lie_in_the_image():
     source = RandomPolicies(4, 5, 2, NAMES)
     source.resample(generator())
-    centre = source.plan(500, generator(1)).centre_BK2
+    centre = source.plan(500, SIZE, generator(1)).centre_BK2
     assert 0 <= centre.min() < 0.01
     assert 0.99 < centre.max() < 1
 
@@ -93,7 +94,7 @@ def test_no_policy_leaves_images_alone():
     source = SOURCES["none"]()
     source.resample(generator())
     images = torch.randint(256, (8, 3, 9, 7), dtype=torch.uint8, generator=generator())
-    assert torch.equal(apply(images, source.plan(2, generator(1))), images)
+    assert torch.equal(apply(images, source.plan(2, SIZE, generator(1))), images)
     source.observe(torch.ones(2, 4))
     record = source.update()
     assert record["policies"] == [[[]] * 5] * 4
@@ -166,22 +167,3 @@ def test_an_interval_goes_on_from_a_saved_state(name):
     whole.resample(generator(2))
     second.resample(generator(2))
     assert same(whole.state_dict(), second.state_dict())
-
-
-def test_the_controllers_start_depends_on_its_seed_alone():
-    torch.manual_seed(1)
-    a = controller_policies(seed=7).state_dict()
-    torch.manual_seed(2)
-    torch.rand(3)
-    state = torch.get_rng_state()
-    b = controller_policies(seed=7).state_dict()
-    assert torch.equal(torch.get_rng_state(), state), "others' draws must not be disturbed"
-    assert same(a["controller"], b["controller"])
-    assert not same(a["controller"], controller_policies(seed=8).state_dict()["controller"])
-
-
-@pytest.mark.parametrize(
-    ("policy", "kind"), [("controller", ControllerPolicies), ("random", RandomPolicies), ("none", PolicySource)]
-)
-def test_sources_by_name(policy, kind):
-    assert type(build_policies(Config(policy=policy))) is kind

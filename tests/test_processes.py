@@ -159,7 +159,7 @@ def test_partners_come_from_the_images_at_hand():
     """A process that reads only its own images pairs them among themselves: 4 of 12, at places 4 to 7."""
     policies = RandomPolicies(3, 2, 2, ("SamplePairing",))
     policies.resample(torch.Generator().manual_seed(0))
-    plan = policies.plan(12, torch.Generator().manual_seed(1), groups=3)
+    plan = policies.plan(12, (32, 32), torch.Generator().manual_seed(1), groups=3)
     image, partner = torch.arange(36)[:, None] // 3, plan.partner_BK // 3
     assert torch.equal(partner // 4, (image // 4).expand_as(partner)), "of the same third"
     assert (partner != image).all()

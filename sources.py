@@ -17,9 +17,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from augmentations import OPS, row_of
+from augmentations import row_of
 from checkpoint import load_tensors
-from config import Config, load_config
+from config import ALL_OPS, Config, load_config
 from controller import Controller
 from policies import ControllerPolicies, FrozenPolicies, PolicySource, RandomPolicies, RecordedPolicies, Reward
 from utils import UserError, did_you_mean, has_shape, in_a_line, keyed_seed, require_file, shown
@@ -130,9 +130,8 @@ class _Reader:
         read = [self._policy(policy, f"policy {number}") for number, policy in enumerate(policies, start=1)]
         first = self._intervals[0] if self._intervals else read
         if len(read) != len(first):
-            raise self._wrong(
-                "", len(read), f"policies on a line, where the first has {len(first)}: they must be as many"
-            )
+            what = f"policies on a line, where the first line has {len(first)}: all must have as many"
+            raise self._wrong("", len(read), what)
         for number, policy in enumerate(read, start=1):
             if len(policy) != len(first[0]):
                 what = f"sub-policies, where the first policy has {len(first[0])}: all must have as many"
@@ -156,8 +155,8 @@ class _Reader:
         if not isinstance(pair, list) or len(pair) != 2:
             raise self._wrong(where, pair, "is not [operation, level]")
         name, level = pair
-        if not isinstance(name, str) or name not in (names := [op.name for op in OPS]):
-            raise self._wrong(where, name, f"is no operation{did_you_mean(name, names)}")
+        if name not in ALL_OPS:
+            raise self._wrong(where, name, f"is no operation{did_you_mean(name, ALL_OPS)}")
         if type(level) is not int or not 0 <= level < self.levels:
             raise self._wrong(where, level, f"is no level: 0 to {self.levels - 1}")
         return row_of(name), level

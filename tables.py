@@ -14,10 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config import Config
+from config import FROM_A_FILE, PER_IMAGE, Config
 from corruptions import SEVERITIES, STANDARD
 from resultsfile import read_results
-from utils import Table, UserError, render
+from utils import Table, UserError, one_line, render
 
 FORMATS = ("table", "markdown", "json", "csv")
 Result = Mapping[str, Any]  # the content of a results.json
@@ -51,7 +51,15 @@ PUBLISHED = {  # by benchmark, data set trained on, and network
     ("cifar10-c", "cifar10", "wresnet40_2"): Published("-", "-", "AugMix with JSD 11.2"),
     ("imagenet-c", "imagenet", "resnet50"): Published("-", "-", "mCE: none 76.7, AugMix 65.3"),
 }
-POLICIES = {"controller": "learned", "random": "random", "none": "none"}
+TRANSFERRED = {  # likewise, under the policies that ResNet-50 has learned on ImageNet
+    ("clean", "cifar10", "wresnet28_10"): Published("2.45 +- 0.13"),
+    ("clean", "cifar100", "wresnet28_10"): Published("16.48 +- 0.15"),
+    ("clean", "imagenet", "resnet50d"): Published("20.20 +- 0.05"),
+    ("clean", "imagenet", "resnet200"): Published("19.05 +- 0.10"),
+}
+# Of the paper's method: the policies' sources, and settings that must be as they are by default.
+PAPERS_SOURCES = ("controller", *FROM_A_FILE)
+PAPERS_SETTINGS = ("reward", "reward_ema", "divide_by_std", "logit_bound", "clean_share", "optimizer")
 
 
 def report(results: Sequence[Result], form: str) -> str:
@@ -223,13 +231,14 @@ def _row_key(result: Result, name: str, noted: Mapping[str, Any]) -> tuple[str, 
 
 
 def _comparable(result: Result, noted: Mapping[str, Any]) -> bool:
-    """Whether the paper's number is of the same: learned policies, all training images, to the end, official data."""
+    """Whether the paper's number is of the same: its policies, all training images, to the end, official data."""
     config = result["config"]
     return (
         noted["source"] == "official"
         and config is not None
         and result["epoch"] == config["epochs"]
-        and config["policy"] == "controller"
+        and config["policy"] in PAPERS_SOURCES
+        and all(config[name] == getattr(Config, name) for name in PAPERS_SETTINGS)
         and (config["train_size"], config["valid_size"], config["skip_unreadable"]) == (None, 0, False)
         and config["dataset"] == result["scored_with"]["dataset"]
     )
@@ -238,7 +247,8 @@ def _comparable(result: Result, noted: Mapping[str, Any]) -> bool:
 def _row(results: Sequence[Result], name: str, noted: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     result, config = results[0], results[0]["config"]
     trained_on = config["dataset"] if config else result["scored_with"]["dataset"]
-    published = PUBLISHED.get((name, trained_on, result["model"]), Published())
+    table = TRANSFERRED if config and config["policy"] in FROM_A_FILE else PUBLISHED
+    published = table.get((name, trained_on, result["model"]), Published())
     if noted[0]["source"] != "official":
         published = Published()
     elif not _comparable(result, noted[0]):
@@ -247,12 +257,18 @@ def _row(results: Sequence[Result], name: str, noted: Sequence[Mapping[str, Any]
     return (
         f"{name} ({trained_on}), {result['model']}: {quantity}",
         re.sub(r"_\d+$", "", Path(result["checkpoint"]).parent.name) if config else result["checkpoint"],
-        f"{POLICIES[config['policy']]}, M = {config['M']}" if config else "-",
+        _policies_in_words(config) if config else "-",
         f"{noted[0]['source']}, {noted[0]['cells'][0]['images']:,}",
         *published,
         _over_runs([headline(of_run["summary"])[1] for of_run in noted]),
         str(len(results)),
     )
+
+
+def _policies_in_words(config: Mapping[str, Any]) -> str:
+    words = "learned" if config["policy"] == "controller" else config["policy"]
+    origin = f" from {one_line(config['policy_from'], 60)}" if config["policy_from"] else ""
+    return f"{words}{origin}, M = {config['M']}"
 
 
 def _all_remarks(result: Result) -> list[str]:
@@ -264,14 +280,20 @@ def _remarks(result: Result, name: str, noted: Mapping[str, Any]) -> list[str]:
     """What must be said beside a number."""
     remarks = [f"{name}: {noted['note']}."] if noted.get("note") else []
     config = result["config"]
-    held = config["ops"] if config and config["policy"] != "none" else []
-    overlap = [op for op in RESEMBLING if op in held]
+    overlap = [op for op in RESEMBLING if op in _operations(config)] if config else []
     if noted["kind"] == "corruptions" and overlap:
         remarks.append(
             f"{name}: the policies hold {', '.join(overlap)}, which resemble corruptions; AugMix leaves out contrast, "
             "colour, brightness and sharpness. Train without them (ops) for a comparison."
         )
     return remarks
+
+
+def _operations(config: Mapping[str, Any]) -> Sequence[str]:
+    """Those that the policies may hold, as far as they can resemble corruptions. AugMix leaves four of these out."""
+    if config["policy"] in PER_IMAGE:
+        return ("Posterize",) if config["policy"] == "augmix" else RESEMBLING
+    return () if config["policy"] == "none" else config["ops"]
 
 
 def _percent(share: float) -> str:

@@ -31,6 +31,8 @@ PUBLISHED = {
     "resnet50d": ("imagenet", "resnet50d", 2048, 0.8, 1e-4, "cosine", 120),
     "resnet200": ("imagenet", "resnet200", 2048, 0.8, 1e-4, "cosine", 120),
 }
+TRANSFER = ("wresnet28x10_cifar10", "wresnet28x10_cifar100", "resnet50d", "resnet200")
+PUBLISHED |= {f"{name}_transfer": PUBLISHED[name] for name in TRANSFER}
 # The published test errors (top-1, and top-5 for ImageNet) of the paper, and of a re-implementation.
 ERRORS = {
     "wresnet28x10_cifar10": ("1.90 +- 0.15", "2.35"),
@@ -44,6 +46,10 @@ ERRORS = {
     "resnet50": ("20.60 +- 0.15", "5.53 +- 0.05"),
     "resnet50d": ("20.00 +- 0.12", "5.25 +- 0.03"),
     "resnet200": ("18.68 +- 0.18", "4.70 +- 0.05"),
+    "wresnet28x10_cifar10_transfer": ("2.45 +- 0.13",),
+    "wresnet28x10_cifar100_transfer": ("16.48 +- 0.15",),
+    "resnet50d_transfer": ("20.20 +- 0.05",),
+    "resnet200_transfer": ("19.05 +- 0.10",),
 }
 
 
@@ -89,7 +95,12 @@ def test_confs_are_the_published_settings(name):
     (path,) = (path for path in CONFS if path.stem == name)
     c = load_config(path, {})
     assert (c.dataset, c.model, c.batch_size, c.lr, c.weight_decay, c.schedule, c.epochs) == PUBLISHED[name]
-    assert (c.M, c.Q, c.K, c.levels, len(c.ops), c.policy, c.policy_interval) == (8, 5, 2, 10, 16, "controller", None)
+    transfer = name.endswith("_transfer")
+    source = ("frozen", "./logs/resnet50_0") if transfer else ("controller", None)
+    assert (c.policy, c.policy_from) == source
+    assert (c.M, c.Q, c.K, c.levels, len(c.ops), c.policy_interval) == (8, 5, 2, 10, 16, None)
+    assert (c.reward, c.reward_ema, c.divide_by_std, c.logit_bound, c.clean_share) == ("loss", 0, True, 0, 0)
+    assert c.optimizer == "sgd"
     assert (c.controller_lr, c.entropy_bonus, c.momentum, c.nesterov, c.flip) == (0.00035, 0.00001, 0.9, True, True)
     small, large = (32, 4, 16, True), (224, 0, 0, True)
     assert (c.image_size, c.crop_padding, c.cutout, c.crop_per_copy) == (large if c.dataset == "imagenet" else small)

@@ -141,6 +141,46 @@ def test_a_rewarded_operation_takes_over(recurrence):
     assert share > 0.9
 
 
+def test_bounded_logits_keep_every_choice_possible():
+    """As above, but no probability leaves what a bound of 1 allows: e^1 / (e^1 + 15 e^-1) at most."""
+    torch.manual_seed(0)
+    controller, generator = Controller(16, logit_bound=1.0), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(controller.parameters(), lr=0.005)
+    for _ in range(200):
+        op, level, _, _ = controller.sample(8, generator)
+        reinforce(controller, optimizer, op, level, (op == 3).float().mean((1, 2)), entropy_bonus=0.0)
+    op, _, _, entropy = controller.sample(400, generator)
+    share, most = (op == 3).float().mean().item(), math.e / (math.e + 15 / math.e)
+    assert 0.2 < share < most + 0.03
+    bound = 10 * min_entropy(16, most) + 10 * min_entropy(10, math.e / (math.e + 9 / math.e))
+    assert entropy.mean() > bound
+
+
+def min_entropy(choices, most):
+    """Of a distribution whose likeliest choice has probability `most`, and all others the same."""
+    rest = (1 - most) / (choices - 1)
+    return -most * math.log(most) - (choices - 1) * rest * math.log(rest)
+
+
+def test_without_the_division_differences_that_hardly_matter_hardly_count():
+    """Rewards a thousandth apart: divided, they outweigh the entropy bonus, undivided they do not."""
+    entropies = {}
+    for divide_by_std in (True, False):
+        torch.manual_seed(0)
+        controller, generator = Controller(4, 2, Q=1, K=1), torch.Generator().manual_seed(0)
+        optimizer = torch.optim.Adam(controller.parameters(), lr=0.01)
+        for _ in range(150):
+            op, level, _, entropy_M = controller.sample(8, generator)
+            reward_M = 0.001 * (op == 2).float().mean((1, 2))
+            reinforce(controller, optimizer, op, level, reward_M, 0.05, divide_by_std=divide_by_std)
+        entropies[divide_by_std] = entropy_M.mean().item()
+    largest = math.log(4) + math.log(2)
+    assert entropies[True] < 0.5 * largest
+    assert entropies[False] > 0.95 * largest
+    losses = torch.tensor([1.0, 2.0, 6.0])
+    assert advantage(losses, divide_by_std=False).tolist() == [-2.0, -1.0, 3.0]
+
+
 def test_an_unknown_recurrence_is_refused():
     with pytest.raises(ValueError, match="'policy' or 'subpolicy', not 'never'"):
         Controller(recurrence="never")

@@ -1,6 +1,7 @@
 """Plans made from policies: which operation reaches which copy, and whose loss is whose."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from conftest import same
 
 from augmentations import OPS, apply, row_of
 from controller import Controller
-from policies import ControllerPolicies, PolicySource, RandomPolicies
+from policies import ControllerPolicies, FrozenPolicies, PolicySource, RandomPolicies, RecordedPolicies, Reward
 
 SIZE = (32, 32)
 NAMES = tuple(op.name for op in OPS)
@@ -28,6 +29,8 @@ SOURCES = {
     "controller": controller_policies,
     "random": lambda M=4, ops=NAMES: RandomPolicies(M, 5, 2, ops),
     "none": lambda M=4, ops=NAMES: PolicySource(M),
+    "recorded": lambda M=4: recorded(M),
+    "frozen": lambda M=4: FrozenPolicies(M, controller_policies().controller, NAMES, 10),
 }
 
 
@@ -146,6 +149,84 @@ def test_losses_are_averaged_over_the_images_of_an_interval_and_then_forgotten()
         source.observe(torch.full((2, 4), start))
         source.observe(torch.full((3, 4), start + 1))
         assert source.update()["losses"] == pytest.approx([start + 0.6] * 4, rel=1e-12)
+
+
+def test_an_average_over_steps_forgets_what_came_first():
+    """Two policies: the first was hard and is easy now, the second the other way round."""
+    loss_TM = torch.stack((torch.linspace(2, 0, 50), torch.linspace(0, 1.5, 50)), dim=1)
+    found = {}
+    for ema in (0.0, 0.9):
+        source = RandomPolicies(2, 1, 1, ("Rotate",), reward=Reward(ema=ema))
+        source.resample(generator())
+        for loss_M in loss_TM:
+            source.observe(loss_M.expand(7, 2))
+        found[ema] = source.update()
+    weight_T = 0.9 ** torch.arange(49, -1, -1)
+    expected = (weight_T[:, None] * loss_TM).sum(0) / weight_T.sum()
+    assert found[0.9]["losses"] == pytest.approx(expected.tolist(), rel=1e-5)
+    assert found[0.0]["losses"] == pytest.approx(loss_TM.mean(0).tolist(), rel=1e-6)
+    assert found[0.0]["advantages"][0] > 0 > found[0.9]["advantages"][0]
+
+
+@pytest.mark.parametrize("name", ["controller", "random"])
+def test_a_share_of_the_copies_stays_clean(name):
+    source = SOURCES[name]()
+    source.resample(generator())
+    source.clean_share = 0.25
+    plan = source.plan(1000, SIZE, generator(1))
+    clean_B = (plan.op_BK == -1).all(1)
+    assert torch.equal((plan.op_BK == -1).any(1), clean_B), "all of a copy's operations, or none"
+    assert clean_B.double().mean().item() == pytest.approx(0.25, abs=0.02)
+    by_policy = clean_B.view(1000, 4).double().mean(0)
+    assert (by_policy - 0.25).abs().max() < 0.05
+    assert not torch.equal(clean_B.view(1000, 4)[:, 0], clean_B.view(1000, 4)[:, 1])
+
+
+def recorded(M, P=3, R=4, levels=10):
+    """Policy p of interval r is one operation, row p, at level r."""
+    op_RPQK = torch.arange(P).view(1, P, 1, 1).expand(R, P, 1, 1)
+    level_RPQK = torch.arange(R).view(R, 1, 1, 1).expand(R, P, 1, 1)
+    return RecordedPolicies(M, op_RPQK, level_RPQK, levels)
+
+
+def test_a_record_is_replayed_by_the_share_of_the_run_that_is_done():
+    source = recorded(M=3)
+    for steps in (4, 7, 12, 1000):
+        for step in range(steps):
+            source.resample(generator(), Fraction(step, steps))
+            assert source.level_MQK.unique().tolist() == [4 * step // steps]
+            assert source.op_MQK.flatten().tolist() == [0, 1, 2], "as many as recorded keep their places"
+
+
+def test_of_a_record_with_other_numbers_of_policies_each_is_drawn_as_often():
+    for M, counts in ((2, {0, 1}), (7, {2, 3})):
+        source, drawn = recorded(M), torch.zeros(3)
+        for interval in range(300):
+            source.resample(generator(interval))
+            times = source.op_MQK.flatten().bincount(minlength=3)
+            assert set(times.tolist()) == counts
+            drawn += times
+        assert (drawn / drawn.sum() - 1 / 3).abs().max() < 0.05
+
+
+def test_a_frozen_controller_is_sampled_and_never_stepped():
+    torch.manual_seed(0)
+    controller = Controller(3, 4, Q=2, K=2)
+    with torch.no_grad():
+        controller.op_head.bias.copy_(torch.tensor([0.0, 2.0, 0.0]))
+    before = {name: value.clone() for name, value in controller.state_dict().items()}
+    source = FrozenPolicies(4, controller, ("Rotate", "Cutout", "Invert"), 4)
+    drawn = []
+    for interval in range(100):
+        source.resample(generator(interval))
+        drawn.append(source.op_MQK)
+        source.observe(torch.rand(5, 4, generator=generator(interval)))
+        record = source.update()
+    assert not source.learns
+    assert same(source.controller.state_dict(), before)
+    share = (torch.stack(drawn) == row_of("Cutout")).double().mean().item()
+    assert share == pytest.approx(math.e**2 / (math.e**2 + 2), abs=0.05)
+    assert 0 < record["entropy"] < source.largest_entropy
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -148,6 +148,10 @@ def test_runs_that_differ_in_the_seed_are_one_row_beside_the_published_numbers(w
         {"skip_unreadable": True},
         {"dataset": "folder"},
         {"policy": "none"},
+        {"policy": "trivialaugment"},
+        {"reward": "teacher"},
+        {"logit_bound": 2.5},
+        {"optimizer": "adamw"},
         {"epoch": 100},
         {"ours": False},
     ],
@@ -158,6 +162,12 @@ def test_published_numbers_stand_beside_what_is_comparable_alone(written, other)
     assert len(rows) == 2, "never averaged"
     published = {row[7]: row[4:6] for row in rows}
     assert published == {"2.00": ["1.90 +- 0.15", "2.35"], "4.00": ["-", "-"]}
+
+
+def test_transferred_policies_stand_beside_the_papers_number_for_those(written):
+    transferred = result(0.03, policy="frozen", policy_from="logs/resnet50_0")
+    row = rows_of(tables.compare(written(transferred), "markdown"))[2]
+    assert row[2:6] == ["frozen from logs/resnet50_0, M = 8", "official, 1,000", "2.45 +- 0.13", "-"]
 
 
 def test_runs_with_other_settings_are_other_rows(written):
@@ -193,6 +203,8 @@ def test_what_resembles_corruptions_is_said_of_policies_that_hold_it_alone(writt
     apart = ("ShearX", "Rotate", "Cutout")
     assert "resemble" not in tables.compare(written(result(0.02, 0.1, ops=apart)), "table")
     assert "resemble" not in tables.compare(written(result(0.02, 0.1, policy="none")), "table")
+    assert "hold Posterize, which" in tables.compare(written(result(0.02, 0.1, policy="augmix")), "table")
+    assert "hold Posterize, Contrast" in tables.compare(written(result(0.02, 0.1, policy="randaugment")), "table")
     assert "hold Color, which" in tables.compare(written(result(0.02, 0.1, ops=(*apart, "Color"))), "table")
     assert "resemble" not in tables.compare(written(result(0.02)), "table"), "the clean test set"
 
@@ -243,10 +255,11 @@ def test_numbers_of_corruptions_are_as_published():
 
 def test_published_errors_are_those_of_the_readme():
     confs = sorted((ROOT / "confs").glob("*/*.yaml"))
-    assert len(confs) == 12
+    assert len(confs) >= 16
     for conf in confs:
         (row,) = re.findall(rf"^\|.*\]\({conf.relative_to(ROOT).as_posix()}\).*$", README, re.MULTILINE)
         paper, reimplementation = (word.strip() for word in row.split("|")[3:5])
         config = load_config(conf, {})
-        published = tables.PUBLISHED.get(("clean", config.dataset, config.model), tables.Published())
+        table = tables.TRANSFERRED if config.policy == "frozen" else tables.PUBLISHED
+        published = table.get(("clean", config.dataset, config.model), tables.Published())
         assert (published.paper, published.reimplementation) == (paper.split(" / ")[0], reimplementation), conf

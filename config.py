@@ -10,6 +10,7 @@ import math
 import os
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -282,7 +283,7 @@ def load_config(conf_file: Path | None, overrides: dict[str, tuple[str, Any]]) -
     """
     said = {}
     if conf_file is not None:
-        said = {field: (str(conf_file), value) for field, value in _read_yaml(conf_file).items()}
+        said = {field: (str(conf_file), value) for field, value in read_yaml(conf_file).items()}
     said |= overrides
     types_ = typing.get_type_hints(Config)
     values = {}
@@ -329,8 +330,25 @@ def overrides_from(args: argparse.Namespace) -> dict[str, tuple[str, Any]]:
     Raises UserError for a malformed --set. A conf may be somebody else's: unless the command line says where data lie,
     or are to be put, raises UserError for one that names a place outside the working directory, too.
     """
+    said = said_by_set(args.set)
+    for field in ("M", "seed", "amp", "dataroot"):
+        value = getattr(args, field, None)
+        if value not in (None, False):
+            said[field] = (f"--{field}", value)
+    if args.load_conf and "dataroot" not in said:
+        dataroot = read_yaml(args.load_conf).get("dataroot")
+        if isinstance(dataroot, str) and not stays_below(dataroot):
+            raise UserError(
+                f"{args.load_conf}: dataroot: {shown(dataroot)} leads out of the working directory\n"
+                "data may be put there only if the command line says so: --dataroot DIR"
+            )
+    return said
+
+
+def said_by_set(words: Sequence[str]) -> dict[str, tuple[str, Any]]:
+    """What `--set setting=value ...` says: field -> ("--set", value). Raises UserError for a malformed word."""
     said = {}
-    for word in args.set:
+    for word in words:
         field, equals, text = word.partition("=")
         if not equals:
             raise UserError(f"--set {one_line(word)}: write it as setting=value")
@@ -338,17 +356,6 @@ def overrides_from(args: argparse.Namespace) -> dict[str, tuple[str, Any]]:
             said[field] = ("--set", yaml.load(text, _Loader))
         except Exception:  # PyYAML's constructors raise more than YAMLError
             raise UserError(f"--set {one_line(word)}: the value cannot be read") from None
-    for field in ("M", "seed", "amp", "dataroot"):
-        value = getattr(args, field, None)
-        if value not in (None, False):
-            said[field] = (f"--{field}", value)
-    if args.load_conf and "dataroot" not in said:
-        dataroot = _read_yaml(args.load_conf).get("dataroot")
-        if isinstance(dataroot, str) and not stays_below(dataroot):
-            raise UserError(
-                f"{args.load_conf}: dataroot: {shown(dataroot)} leads out of the working directory\n"
-                "data may be put there only if the command line says so: --dataroot DIR"
-            )
     return said
 
 
@@ -421,7 +428,8 @@ class _Refused(yaml.MarkedYAMLError):
     """Is YAML, but not for us."""
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a conf file, or in another one of at most LONGEST_CONF bytes. Raises UserError."""
     try:
         require_file(path)
         with path.open("rb") as file:

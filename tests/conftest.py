@@ -25,6 +25,7 @@ from torch import nn
 
 import dataloader
 import evaluate
+import experiments
 import main
 import pictures
 import processes
@@ -80,7 +81,12 @@ def script(monkeypatch):
 
     def run(name, *arguments):
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        entry = {"main.py": main.main, "evaluate.py": evaluate.main, "robustness.py": robustness.main}[name]
+        entry = {
+            "main.py": main.main,
+            "evaluate.py": evaluate.main,
+            "robustness.py": robustness.main,
+            "experiments.py": experiments.main,
+        }[name]
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as leaving:
             exit_with_status(entry)

@@ -1,0 +1,277 @@
+"""From finished runs of an experiment to what is kept of them: runs.jsonl, summary.md and figures.
+
+results/NAME/ holds all sizes of an experiment: a line of runs.jsonl says of which size it is, summary.md has a part for
+each, and figures are named by it. A size that is run again takes the place of what was there of the same seeds.
+"""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from checkpoint import write_text
+from comparisons import difference, verdict
+from experimentfile import Experiment, Run
+from pictures import figure_class
+from resultsfile import read_results
+from sources import build_policies
+from utils import Table, UserError, duration, has_shape, in_a_line, render
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NUMBER = (int, float)
+RECORD = {
+    "size": str, "arm": str, "seed": int, "settings": dict, "error": NUMBER, "test_images": int, "train_loss": NUMBER,
+    "seconds": NUMBER, "entropy": list, "collapsed": int, "M": int, "epochs": int, "torch": str, "device": str,
+    "git_revision": (str, type(None)),
+}  # fmt: skip
+
+
+def sum_up(experiment: Experiment, runs: Sequence[Run], folder: Path) -> None:
+    """Write what is kept of an experiment at one of its sizes. Raises UserError where that cannot be."""
+    try:
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another place with --results") from None
+    ours = [record_of(run, experiment.size) for run in runs]
+    before = read_records(folder / "runs.jsonl")
+    others = [one for one in before if one["size"] != experiment.size]
+    place = {arm: number for number, arm in enumerate(experiment.arms)}
+    ours = sorted([*_still_true(before, ours), *ours], key=lambda one: (place[one["arm"]], one["seed"]))
+    write_text(folder / "runs.jsonl", "".join(json.dumps(record) + "\n" for record in [*others, *ours]))
+    figures = draw(experiment, ours, folder / "figures") if figure_class() else []
+    part = "\n".join((*in_words(experiment, ours), *(f"![{words}](figures/{name})\n" for name, words in figures)))
+    write_text(folder / "summary.md", _with_part(folder / "summary.md", experiment, part))
+
+
+def _still_true(before: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Earlier lines of other seeds, whose arms have the settings of now."""
+    now = {one["arm"]: (one["size"], one["conf"], one["settings"]) for one in ours}
+    done = {(one["arm"], one["seed"]) for one in ours}
+    same = [one for one in before if now.get(one["arm"]) == (one["size"], one.get("conf"), one["settings"])]
+    return [one for one in same if (one["arm"], one["seed"]) not in done]
+
+
+def record_of(run: Run, size: str) -> dict[str, Any]:
+    """What is kept of a run: numbers, settings and versions, and no path of the machine it ran on."""
+    results = read_results(run.directory)
+    (cell,) = results["benchmarks"]["clean"]["cells"]
+    metrics, times, policies = (_lines(run.directory / f"{name}.jsonl") for name in ("metrics", "times", "policies"))
+    environment = results["benchmarks"]["clean"]["environment"]
+    own = {name: value for name, value in run.settings.items() if name not in ("seed", "dataroot")}
+    if run.source is not None:
+        own["policy_from"] = f"@{run.source.name.rpartition('_')[0]}"
+    largest = build_policies(run.config).largest_entropy
+    return {
+        "size": size,
+        "arm": run.arm,
+        "seed": run.seed,
+        "conf": run.conf.relative_to(Path(__file__).parent).as_posix(),
+        "settings": own,
+        "error": cell["error"],
+        "test_images": cell["images"],
+        "train_loss": metrics[-1]["train_loss"],
+        "train_top1": metrics[-1]["train_top1"],
+        "M": run.config.M,
+        "epochs": run.config.epochs,
+        "seconds": round(sum(one["train_seconds"] + one["other_seconds"] for one in times), 1),
+        "entropy": [round(one["entropy"] / largest, 4) for one in metrics] if largest else [],
+        "loss_spread": [round(one["loss_spread"], 4) for one in metrics],
+        "collapsed": sum(one["collapsed"] is not None for one in policies),
+        "intervals": len(policies),
+        "images": results["benchmarks"]["clean"]["source"],
+        "sha256": results["sha256"],
+        **{name: environment[name] for name in ("torch", "torchvision", "device", "threads", "git_revision")},
+    }
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a runs.jsonl; none where there is no file. Raises UserError."""
+    if not path.exists():
+        return []
+    try:
+        records = _lines(path)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({in_a_line(error)}); put a copy back, or move it away") from None
+    if not has_shape(records, [RECORD]):
+        raise UserError(f"{path}: holds lines of another kind; move it away")
+    return records
+
+
+def in_words(experiment: Experiment, records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The part of summary.md about one size: what was run, each arm's errors, and the differences seed by seed."""
+    first, by_arm = records[0], _by_arm(records)
+    said = ", ".join(f"{name} {value}" for name, value in experiment.settings.items())
+    conf = experiment.conf.as_posix()
+    ran = "device {device}, {threads} threads each, torch {torch}, revision {git_revision}"
+    where = "; ".join(dict.fromkeys(ran.format(**one) for one in records))
+    command = f"python experiments.py {experiment.name}" + (f" --size {experiment.size}" * (experiment.size != "tiny"))
+    lines = [f"{experiment.note}", "", f"Every arm: `{conf}`{f' with {said}' if said else ''}. Run on {where}.", ""]
+    lines += ["```bash", command, "```", ""]
+    rows = [_row(experiment, arm, of_arm) for arm, of_arm in by_arm.items()]
+    header = ("arm", "M", "epochs", "test error (%)", "by seed", "train loss", "entropy left", "collapsed", "time")
+    seeds = ", ".join(str(seed) for seed in by_arm[first["arm"]])
+    notes = [
+        f"Errors are of the last epoch on {first['test_images']:,} test images, where one image is "
+        f"{100 / first['test_images']:.2g} points; mean +- standard deviation over seeds {seeds}. The train loss is "
+        "over augmented copies. Entropy left: of the policies' largest, at the end. Collapsed: share of the intervals.",
+        "",
+    ]
+    lines += [render(Table("### Arms", header, rows, notes), "markdown"), ""]
+    return [*lines, *_comparisons(experiment, by_arm)]
+
+
+def _row(experiment: Experiment, arm: str, of_arm: Mapping[int, Mapping[str, Any]]) -> tuple[str, ...]:
+    runs = list(of_arm.values())
+    words = experiment.words.get(arm) or ", ".join(f"{k} {v}" for k, v in experiment.arms[arm].items())
+    entropies = [one["entropy"][-1] for one in runs if one["entropy"]]
+    collapsed = sum(one["collapsed"] for one in runs) / sum(one["intervals"] for one in runs)
+    return (
+        f"**{arm}**: {words}" if words else f"**{arm}**",
+        str(runs[0]["M"]),
+        str(runs[0]["epochs"]),
+        over_seeds([100 * one["error"] for one in runs]),
+        ", ".join(f"{100 * one['error']:.2f}" for one in runs),
+        f"{statistics.fmean(one['train_loss'] for one in runs):.3f}",
+        f"{statistics.fmean(entropies):.1%}" if entropies else "-",
+        f"{collapsed:.0%}" if entropies else "-",
+        duration(statistics.fmean(one["seconds"] for one in runs)),
+    )
+
+
+def _comparisons(experiment: Experiment, by_arm: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[str]:
+    rows = []
+    for first, second in experiment.compare:
+        paired = paired_differences(by_arm, first, second)
+        if not paired:
+            continue
+        mean, half_width, pairs = difference(paired)
+        width = f"+- {half_width:.2f}" if pairs > 1 else "-"
+        says = verdict(paired, len(experiment.compare), (first, second)) if experiment.ranks else "nothing: too small"
+        rows.append((f"{first} - {second}", str(pairs), f"{mean:+.2f}", width, says))
+    header = ("arms", "pairs", "difference (points)", "95 % interval", "what it says")
+    note = (
+        "Differences of test errors seed by seed, below 0 where the first arm is better; intervals by Student's t. "
+        f"What it says holds for the {len(rows)} comparisons together (Bonferroni)."
+    )
+    return [render(Table("### Differences", header, rows, [note]), "markdown"), ""] if rows else []
+
+
+def paired_differences(by_arm: Mapping[str, Mapping[int, Mapping[str, Any]]], first: str, second: str) -> list[float]:
+    """Of the test errors in percentage points, for each seed that both arms have."""
+    ours, theirs = by_arm.get(first, {}), by_arm.get(second, {})
+    return [100 * (ours[seed]["error"] - theirs[seed]["error"]) for seed in ours if seed in theirs]
+
+
+def over_seeds(values: Sequence[float]) -> str:
+    spread = f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{spread}"
+
+
+def draw(experiment: Experiment, records: Sequence[Mapping[str, Any]], folder: Path) -> list[tuple[str, str]]:
+    """The figures of one size; returns their names, each with what it shows in words."""
+    by_arm = _by_arm(records)
+    figures = {
+        "errors": (errors(by_arm), "test error of every run, and each arm's mean; a line for each seed"),
+        "differences": (differences(experiment, by_arm), "paired differences with their 95 % intervals"),
+        "entropy": (entropies(by_arm), "entropy of the policies over the training, as a share of the largest"),
+    }
+    drawn = []
+    for name, (figure, words) in figures.items():
+        if figure is not None:
+            file = f"{experiment.size}_{name}.png"
+            figure.savefig(folder / file, dpi=110, metadata={"Software": None})
+            drawn.append((file, f"{experiment.name}, {experiment.size}: {words}"))
+    return drawn
+
+
+def errors(by_arm: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> "Figure":
+    """Every run as a dot, runs of a seed joined, and the means as bars."""
+    figure = figure_class()(figsize=(7.5, 1.2 + 0.42 * len(by_arm)), layout="constrained")
+    axes, arms = figure.subplots(), list(by_arm)
+    seeds = sorted({seed for of_arm in by_arm.values() for seed in of_arm})
+    for seed, colour in zip(seeds, _colours(len(seeds)), strict=True):
+        points = [(100 * by_arm[arm][seed]["error"], row) for row, arm in enumerate(arms) if seed in by_arm[arm]]
+        axes.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=0.6, markersize=5, label=f"seed {seed}")
+    for row, arm in enumerate(arms):
+        mean = statistics.fmean(100 * one["error"] for one in by_arm[arm].values())
+        axes.plot((mean, mean), (row - 0.28, row + 0.28), color="black", linewidth=2.5, zorder=3)
+    axes.set_yticks(range(len(arms)), arms)
+    axes.invert_yaxis()
+    axes.set(xlabel="test error (%), lower is better; black: mean")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return figure
+
+
+def differences(experiment: Experiment, by_arm: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> "Figure | None":
+    """Each comparison's mean difference with its interval; none where no arm has two seeds."""
+    found = [
+        (f"{a} - {b}", difference(paired))
+        for a, b in experiment.compare
+        if (paired := paired_differences(by_arm, a, b))
+    ]
+    found = [(words, one) for words, one in found if one.pairs > 1]
+    if not found:
+        return None
+    figure = figure_class()(figsize=(7.5, 1.2 + 0.4 * len(found)), layout="constrained")
+    axes = figure.subplots()
+    for row, (_, one) in enumerate(found):
+        axes.errorbar(one.mean, row, xerr=one.half_width, fmt="o", color="#0b3c5d", capsize=4)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(found)), [words for words, _ in found])
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.set(xlabel="difference of test errors (points), left of 0 the first arm is better; 95 % intervals")
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def entropies(by_arm: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> "Figure | None":
+    """The policies' entropy, mean over the seeds with the range between the seeds; none where no policy is drawn."""
+    shown = {arm: [one["entropy"] for one in of_arm.values()] for arm, of_arm in by_arm.items()}
+    shown = {arm: curves for arm, curves in shown.items() if all(curves)}
+    if not shown:
+        return None
+    figure = figure_class()(figsize=(7.5, 4), layout="constrained")
+    axes = figure.subplots()
+    for (arm, curves), colour in zip(shown.items(), _colours(len(shown)), strict=True):
+        over_time = [[100 * value for value in values] for values in zip(*curves, strict=True)]
+        share = [100 * (epoch + 1) / len(over_time) for epoch in range(len(over_time))]
+        axes.plot(share, [statistics.fmean(values) for values in over_time], color=colour, label=arm)
+        axes.fill_between(share, [min(v) for v in over_time], [max(v) for v in over_time], color=colour, alpha=0.15)
+    axes.set(xlabel="share of the training (%)", ylabel="entropy of a policy\n(% of the largest)", ylim=(0, 104))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return figure
+
+
+def _colours(count: int) -> list[Any]:
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](0.9 * number / max(1, count - 1)) for number in range(count)]
+
+
+def _by_arm(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, Mapping[str, Any]]]:
+    by_arm: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for record in records:
+        by_arm.setdefault(record["arm"], {})[record["seed"]] = record
+    return by_arm
+
+
+def _with_part(path: Path, experiment: Experiment, part: str) -> str:
+    """summary.md with this size's part in the place of the one before."""
+    parts = {}
+    if path.exists():
+        for text in path.read_text(encoding="utf-8").split("\n## ")[1:]:
+            size, _, rest = text.partition("\n")
+            parts[size] = rest.strip("\n")
+    parts[experiment.size] = part.strip("\n")
+    in_order = [size for size in ("tiny", "small", "full") if size in parts]
+    text = "\n\n".join(f"## {size}\n\n{parts[size]}" for size in in_order)
+    return f"# {experiment.name}\n\n{experiment.question}\n\n{text}\n"
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

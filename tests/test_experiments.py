@@ -1,0 +1,308 @@
+"""Experiments: what a file stands for, what is run and what is not, and what is kept."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import LITTLE, ROOT, assert_refused, files, lines, little_network
+
+import evaluate
+import experiments
+import main
+import processes
+import stopping
+from config import load_config
+from experimentfile import FOLDER, SIZES, load_experiment, runs_of
+from resultsfile import read_results
+from summaries import read_records
+from utils import UserError
+
+NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+SMALL = ("epochs=2", "eval_every=2", "train_size=40", "batch_size=10", "policy_interval=2", "workers=0", *LITTLE)
+
+
+class InProcess:
+    """In the place of subprocess.Popen: runs one of our scripts here, with a little network, before it returns."""
+
+    commands = ()
+
+    def __init__(self, command, stdout, stderr, env):
+        self.commands.append(command)
+        entry = {"main.py": main.main, "evaluate.py": evaluate.main}[Path(command[1]).name]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", command[1:])
+            patch.setattr(main, "build_model", little_network)
+            patch.setattr(evaluate, "build_model", little_network)
+            text = os.fdopen(os.dup(stdout.fileno()), "a")
+            out, err = contextlib.redirect_stdout(text), contextlib.redirect_stderr(text)
+            with text, out, err, pytest.raises(SystemExit) as leaving:
+                processes.exit_with_status(entry)
+        self.status = leaving.value.code
+
+    def poll(self):
+        return self.status
+
+    def terminate(self):
+        pass
+
+    def wait(self):
+        return self.status
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    monkeypatch.setattr(InProcess, "commands", [])
+    monkeypatch.setattr(experiments, "Popen", InProcess)
+    monkeypatch.setattr(experiments, "SECONDS_BETWEEN_LOOKS", 0)
+    return InProcess.commands
+
+
+@pytest.fixture
+def experiment(script, tmp_path):
+    """experiment("controls", "--seeds", 0) -> Finished, with runs and results below tmp_path."""
+    places = ("--logdir", tmp_path / "logs", "--results", tmp_path / "results")
+    return lambda *arguments: script("experiments.py", *arguments, *places, "--set", *SMALL)
+
+
+def test_there_are_the_experiments_that_the_readme_names():
+    assert {"M", "collapse", "controls", "sensitivity", "transfer"} <= set(NAMES)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in readme for name in NAMES)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_size_of_every_experiment_can_be_run(name, size, tmp_path):
+    one = load_experiment(name, size)
+    runs = list(runs_of(one, tmp_path))
+    assert len(runs) == len(one.arms) * len(one.seeds)
+    assert len({run.directory for run in runs}) == len(runs)
+    assert one.compare
+    assert one.ranks is (size != "tiny"), "three tiny runs rank nothing"
+    if size == "tiny":
+        assert {run.config.dataset for run in runs} == {"shapes"}, "nothing to download"
+    else:
+        assert len(one.seeds) >= 3
+    if name != "M":
+        seen = {run.config.M * run.config.epochs for run in runs if run.arm != "source"}
+        assert len(seen) == 1, "as many images for every arm"
+
+
+def test_controls_are_those_that_a_claim_needs(tmp_path):
+    for size in SIZES:
+        runs = {run.arm: run.config for run in runs_of(load_experiment("controls", size), tmp_path)}
+        policies = {arm: (config.policy, config.reward) for arm, config in runs.items()}
+        assert policies == {
+            "none": ("none", "loss"),
+            "random": ("random", "loss"),
+            "trivialaugment": ("trivialaugment", "loss"),
+            "advaa": ("controller", "loss"),
+            "advaa_teacher": ("controller", "teacher"),
+            "equal_compute": ("none", "loss"),
+        }
+        alike = [config for arm, config in runs.items() if arm != "equal_compute"]
+        assert len({(c.M, c.epochs, c.batch_size, c.lr, c.model) for c in alike}) == 1
+        assert (runs["equal_compute"].M, runs["equal_compute"].epochs) == (1, alike[0].M * alike[0].epochs)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "transfer" else pytest.mark.slow) for name in NAMES]
+)
+def test_an_experiment_is_run_scored_summed_up_and_not_run_again(experiment, in_process, tmp_path, name):
+    done = experiment(name, "--seeds", 0, 1)
+    assert done.status == 0, done.err
+    one = load_experiment(name, "tiny", [0, 1])
+    runs = list(runs_of(one, tmp_path / "logs", SMALL))
+    assert all(run.is_scored() for run in runs)
+    assert len(in_process) == 2 * len(runs)
+    records = read_records(tmp_path / "results" / name / "runs.jsonl")
+    assert [(record["arm"], record["seed"]) for record in records] == [(a, s) for a in one.arms for s in (0, 1)]
+    for record in records:
+        (run,) = (run for run in runs if (run.arm, run.seed) == (record["arm"], record["seed"]))
+        assert record["error"] == read_results(run.directory)["benchmarks"]["clean"]["cells"][0]["error"]
+        assert record["train_loss"] == lines(run.directory / "metrics.jsonl")[-1]["train_loss"]
+        assert str(tmp_path) not in json.dumps(record), "no path of this machine"
+    summary = (tmp_path / "results" / name / "summary.md").read_text()
+    for arm in one.arms:
+        errors = [100 * record["error"] for record in records if record["arm"] == arm]
+        assert f"{statistics.fmean(errors):.2f} +- {statistics.stdev(errors):.2f}" in summary
+    first, second = one.compare[0]
+    error = {(record["arm"], record["seed"]): 100 * record["error"] for record in records}
+    mean = statistics.fmean(error[first, seed] - error[second, seed] for seed in (0, 1))
+    assert f"| {first} - {second} | 2 | {mean:+.2f} | +- " in summary
+    assert summary.count("nothing: too small") == len(one.compare)
+
+    again = experiment(name, "--seeds", 0, 1)
+    assert (again.status, len(in_process)) == (0, 2 * len(runs)), "nothing is run twice"
+    assert (tmp_path / "results" / name / "summary.md").read_text() == summary
+
+
+def test_what_has_stopped_is_gone_on_with_and_what_is_trained_is_scored_alone(experiment, in_process, tmp_path, script):
+    only = ("transfer", "--seeds", 0)
+    assert experiment(*only).status == 0
+    (tmp_path / "whole").mkdir()
+    folder = tmp_path / "logs" / "transfer-tiny"
+    whole = {run.name: files(run) for run in folder.iterdir() if run.is_dir()}
+    del in_process[:]
+    for run in ("random_0", "frozen_0"):
+        shutil.rmtree(folder / run)
+    (folder / "direct_0" / "results.json").unlink()
+    listed = experiment(*only, "--list")
+    assert [line.strip() for line in listed.out.splitlines() if line.startswith("  ") and line[2] != " "] == [
+        "source_0: done",
+        "direct_0: trained, not scored",
+        "random_0: missing",
+        "frozen_0: missing",
+        "recorded_0: done",
+    ]
+    assert in_process == []
+    (command,) = (line for line in listed.out.splitlines() if "--name random_0" in line)
+    stopped = command.split("main.py ")[1].replace("'", "").replace('"', "").split()
+    assert InProcess(["python", str(ROOT / "main.py"), *stopped, "--stop_epoch=1"], *streams(tmp_path), {}).status == 0
+    del in_process[:]
+    assert "random_0: stopped in epoch 2 of 2" in experiment(*only, "--list").out
+    assert experiment(*only).status == 0
+    assert [(Path(command[1]).name, "--resume" in command) for command in in_process] == [
+        ("evaluate.py", False),
+        ("main.py", True),
+        ("evaluate.py", False),
+        ("main.py", False),
+        ("evaluate.py", False),
+    ]
+    assert {run.name: files(run) for run in folder.iterdir() if run.is_dir()} == whole
+
+
+def streams(tmp_path):
+    log = (tmp_path / "log").open("ab")
+    return log, log
+
+
+def test_more_seeds_join_those_that_are_there_and_other_sizes_stay(experiment, in_process, tmp_path):
+    experiment("transfer", "--seeds", 0)
+    results = tmp_path / "results" / "transfer"
+    text = (results / "runs.jsonl").read_text()
+    other = json.dumps(json.loads(text.splitlines()[0]) | {"size": "small"})
+    (results / "runs.jsonl").write_text(f"{other}\n{text}")
+    summary = (results / "summary.md").read_text()
+    (results / "summary.md").write_text(f"{summary}\n## small\n\nas it was\n")
+    assert experiment("transfer", "--seeds", 1).status == 0
+    records = read_records(results / "runs.jsonl")
+    assert records[0]["size"] == "small"
+    assert [record["seed"] for record in records[1:]] == [0, 1] * 5
+    assert "over seeds 0, 1" in (results / "summary.md").read_text()
+    assert (results / "summary.md").read_text().endswith("## small\n\nas it was\n")
+
+
+@pytest.mark.slow
+def test_figures_are_drawn_where_they_can_be(experiment, in_process, tmp_path, with_axes):
+    assert experiment("transfer", "--seeds", 0, 1).status == 0
+    figures = tmp_path / "results" / "transfer" / "figures"
+    assert {path.name for path in figures.iterdir()} == {f"tiny_{n}.png" for n in ("errors", "differences", "entropy")}
+    summary = (tmp_path / "results" / "transfer" / "summary.md").read_text()
+    assert all(f"(figures/{path.name})" in summary for path in figures.iterdir())
+
+
+BAD = {
+    "nothing": ({}, "lacks one of question, arms, compare, sizes"),
+    "unknown": ({"arm": {}}, "unknown entry 'arm'; did you mean arms?"),
+    "size": ({"sizes": {"small": {}}}, "has no size tiny; it has small"),
+    "of size": ({"sizes": {"tiny": {"conf": "confs/demo.yaml"}}}, "size tiny: needs conf, seeds, note"),
+    "arm": ({"arms": {"a b": {}}}, "arm 'a b': needs a plain name"),
+    "no settings": ({"arms": {"a": 5}}, "arm 'a': needs a plain name, and settings in a mapping"),
+    "pair": ({"compare": [["a", "c"]]}, "compare: every entry is a pair of arms"),
+    "setting": ({"arms": {"a": {"polcy": "none"}, "b": {}}}, "arm a: unknown setting 'polcy'; did you mean policy?"),
+    "value": ({"arms": {"a": {"lr": -1}, "b": {}}}, "arm a: lr: -1.0 must be above 0"),
+    "later": ({"arms": {"a": {"policy": "frozen", "policy_from": "@b"}, "b": {}}}, "arm a: @b is no arm before it"),
+    "conf": ({"arms": {"a": {"conf": "confs/none.yaml"}, "b": {}}}, "there is no such conf file"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_file_that_cannot_be_is_refused_before_anything_runs(script, tmp_path, what, in_process):
+    change, words = BAD[what]
+    tiny = {"conf": "confs/demo.yaml", "seeds": [0], "note": "n"}
+    content = {"question": "?", "arms": {"a": {}, "b": {}}, "compare": [["a", "b"]], "sizes": {"tiny": tiny}}
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(content | change if change else {}))
+    done = script("experiments.py", path, "--logdir", tmp_path / "logs", "--results", tmp_path / "results")
+    assert_refused(done, words)
+    assert in_process == []
+    assert [item.name for item in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("control",), "there is no such experiment; did you mean controls? (M, collapse, controls"),
+        (("controls", "--seeds", "1", "1"), "must be different numbers"),
+        (("controls", "--jobs", "0"), "--jobs: 0 must be at least 1"),
+        (("controls", "--sice", "tiny"), "did you mean --size?"),
+        (("controls", "--size", "huge"), "invalid choice"),
+        (("controls", "--set", "lr"), "write it as setting=value"),
+    ],
+)
+def test_mistakes_on_the_command_line(script, arguments, words):
+    assert_refused(script("experiments.py", *arguments), words)
+
+
+def test_a_run_with_other_settings_is_not_taken_for_it(experiment, in_process, tmp_path):
+    assert experiment("transfer", "--seeds", 0).status == 0
+    done = experiment("transfer", "--seeds", 0, "--set", "lr=0.3")
+    assert_refused(done, "source_0: holds a run with other settings (lr: 0.1 -> 0.3)", "choose another --logdir")
+
+
+def test_a_run_that_fails_is_named_with_what_it_said(experiment, in_process, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        main, "check_support", lambda *_: (_ for _ in ()).throw(UserError("no such device\nuse another"))
+    )
+    done = experiment("transfer", "--seeds", 0)
+    assert_refused(done, "source_0: main.py ended with status 2", "use another", "source_0.log")
+
+
+def test_what_is_kept_and_damaged_is_not_written_over(experiment, in_process, tmp_path):
+    kept = tmp_path / "results" / "transfer" / "runs.jsonl"
+    kept.parent.mkdir(parents=True)
+    for text, words in (("{", "cannot be read"), ('{"size": "tiny"}\n', "holds lines of another kind")):
+        kept.write_text(text)
+        assert_refused(experiment("transfer", "--seeds", 0), "runs.jsonl", words)
+        assert kept.read_text() == text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", stopping.SIGNALS)
+def test_stopped_by_a_signal_it_goes_on_to_the_same_end(start_process, tmp_path, signum):
+    """Real processes, two at a time, both of which are saved."""
+    small = ("--set", "train_size=60", "batch_size=10", "epochs=3", "eval_every=3")
+    command = ("experiments.py", "transfer", "--seeds", 0, "--jobs", 2, *small)
+
+    def places(name):
+        return ("--logdir", tmp_path / name / "logs", "--results", tmp_path / name / "results")
+
+    whole = start_process(*command, *places("whole"))
+    assert whole.wait() == 0, whole.communicate()
+    first = start_process(*command, *places("parts"))
+    log = tmp_path / "parts" / "logs" / "transfer-tiny" / "random_0" / "metrics.jsonl"
+    while not (log.exists() and log.stat().st_size):
+        assert first.poll() is None
+        time.sleep(0.05)
+    first.send_signal(signum)
+    status, err = first.wait(), first.communicate()[1]
+    assert status == {signal.SIGINT: 130, signal.SIGTERM: 143}[signum], err
+    assert "the runs under way are saved; the same command goes on" in err
+    assert "Traceback" not in err
+    second = start_process(*command, *places("parts"))
+    assert second.wait() == 0, second.communicate()
+    for run in (tmp_path / "whole" / "logs" / "transfer-tiny").iterdir():
+        if run.is_dir():
+            ours = tmp_path / "parts" / "logs" / "transfer-tiny" / run.name
+            # The source's directory is part of the settings; all that is computed is the same.
+            assert files(ours) == files(run), run.name
+            assert load_config(ours / "config.yaml", {}).seed == 0

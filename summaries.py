@@ -21,6 +21,7 @@ from utils import Table, UserError, duration, has_shape, in_a_line, render
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000", "#b8a800")
 NUMBER = (int, float)
 RECORD = {
     "size": str, "arm": str, "seed": int, "settings": dict, "error": NUMBER, "test_images": int, "train_loss": NUMBER,
@@ -174,14 +175,15 @@ def draw(experiment: Experiment, records: Sequence[Mapping[str, Any]], folder: P
     """The figures of one size; returns their names, each with what it shows in words."""
     by_arm = _by_arm(records)
     figures = {
-        "errors": (errors(by_arm), "test error of every run, and each arm's mean; a line for each seed"),
-        "differences": (differences(experiment, by_arm), "paired differences with their 95 % intervals"),
-        "entropy": (entropies(by_arm), "entropy of the policies over the training, as a share of the largest"),
+        "errors": (errors(by_arm), "test errors, a line for each seed"),
+        "differences": (differences(experiment, by_arm), "paired differences of the test errors"),
+        "entropy": (entropies(by_arm), "entropy of the policies (band: all seeds)"),
     }
     drawn = []
     for name, (figure, words) in figures.items():
         if figure is not None:
             file = f"{experiment.size}_{name}.png"
+            figure.axes[0].set_title(f"{experiment.name}, {experiment.size}: {words}", fontsize="medium", loc="left")
             figure.savefig(folder / file, dpi=110, metadata={"Software": None})
             drawn.append((file, f"{experiment.name}, {experiment.size}: {words}"))
     return drawn
@@ -192,9 +194,9 @@ def errors(by_arm: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> "Figure":
     figure = figure_class()(figsize=(7.5, 1.2 + 0.42 * len(by_arm)), layout="constrained")
     axes, arms = figure.subplots(), list(by_arm)
     seeds = sorted({seed for of_arm in by_arm.values() for seed in of_arm})
-    for seed, colour in zip(seeds, _colours(len(seeds)), strict=True):
+    for seed, style in zip(seeds, _styles(len(seeds)), strict=True):
         points = [(100 * by_arm[arm][seed]["error"], row) for row, arm in enumerate(arms) if seed in by_arm[arm]]
-        axes.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=0.6, markersize=5, label=f"seed {seed}")
+        axes.plot(*zip(*points, strict=True), **style, marker="o", linewidth=0.5, markersize=5, label=f"seed {seed}")
     for row, arm in enumerate(arms):
         mean = statistics.fmean(100 * one["error"] for one in by_arm[arm].values())
         axes.plot((mean, mean), (row - 0.28, row + 0.28), color="black", linewidth=2.5, zorder=3)
@@ -236,21 +238,24 @@ def entropies(by_arm: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> "Figure 
         return None
     figure = figure_class()(figsize=(7.5, 4), layout="constrained")
     axes = figure.subplots()
-    for (arm, curves), colour in zip(shown.items(), _colours(len(shown)), strict=True):
+    for (arm, curves), style in zip(shown.items(), _styles(len(shown)), strict=True):
         over_time = [[100 * value for value in values] for values in zip(*curves, strict=True)]
         share = [100 * (epoch + 1) / len(over_time) for epoch in range(len(over_time))]
-        axes.plot(share, [statistics.fmean(values) for values in over_time], color=colour, label=arm)
-        axes.fill_between(share, [min(v) for v in over_time], [max(v) for v in over_time], color=colour, alpha=0.15)
+        axes.plot(share, [statistics.fmean(values) for values in over_time], **style, label=arm)
+        lowest, highest = ([extreme(values) for values in over_time] for extreme in (min, max))
+        axes.fill_between(share, lowest, highest, color=style["color"], alpha=0.12, linewidth=0)
     axes.set(xlabel="share of the training (%)", ylabel="entropy of a policy\n(% of the largest)", ylim=(0, 104))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return figure
 
 
-def _colours(count: int) -> list[Any]:
-    from matplotlib import colormaps
-
-    return [colormaps["viridis"](0.9 * number / max(1, count - 1)) for number in range(count)]
+def _styles(count: int) -> list[dict[str, str]]:
+    """So many kinds of lines that can be told apart, by the colour-blind too (Okabe and Ito's colours)."""
+    return [
+        {"color": COLOURS[number % len(COLOURS)], "linestyle": ("-", "--", ":")[number // len(COLOURS) % 3]}
+        for number in range(count)
+    ]
 
 
 def _by_arm(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, Mapping[str, Any]]]:

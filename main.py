@@ -66,6 +66,7 @@ from models import build_model
 from processes import World, each_waits_for_the_last, exit_with_status, join
 from published import augmix_loss, mix
 from rundirectory import check_run_directory, held, write_run_directory
+from sources import build_policies
 from stopping import Stopped, Terminated
 from trainingstate import TrainingState
 from utils import CommandLine, UserError, choose_kernels, duration, seed_default_generators
@@ -347,8 +348,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check_support(config: Config, world: World) -> None:
-    """Raises UserError for settings that these devices cannot carry out. Nothing is changed yet."""
+    """Raises UserError for settings that these devices or files cannot carry out. Nothing is changed or loaded yet."""
     world.deal(config.batch_size, config.accumulate)
+    if config.policy_from:
+        build_policies(config)
     if config.amp and config.amp_dtype == "float16" and world.device.type != "cuda":
         raise UserError(f"amp_dtype: float16 needs CUDA, and this run is on {world.device}; use amp_dtype: bfloat16")
     if config.compile and len(world.devices) > 1:

@@ -84,8 +84,13 @@ class World:
                 f"torchrun --nproc_per_node {len(self.devices)} main.py ...",
                 file=sys.stderr,
             )
-            return nn.DataParallel(_InPrecision(model, amp_dtype), [device.index for device in self.devices])
-        return model
+        return self.on_all_devices(model, amp_dtype)
+
+    def on_all_devices(self, model: nn.Module, amp_dtype: torch.dtype) -> nn.Module:
+        """`model` as it is called on all devices of this process."""
+        if len(self.devices) == 1:
+            return model
+        return nn.DataParallel(_InPrecision(model, amp_dtype), [device.index for device in self.devices])
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of all processes' tensors, the same bits in each."""

@@ -20,14 +20,13 @@ YOUNG = 10  # steps: a young average keeps less of what it was, which are the ne
 class Teacher:
     """The moving average of `model`'s weights and of its BatchNorm statistics, in evaluation mode, without gradient.
 
-    rate: what a step keeps of it; after t steps at most (1 + t) / (10 + t).
+    rate: what a step keeps of it; after t steps at most (1 + t) / (10 + t). amp_dtype: see `World.wrap`.
     """
 
-    def __init__(self, model: nn.Module, rate: float, world: World):
+    def __init__(self, model: nn.Module, rate: float, world: World, amp_dtype: torch.dtype = torch.bfloat16):
         self.rate, self.steps = rate, 0
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        several = len(world.devices) > 1
-        self._called = nn.DataParallel(self.model, [d.index for d in world.devices]) if several else self.model
+        self._called = world.on_all_devices(self.model, amp_dtype)
 
     def __call__(self, inputs_BCHW: Tensor) -> Tensor:
         return self._called(inputs_BCHW)

@@ -52,10 +52,11 @@ class TrainingState:
     @classmethod
     def start(cls, config: Config, world: World, model: nn.Module) -> "TrainingState":
         optimizer = build_optimizer(model, config, fused=world.device.type == "cuda")
-        teacher = Teacher(model, config.teacher_rate, world) if config.has_teacher else None
+        amp_dtype = getattr(torch, config.amp_dtype)
+        teacher = Teacher(model, config.teacher_rate, world, amp_dtype) if config.has_teacher else None
         scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp and config.amp_dtype == "float16")
         policies, normalise = build_policies(config), Normalise(config, world.device)
-        trained = world.wrap(model, getattr(torch, config.amp_dtype), config.image_size)
+        trained = world.wrap(model, amp_dtype, config.image_size)
         if config.compile:
             model.compile()  # in place: the state dict's keys stay as they are
         nothing = EpochSoFar(torch.zeros(2, dtype=torch.float64, device=world.device))

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import ALONE, LITTLE, Unkept, files, final_state, lines, little_network, same
+from conftest import ALONE, LITTLE, Unkept, files, final_state, lines, little_network, same, scripts_on_ranks
 from torch import nn
 
 import main
@@ -86,6 +86,29 @@ def test_a_resumed_run_with_a_teacher_is_the_uninterrupted_one(train, monkeypatc
     plain = train("plain", *demanding[1:])
     assert "teacher_losses" not in lines(plain / "policies.jsonl")[0]
     assert files(plain, "policies.jsonl") != files(whole, "policies.jsonl")
+
+
+def test_two_processes_with_a_teacher_stay_equal_and_are_resumed_exactly(tmp_path, monkeypatch):
+    monkeypatch.setattr(main, "build_model", little_network)
+    said = ("reward=teacher", "policy_interval=2", "controller_lr=0.05", "M=4", "epochs=2", "eval_every=2", *LITTLE)
+
+    def train(name, *flags):
+        told = ("--logdir", tmp_path, "--name", name, "--device", "cpu", *flags)
+        small = ("model=wresnet10_1", "train_size=40", "batch_size=10", "workers=0")
+        ranks = scripts_on_ranks(2, "main.py", *told, "--set", *small, *said)
+        assert [rank.status for rank in ranks] == [0, 0], ranks[0].err + ranks[1].err
+        return tmp_path / name
+
+    whole = train("whole")
+    train("parts", "--stop_epoch=1")
+    parts = train("parts", "--resume")
+    assert files(parts) == files(whole)
+    assert same(final_state(parts), final_state(whole))
+    ranks = final_state(whole)["ranks"]
+    averages = [
+        {name: value for name, value in rank["teacher"]["model"].items() if "running" not in name} for rank in ranks
+    ]
+    assert same(*averages), "the networks are equal, and so are their averages; statistics are each process's own"
 
 
 def last_operations(reward, seed):

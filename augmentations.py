@@ -41,13 +41,15 @@ class Plan(NamedTuple):
     magnitude_BK: float64, in the unit of the row, sign included; ignored where the row has no magnitude.
     partner_BK: int64, which image of the batch, as it was before the plan, SamplePairing blends in.
     centre_BK2: float64, centre of the Cutout operation as fractions of width and height.
-    The last two may be left out where no operation of the plan needs them.
+    These two may be left out where no operation of the plan needs them.
+    bilinear: shears and rotations interpolate between pixels, as Pillow's with BILINEAR, instead of taking the nearest.
     """
 
     op_BK: Tensor
     magnitude_BK: Tensor
     partner_BK: Tensor | None = None
     centre_BK2: Tensor | None = None
+    bilinear: bool = False
 
 
 def apply(images_BCHW: Tensor, plan: Plan, others: Tensor | None = None) -> Tensor:
@@ -74,7 +76,7 @@ def portion(plan: Plan, start: int, stop: int) -> tuple[Plan, Tensor]:
 
     It is run as `apply(images[start:stop], part, others=images[outside])`.
     """
-    part = Plan(*(None if field is None else field[start:stop] for field in plan))
+    part = Plan(*(field[start:stop] if isinstance(field, Tensor) else field for field in plan))
     if part.partner_BK is None:
         return part, torch.empty(0, dtype=torch.long)
     inside_BK = (part.partner_BK >= start) & (part.partner_BK < stop)
@@ -177,6 +179,9 @@ def _in_groups(images_BCHW: Tensor, plan: Plan, partners_BCHW: Tensor) -> Tensor
 
 def _run(op: "Op", images_BCHW: Tensor, partners_BCHW: Tensor, plan: Plan, numbers: Tensor, k: int) -> Tensor:
     """Run `op` on the images of these numbers, as they are at position k; partners_BCHW: as before the plan."""
+    if plan.bilinear and op.kernel in _MATRICES:
+        matrix_6B = _matrices(_MATRICES[op.kernel], plan.magnitude_BK[numbers, k], *images_BCHW.shape[-2:])
+        return _interpolated(images_BCHW, matrix_6B)
     extra = []
     if op.needs == "partner":
         extra = [partners_BCHW.index_select(0, plan.partner_BK[numbers, k])]
@@ -271,6 +276,39 @@ def gather_rows(
     start_BCH = upload(start_BH, images_NCHW.device)[:, None] + channel_C1
     windows = padded.as_strided((len(padded) - W + 1, W), (1, 1))
     return windows.index_select(0, start_BCH.view(-1)).view(*start_BCH.shape, W)
+
+
+def _interpolated(images_BCHW: Tensor, matrix_6B: Tensor) -> Tensor:
+    """`Image.transform(size, AFFINE, matrix, BILINEAR)`, in float64 and in Pillow's order.
+
+    matrix_6B: output to input, float64, on the images' device. Neighbours beyond the border are those on it.
+    """
+    height, width = images_BCHW.shape[-2:]
+    a, b, c, d, e, f = matrix_6B[:, :, None, None]
+    column_W = torch.arange(width, dtype=torch.float64, device=images_BCHW.device) + 0.5
+    row_H1 = torch.arange(height, dtype=torch.float64, device=images_BCHW.device)[:, None] + 0.5
+    x_BHW, y_BHW = a * column_W + b * row_H1 + c, d * column_W + e * row_H1 + f
+    inside_BHW = (x_BHW >= 0) & (x_BHW < width) & (y_BHW >= 0) & (y_BHW < height)
+    left_BHW, top_BHW = (x_BHW - 0.5).floor(), (y_BHW - 0.5).floor()
+    over_BHW, down_BHW = x_BHW - 0.5 - left_BHW, y_BHW - 0.5 - top_BHW
+
+    def neighbour(x_BHW: Tensor, y_BHW: Tensor) -> Tensor:
+        index_BHW = (y_BHW.clamp(0, height - 1) * width + x_BHW.clamp(0, width - 1)).long()
+        index_BCP = index_BHW.flatten(1)[:, None].expand(-1, images_BCHW.shape[1], -1)
+        return images_BCHW.flatten(2).gather(2, index_BCP).view_as(images_BCHW).double()
+
+    def between(first: Tensor, second: Tensor, weight_BHW: Tensor) -> Tensor:
+        return first + (second - first) * weight_BHW[:, None]
+
+    upper = between(neighbour(left_BHW, top_BHW), neighbour(left_BHW + 1, top_BHW), over_BHW)
+    lower = between(neighbour(left_BHW, top_BHW + 1), neighbour(left_BHW + 1, top_BHW + 1), over_BHW)
+    return between(upper, lower, down_BHW).to(torch.uint8) * inside_BHW[:, None]
+
+
+def _matrices(matrix_of: Callable[..., tuple[float, ...]], magnitude_B: Tensor, height: int, width: int) -> Tensor:
+    """float64 (6, B)."""
+    rows = [matrix_of(magnitude, width, height) for magnitude in magnitude_B.tolist()]
+    return torch.tensor(rows, dtype=torch.float64).view(-1, 6).T
 
 
 def _shear_x_matrix(slope: float, width: int, height: int) -> tuple[float, ...]:
@@ -554,12 +592,14 @@ class _Settings(NamedTuple):
     kept_1B: Tensor  # bits
     weight_1B: Tensor
     partner_1B: Tensor
+    matrix_6B: Tensor  # as `_matrices` gives it; (0, B) unless the plan is bilinear
 
 
 def _in_families(images_BCHW: Tensor, plan: Plan, partners_BCHW: Tensor) -> Tensor:
     """`apply` for CUDA: one upload, then a few kernels of fixed shapes. A family that no image needs is left out."""
     settings_KSB, present = family_settings(plan, *images_BCHW.shape[-2:])
-    return through_families(images_BCHW, upload(settings_KSB, images_BCHW.device), present, partners_BCHW)
+    settings_KSB = upload(settings_KSB, images_BCHW.device)
+    return through_families(images_BCHW, settings_KSB, present, partners_BCHW, bilinear=plan.bilinear)
 
 
 def family_settings(plan: Plan, height: int, width: int) -> tuple[Tensor, list[set[Callable[..., Tensor]]]]:
@@ -571,14 +611,21 @@ def family_settings(plan: Plan, height: int, width: int) -> tuple[Tensor, list[s
 
 
 def through_families(
-    images_BCHW: Tensor, settings_KSB: Tensor, present: list[set[Callable[..., Tensor]]], partners_BCHW: Tensor
+    images_BCHW: Tensor,
+    settings_KSB: Tensor,
+    present: list[set[Callable[..., Tensor]]],
+    partners_BCHW: Tensor,
+    *,
+    bilinear: bool = False,
 ) -> Tensor:
     """All that a plan does on the device: fixed shapes, no wait; a CUDA graph can hold it for equal `present`."""
     out_BCHW = images_BCHW.clone()
     for settings_SB, kernels in zip(settings_KSB, present, strict=True):
-        settings = _Settings(*settings_SB.split((6, 4, 1, 1, 1, 1, 1)))
-        if kernels & _GEOMETRY:
+        settings = _Settings(*settings_SB.split((6, 4, 1, 1, 1, 1, 1, len(settings_SB) - 15)))
+        if kernels & (_GEOMETRY - _MATRICES.keys() if bilinear else _GEOMETRY):
             out_BCHW = _through(out_BCHW, settings.affine_6B.long())
+        if bilinear and kernels & _MATRICES.keys():
+            out_BCHW = _interpolated(out_BCHW, settings.matrix_6B)
         if kernels & _TONES:
             out_BCHW = _toned(out_BCHW, settings, kernels)
         if kernels & _BLENDS:
@@ -599,16 +646,19 @@ def _settings(plan: Plan, k: int, height: int, width: int) -> _Settings:
         kept_1B=255 * one_1B,
         weight_1B=0 * one_1B,
         partner_1B=0 * one_1B,
+        matrix_6B=torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 0.0] if plan.bilinear else [])[:, None] * one_1B,
     )
     for row in op_B.unique().tolist():
         kernel, numbers = OPS[row].kernel if row >= 0 else None, (op_B == row).nonzero()[:, 0]
         magnitudes = magnitude_B[numbers]
-        if kernel in _MATRICES:
-            settings.affine_6B[:, numbers] = _fixed_point(_MATRICES[kernel], magnitudes, width, height).double()
+        if kernel in _MATRICES and plan.bilinear:
+            settings.matrix_6B[:, numbers] = _matrices(_MATRICES[kernel], magnitudes, height, width)
         elif kernel is translate_x:
             settings.affine_6B[:2, numbers] = _start_and_step(_translated(magnitudes * width, width)).double()
         elif kernel is translate_y:
             settings.affine_6B[3::2, numbers] = _start_and_step(_translated(magnitudes * height, height)).double()
+        elif kernel in _MATRICES:
+            settings.affine_6B[:, numbers] = _fixed_point(_MATRICES[kernel], magnitudes, width, height).double()
         elif kernel is invert:
             settings.threshold_1B[:, numbers] = 0.0
         elif kernel is solarize:

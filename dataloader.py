@@ -237,7 +237,7 @@ def crop_and_flip(images_NCHW: Tensor, image_B: Tensor, crops: Crops) -> Tensor:
 
 
 class Normalise:
-    """uint8 images to the network's float32: value / 255, minus the mean, over the standard deviation, by channel.
+    """Images of 0..255 to the network's float32: value / 255, minus the mean, over the standard deviation, by channel.
 
     Where a pixel is blanked, a negative value leaves -0.0, which is 0 to all that follows.
     """
@@ -253,7 +253,7 @@ class Normalise:
         size = piece_size(images_BCHW)
         for start in range(0, len(images_BCHW), size):
             part = slice(start, start + size)
-            values = images_BCHW[part].float().div_(255).sub_(self.mean_C11).div_(self.std_C11)
+            values = images_BCHW[part].to(torch.float32, copy=True).div_(255).sub_(self.mean_C11).div_(self.std_C11)
             inputs_BCHW[part] = values if kept_B1HW is None else values.mul_(kept_B1HW[part])
         return inputs_BCHW
 

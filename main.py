@@ -201,7 +201,7 @@ def draw(state: TrainingState, images_NCHW: Tensor, purpose: str, step: int, *, 
 def augment(state: TrainingState, images_NCHW: Tensor, at_hand: range, draws: Draws, wanted: range) -> Tensor:
     """The M copies of each wanted image after crop, flip and policy, uint8 (len(wanted) * M, C, H, W), image-major.
 
-    Where a source mixes a copy of V views, those are V copies with one crop: (len(wanted) * M * V, C, H, W).
+    Where the source mixes a copy of V views, each view of the same crop is augmented, and the mixture is float32.
     images_NCHW: the images of the batch that are `at_hand`; the wanted ones and their partners are among them.
     """
     M, V = state.config.M, state.policies.views
@@ -210,7 +210,10 @@ def augment(state: TrainingState, images_NCHW: Tensor, at_hand: range, draws: Dr
     copies_B = torch.cat((torch.arange(first, last), outside)) // V
     copies_BCHW = make_copies(images_NCHW, copies_B, M, draws.crops, first=at_hand.start)
     own_BCHW, partners_BCHW = copies_BCHW.split((last - first, len(outside)))
-    return apply(own_BCHW, plan, partners_BCHW if len(outside) else None)
+    augmented_BCHW = apply(own_BCHW, plan, partners_BCHW if len(outside) else None)
+    if draws.weight_BV is None:
+        return augmented_BCHW
+    return mix(augmented_BCHW, draws.weight_BV[wanted.start * M : wanted.stop * M])
 
 
 def make_inputs(
@@ -218,13 +221,9 @@ def make_inputs(
 ) -> tuple[Tensor, Tensor]:
     """What the network sees of the wanted images: their augmented copies, normalised, with Cutout; and their labels."""
     M, (height, width) = state.config.M, images_NCHW.shape[-2:]
-    wanted_B = slice(wanted.start * M, wanted.stop * M)
-    kept_B1HW = cutout_mask(state.config.cutout, draws.blank_B2[wanted_B], height, width, images_NCHW.device)
-    copies_BCHW = augment(state, images_NCHW, at_hand, draws, wanted)
-    if draws.weight_BV is None:
-        inputs_BCHW = state.normalise(copies_BCHW, kept_B1HW)
-    else:
-        inputs_BCHW = mix(state.normalise(copies_BCHW), draws.weight_BV[wanted_B], kept_B1HW)
+    centre_B2 = draws.blank_B2[wanted.start * M : wanted.stop * M]
+    kept_B1HW = cutout_mask(state.config.cutout, centre_B2, height, width, images_NCHW.device)
+    inputs_BCHW = state.normalise(augment(state, images_NCHW, at_hand, draws, wanted), kept_B1HW)
     return inputs_BCHW, labels_N[wanted.start - at_hand.start : wanted.stop - at_hand.start].repeat_interleave(M)
 
 
@@ -317,7 +316,7 @@ def preview(state: TrainingState, split: Split) -> tuple[Tensor, list[str]]:
     images_NCHW, _ = next(iter(split.batches([balanced_order(split.labels)[:8]])))
     every = range(len(images_NCHW))
     draws = draw(state, images_NCHW, "preview", state.epoch, N=len(every))
-    copies_BCHW = augment(state, images_NCHW, every, draws, every)
+    copies_BCHW = augment(state, images_NCHW, every, draws, every).round().to(torch.uint8)
     return copies_BCHW.unflatten(0, (-1, state.config.M)).transpose(0, 1), state.policies.in_words()
 
 

@@ -22,6 +22,7 @@ from checkpoint import load_tensors
 from config import ALL_OPS, Config, load_config
 from controller import Controller
 from policies import ControllerPolicies, FrozenPolicies, PolicySource, RandomPolicies, RecordedPolicies, Reward
+from published import AugMix, AutoAugmentPolicies, RandAugment, TrivialAugment
 from utils import UserError, did_you_mean, has_shape, in_a_line, keyed_seed, require_file, shown
 
 LONGEST_FILE = 2**26  # bytes of policies.jsonl: 200 intervals of the paper's shape are half a million
@@ -56,6 +57,14 @@ def build_policies(config: Config) -> PolicySource:
             return RecordedPolicies(M, *read_policies(Path(config.policy_from)), **options)
         case "frozen":
             return FrozenPolicies(M, *read_controller(Path(config.policy_from)), **options)
+        case "trivialaugment":
+            return TrivialAugment(M, **options)
+        case "randaugment":
+            return RandAugment(M, config.randaugment_n, config.randaugment_m, **options)
+        case "autoaugment_cifar10" | "autoaugment_imagenet":
+            return AutoAugmentPolicies(M, config.policy.removeprefix("autoaugment_"), **options)
+        case "augmix":
+            return AugMix(M, clean_first=config.jsd > 0, **options)
     raise ValueError(f"unknown source of policies {config.policy!r}")
 
 

@@ -31,6 +31,7 @@ PUBLISHED = {
     "resnet50d": ("imagenet", "resnet50d", 2048, 0.8, 1e-4, "cosine", 120),
     "resnet200": ("imagenet", "resnet200", 2048, 0.8, 1e-4, "cosine", 120),
 }
+AUGMIX = "augmix_wresnet40x2_cifar10"
 TRANSFER = ("wresnet28x10_cifar10", "wresnet28x10_cifar100", "resnet50d", "resnet200")
 PUBLISHED |= {f"{name}_transfer": PUBLISHED[name] for name in TRANSFER}
 # The published test errors (top-1, and top-5 for ImageNet) of the paper, and of a re-implementation.
@@ -111,8 +112,19 @@ def test_confs_are_the_published_settings(name):
 
 
 def test_there_is_a_conf_for_every_cell_and_none_besides():
-    assert {path.stem for path in published_confs()} == PUBLISHED.keys()
-    assert {path.stem for path in CONFS} == PUBLISHED.keys() | {"demo", "folder"}
+    assert {path.stem for path in published_confs()} == PUBLISHED.keys() | {AUGMIX}
+    assert {path.stem for path in CONFS} == PUBLISHED.keys() | {AUGMIX, "demo", "folder"}
+
+
+def test_the_conf_of_augmix_is_the_published_recipe():
+    c = load_config(ROOT / "confs" / "cifar10" / f"{AUGMIX}.yaml", {})
+    assert (c.dataset, c.model, c.policy, c.jsd, c.M, c.batch_size, c.epochs) == (
+        "cifar10", "wresnet40_2", "augmix", 12, 3, 128, 100
+    )  # fmt: skip
+    assert (c.lr, c.weight_decay, c.momentum, c.nesterov, c.schedule, c.warmup_epochs) == (
+        0.1, 5e-4, 0.9, True, "cosine", 0
+    )  # fmt: skip
+    assert (c.mean, c.std, c.flip, c.crop_padding, c.cutout, c.dropout) == ((0.5,) * 3, (0.5,) * 3, True, 4, 0, 0)
 
 
 @pytest.mark.slow
@@ -122,8 +134,8 @@ def test_every_published_conf_opens_with_its_errors_its_command_and_its_cost(pat
     numbers = re.findall(r"(\d+\.\d+(?: \+- \d+\.\d+)?) %", header.split("# Cost")[0])
     assert tuple(numbers) == ERRORS.get(path.stem, ())
     assert f"--load_conf confs/{path.relative_to(ROOT / 'confs').as_posix()} " in header
-    assert "--M 8 --seed 0 --amp\n" in header
     config = load_config(path, {})
+    assert f"--M {config.M} --seed 0 --amp\n" in header
     assert f"Cost: about {in_words(cost(config).gpu_hours)} GPU-hours (A100 at 20 % of its peak" in header
     assert (GPU, PEAK, SHARE) == ("A100", 312e12, 0.2)
     assert config.batch_size % config.accumulate == 0

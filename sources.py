@@ -10,6 +10,7 @@ policies.jsonl is such a mapping; the whole file is a sequence of them.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,7 +113,11 @@ def read_policies(path: Path) -> Recorded:
     Raises UserError, naming file, place and remedy, for what is not as this module's page says.
     """
     file = path / "policies.jsonl" if path.is_dir() else path
-    intervals = _read_intervals(file)
+    return recorded(_read_intervals(file), file)
+
+
+def recorded(intervals: Sequence[Mapping[str, Any]], file: Path) -> Recorded:
+    """What was read from `file` for each interval, looked at closely. Raises UserError as `read_policies` does."""
     levels = intervals[0].get("levels", 10)
     if type(levels) is not int or not 2 <= levels <= 1000:
         raise UserError(f"{file}: levels: {shown(levels)} is not a whole number between 2 and 1000")
@@ -132,7 +137,7 @@ class _Reader:
         self._intervals: list[list] = []
         self._operations = 0
 
-    def add(self, interval: dict[str, Any]) -> None:
+    def add(self, interval: Mapping[str, Any]) -> None:
         policies = interval.get("policies")
         if not isinstance(policies, list) or not policies:
             raise self._wrong("", policies, "is no list of policies")

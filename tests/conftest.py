@@ -29,7 +29,10 @@ import experiments
 import main
 import pictures
 import processes
+import report
+import reportfigures
 import robustness
+import summaries
 from checkpoint import Checkpoints
 from processes import World, exit_with_status, join
 
@@ -41,7 +44,7 @@ processes.leave = sys.exit  # here and in what is forked from here; a script in 
 dataloader.draw_shapes = functools.cache(dataloader.draw_shapes)  # always the same, and wanted by every run
 
 ROOT = Path(__file__).parent.parent
-FIGURE_CLASS = pictures.figure_class
+FIGURE_CLASS, DRAWING = pictures.figure_class, (pictures, summaries, report, reportfigures)
 ALONE = World((torch.device("cpu"),))
 # The smallest run that still has several steps, policies and epochs.
 TINY = ("model=wresnet10_1", "train_size=40", "batch_size=10", "M=2", "epochs=3", "eval_every=3", "workers=0")
@@ -66,12 +69,14 @@ class Finished(NamedTuple):
 @pytest.fixture(autouse=True)
 def plain_pictures(monkeypatch):
     """Figures with axes take half a second each: only tests that ask for `with_axes` draw them."""
-    monkeypatch.setattr(pictures, "figure_class", lambda: None)
+    for module in DRAWING:
+        monkeypatch.setattr(module, "figure_class", lambda: None)
 
 
 @pytest.fixture
 def with_axes(monkeypatch):
-    monkeypatch.setattr(pictures, "figure_class", FIGURE_CLASS)
+    for module in DRAWING:
+        monkeypatch.setattr(module, "figure_class", FIGURE_CLASS)
 
 
 @pytest.fixture
@@ -86,6 +91,7 @@ def script(monkeypatch):
             "evaluate.py": evaluate.main,
             "robustness.py": robustness.main,
             "experiments.py": experiments.main,
+            "report.py": report.main,
         }[name]
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as leaving:

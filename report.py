@@ -1,0 +1,341 @@
+"""One page of pictures about runs: what the adversary learned, and how the network fared beside the controls.
+
+    python report.py logs/advaa                                    # logs/advaa/report/report.html, and PNGs beside it
+    python report.py logs/advaa logs/random logs/none --output page
+
+The page holds all its pictures and asks for nothing from anywhere. It can be made while a run is under way.
+
+Shape suffixes: N images, P policies, Q sub-policies, K operations of one; H, W, C as usual; O operations, L levels.
+"""
+
+if __name__ == "__main__":
+    from stopping import begin
+
+    begin()  # before all that takes its time to import
+
+import dataclasses
+import html
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import reportfigures as figures
+from augmentations import OPS, apply, row_of
+from config import Config, load_config, plain_values
+from dataloader import balanced_order, load_data
+from download import Downloads
+from pictures import figure_class
+from policies import RecordedPolicies
+from processes import exit_with_status
+from reportpage import Part, Picture, html_table, neutral_level, write_page
+from sources import Recorded, read_controller, recorded
+from utils import CommandLine, UserError, duration, has_shape, keyed_generator, one_line
+
+SAMPLED = 2000  # policies of the controller, for what it believes
+RECENT = 20  # intervals that stand for the present where there is no controller
+IMAGES = 8  # shown under a policy
+EXTREMES = 3  # strongest policies, and as many weakest ones
+NUMBER = (int, float)
+METRICS = {"epoch": int, "step": int, "train_loss": NUMBER, "train_top1": NUMBER}
+INTERVAL = {
+    "step": int, "policies": list, "losses": [NUMBER], "entropy": NUMBER, "loss_spread": NUMBER,
+    "collapsed": (str, type(None)),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's directory holds, as far as it has come."""
+
+    directory: Path
+    config: Config
+    metrics: list[dict[str, Any]]
+    intervals: list[dict[str, Any]]
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        return one_line(self.directory.resolve().name, 80)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.metrics[-1]["step"] / self.metrics[-1]["epoch"]
+
+    @property
+    def has_policies(self) -> bool:
+        """Whether its records name operations; those of a control, or drawn for each image, do not."""
+        return any(subpolicy for policy in self.intervals[-1]["policies"] for subpolicy in policy)
+
+    def epochs(self, intervals: Sequence[Mapping[str, Any]]) -> list[float]:
+        """Where intervals end, in epochs."""
+        return [interval["step"] / self.steps_per_epoch for interval in intervals]
+
+
+def main() -> None:
+    args = parse_arguments()
+    if figure_class() is None:
+        raise UserError("report.py needs matplotlib: pip install -r requirements-dev.txt")
+    runs = [read_run(directory) for directory in dict.fromkeys(args.runs)]
+    folder = args.output or args.runs[0] / "report"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another place with --output") from None
+    parts = [Part("All runs", about_all(runs), [in_common(runs)])]
+    parts += [Part(run.name, about(run), pictures_of(run, args.dataroot)) for run in runs]
+    print(write_page(parts, folder))
+
+
+def read_run(directory: Path) -> Run:
+    """Raises UserError for what is no run, or has not finished an epoch."""
+    if not (directory / "config.yaml").exists():
+        raise UserError(f"{directory}: is no run's directory (it has no config.yaml); name one below logs/")
+    config = load_config(directory / "config.yaml", {})
+    metrics = read_lines(directory / "metrics.jsonl", METRICS)
+    if not metrics:
+        raise UserError(f"{directory}: has not finished an epoch yet; there is nothing to show")
+    intervals = read_lines(directory / "policies.jsonl", INTERVAL)
+    times = read_lines(directory / "times.jsonl", {})
+    seconds = sum(one.get("train_seconds", 0.0) + one.get("other_seconds", 0.0) for one in times)
+    return Run(directory, config, metrics, intervals, seconds)
+
+
+def read_lines(path: Path, shape: dict[str, Any]) -> list[dict[str, Any]]:
+    """Records of a jsonl file, which a run may be about to write on: a last line that is cut short does not count."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+        records = [json.loads(line) for line in lines]
+    except (OSError, ValueError, RecursionError):
+        raise UserError(f"{path}: is damaged; put a copy back") from None
+    if not has_shape(records, [shape]):
+        raise UserError(f"{path}: is not of this version of main.py, or damaged")
+    return records
+
+
+def in_common(runs: Sequence[Run]) -> Picture:
+    curves = {}
+    for run in runs:
+        scored = [one for one in run.metrics if "valid_top1" in one or "test_top1" in one]
+        held_out = [(one["epoch"], 100 * one.get("valid_top1", one.get("test_top1"))) for one in scored]
+        train = [(one["epoch"], 100 * one["train_top1"], one["train_loss"]) for one in run.metrics]
+        curves[run.name] = figures.Curve(train, held_out)
+    words = (
+        "Every run by its epochs. Left: the loss on the training images as the network meets them, augmented. Middle: "
+        "the share of those that it gets right; where policies are hard, it is low even for a good network. Right: the "
+        "share that it gets right of images that it has never met, as they are (held-out or test images): this is what "
+        "counts. Controls, such as random policies or none, belong beside a learned adversary."
+    )
+    return Picture("curves", "Training and held-out accuracy", figures.curves(curves), words)
+
+
+def pictures_of(run: Run, dataroot: str | None) -> Iterator[Picture]:
+    """All that there is to see of one run's policies."""
+    if not run.intervals:
+        return
+    if run.has_policies:
+        yield from shares(run)
+        yield entropy(run)
+    yield spread(run)
+    if run.has_policies:
+        last = recorded(run.intervals[-1:], run.directory / "policies.jsonl")
+        yield extremes(run, last, dataroot)
+        yield beliefs(run)
+
+
+def shares(run: Run) -> Iterator[Picture]:
+    names = [op.name for op in OPS if op.name in drawn_operations(run)]
+    groups = figures.binned(run.intervals)
+    epochs = [run.epochs(group)[-1] for group in groups]
+    draws = sum(len(subpolicy) for policy in run.intervals[0]["policies"] for subpolicy in policy)
+    together = f", each point the mean of {len(groups[0])} intervals" if len(groups[0]) > 1 else ""
+    how = f"An interval draws {draws} operations{together}. Drawn evenly, each of {{}} would have {{:.1f}} %."
+    yield Picture(
+        "operations",
+        "Which operations the policies hold",
+        figures.stacked(epochs, names, share_of(groups, names, 0), "operations drawn (%)", sequential=False),
+        "The share of each operation in the policies, one upon the other, over the training. A band that widens is an "
+        "operation that the adversary has come to prefer. " + how.format(len(names), 100 / len(names)),
+    )
+    levels = list(range(run.intervals[0].get("levels", run.config.levels)))
+    yield Picture(
+        "levels",
+        "How strongly they are applied",
+        figures.stacked(epochs, levels, share_of(groups, levels, 1), "levels drawn (%)", sequential=True),
+        "Likewise the share of each level. What a level does depends on the operation (see the table above): the "
+        "highest is the strongest for most, but changes nothing for Solarize and Posterize, and the middle changes "
+        "nothing for Contrast, Color, Brightness and Sharpness. " + how.format(len(levels), 100 / len(levels)),
+    )
+
+
+def drawn_operations(run: Run) -> set[str]:
+    of_policies = (policy for interval in run.intervals for policy in interval["policies"])
+    return {name for policy in of_policies for subpolicy in policy for name, _ in subpolicy}
+
+
+def share_of(groups: Sequence[Sequence[Mapping[str, Any]]], keys: Sequence[Any], place: int) -> list[list[float]]:
+    """Of each key, an operation (place 0) or a level (1), its share in every group of intervals."""
+    place_of = {key: number for number, key in enumerate(keys)}
+    table = torch.zeros(len(keys), len(groups), dtype=torch.float64)
+    for column, group in enumerate(groups):
+        for interval in group:
+            for pair in (pair for policy in interval["policies"] for subpolicy in policy for pair in subpolicy):
+                table[place_of[pair[place]], column] += 1
+    return (table / table.sum(0).clamp(min=1)).tolist()
+
+
+def entropy(run: Run) -> Picture:
+    _, _, Q, K = recorded(run.intervals[-1:], run.directory / "policies.jsonl").op_RPQK.shape
+    own = run.config
+    operations = len(own.ops) if own.policy in ("controller", "random") else len(drawn_operations(run))
+    largest = Q * K * (torch.tensor(operations).double().log() + torch.tensor(own.levels).double().log()).item()
+    points = [(epoch, one["entropy"]) for epoch, one in zip(run.epochs(run.intervals), run.intervals, strict=True)]
+    collapsed = [epoch for epoch, one in zip(run.epochs(run.intervals), run.intervals, strict=True) if one["collapsed"]]
+    words = (
+        "How undecided the adversary is: the mean entropy of a policy, in nats. At the upper line every choice is "
+        "uniformly random; at 0 there is only one policy left. Below the lower line "
+        f"({own.collapse_entropy:.0%} of the maximum), or when one operation takes more than half of all draws, the "
+        "run says that its controller has collapsed"
+    )
+    words += f"; it did so in {len(collapsed)} of {len(points)} intervals (red)." if collapsed else "; it did not."
+    figure = figures.entropy(points, largest, own.collapse_entropy * largest, collapsed)
+    return Picture("entropy", "Is the adversary still undecided?", figure, words)
+
+
+def spread(run: Run) -> Picture:
+    groups = figures.binned(run.intervals)
+    rows = []
+    for group in groups:
+        losses = torch.tensor([one["losses"] for one in group], dtype=torch.float64)
+        deviation = sum(one["loss_spread"] for one in group) / len(group)
+        rows.append((run.epochs(group)[-1], losses.amin(1).mean(), losses.mean(), losses.amax(1).mean(), deviation))
+    words = (
+        "What the adversary is rewarded for: the network's mean loss (nats) under each of the M policies of an "
+        "interval. Band: from the easiest to the hardest policy; line: their mean. Below, their standard deviation: "
+        "where it is as small as chance alone makes it, there is nothing to learn from. For the control without "
+        "policies it shows what chance makes."
+    )
+    return Picture("spread", "Do policies differ in difficulty?", figures.spread(rows), words)
+
+
+def extremes(run: Run, last: Recorded, dataroot: str | None) -> Picture:
+    """The hardest and the easiest policies of the last interval, with what they make of some images."""
+    losses = torch.tensor(run.intervals[-1]["losses"])
+    order = losses.argsort(descending=True).tolist()
+    count = min(EXTREMES, len(order) // 2) or 1
+    chosen = order[:count] + (order[-count:] if len(order) > 1 else [])
+    source = RecordedPolicies(len(chosen), last.op_RPQK[:, chosen], last.level_RPQK[:, chosen], last.levels)
+    images_NCHW, origin = some_images(run.config, dataroot)
+    source.resample(keyed_generator("report", "policies"))
+    plan = source.plan(len(images_NCHW), images_NCHW.shape[-2:], keyed_generator("report", "plan"))
+    copies_BCHW = apply(images_NCHW.repeat_interleave(len(chosen), 0), plan)
+    rows = [("as they are", images_NCHW)]
+    for place, (policy, words) in enumerate(zip(chosen, source.in_words(), strict=True)):
+        rank = "hardest" if place < count else "easiest"
+        rows.append((f"{rank}, loss {losses[policy]:.3f}: {words}", copies_BCHW[place :: len(chosen)]))
+    words = (
+        "The hardest and the easiest policies of the last interval, by the network's loss, and what they make of "
+        f"{origin}. Each image draws one of a policy's sub-policies (between them: or), whose operations follow each "
+        "other (then); ± says that the sign is drawn for each image."
+    )
+    return Picture("policies", "The hardest and the easiest policies", figures.rows_of_images(rows), words)
+
+
+def some_images(config: Config, dataroot: str | None) -> tuple[Tensor, str]:
+    """A few training images, one of each class, (N, C, H, W), and whose they are in words."""
+    own = dataclasses.replace(config, check_files=False, batch_size=1, dataroot=dataroot or config.dataroot)
+    try:
+        split = load_data(own, torch.device("cpu"), Downloads(None, False, quiet=True)).train
+        origin = "the run's training images"
+    except UserError:
+        shapes = Config(dataset="shapes", batch_size=1)
+        split = load_data(shapes, torch.device("cpu")).train
+        origin = f"embedded shapes, for {config.dataset}'s images are not at hand (--dataroot says where they lie)"
+    images_NCHW, _ = next(iter(split.batches([balanced_order(split.labels)[:IMAGES]])))
+    return images_NCHW, origin
+
+
+def beliefs(run: Run) -> Picture:
+    """What the controller would draw now; without one, what was drawn last."""
+    own = run.directory / "model.pt"
+    if run.config.policy == "controller" and own.exists():
+        controller, ops, levels = read_controller(own)
+        decisions = controller.sample(SAMPLED, keyed_generator("report", "beliefs"))
+        rows = torch.tensor([row_of(name) for name in ops])
+        op, level = rows[decisions.op_MQK].flatten(), decisions.level_MQK.flatten()
+        origin = f"in {SAMPLED:,} policies ({len(op):,} operations) sampled from the controller as it is now"
+    else:
+        last = recorded(run.intervals[-RECENT:], run.directory / "policies.jsonl")
+        op, level, levels = last.op_RPQK.flatten(), last.level_RPQK.flatten(), last.levels
+        op, level = op[op >= 0], level[op >= 0]
+        ops = run.config.ops if run.config.policy == "random" else [OPS[row].name for row in op.unique().tolist()]
+        origin = (
+            f"in the {len(op):,} operations of the last {min(20, len(run.intervals))} intervals: there is no controller"
+        )
+    names = [name for name in (one.name for one in OPS) if name in ops]
+    table_OL = torch.stack([torch.bincount(level[op == row_of(name)], minlength=levels) for name in names]).double()
+    neutral = [neutral_level(name, levels) for name in names]
+    words = (
+        f"How often each operation comes at each level {origin}, in per cent. Drawn evenly, each field would have "
+        f"{100 / table_OL.numel():.2f} %. A ring marks the level at which an operation changes nothing; operations "
+        "without one have no strength."
+    )
+    figure = figures.heat_map((100 * table_OL / table_OL.sum()).tolist(), names, levels, neutral)
+    return Picture("beliefs", "What the controller believes now", figure, words)
+
+
+def about_all(runs: Sequence[Run]) -> str:
+    header = ("run", "policies", "M", "epochs", "train accuracy", "held-out or test accuracy", "collapsed", "time")
+    rows = []
+    for run in runs:
+        last = run.metrics[-1]
+        scores = [one.get("valid_top1", one.get("test_top1")) for one in run.metrics]
+        score = next((f"{100 * one:.2f} %" for one in reversed(scores) if one is not None), "-")
+        collapsed = sum(one["collapsed"] is not None for one in run.intervals)
+        policy = run.config.policy + (", reward: teacher" if run.config.has_teacher else "")
+        epochs = f"{last['epoch']} of {run.config.epochs}"
+        told = f"{collapsed} of {len(run.intervals)} intervals" if run.config.policy == "controller" else "-"
+        accuracy = f"{100 * last['train_top1']:.2f} %"
+        rows.append((run.name, policy, str(run.config.M), epochs, accuracy, score, told, duration(run.seconds)))
+    differing = settings_that_differ(runs)
+    text = html_table(header, rows)
+    if differing:
+        text += "<p>Settings in which the runs differ:</p>" + html_table(
+            ("setting", *(r.name for r in runs)), differing
+        )
+    return text
+
+
+def settings_that_differ(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+    values = [plain_values(run.config) for run in runs]
+    return [
+        (name, *(one_line(str(of_run[name]), 100) for of_run in values))
+        for name in values[0]
+        if any(of_run[name] != values[0][name] for of_run in values)
+    ]
+
+
+def about(run: Run) -> str:
+    config, done = run.config, run.metrics[-1]["epoch"]
+    words = f"{config.model} on {config.dataset}, policy: {config.policy}, M = {config.M}."
+    if done < config.epochs:
+        words += f" It is under way, or has stopped: {done} of {config.epochs} epochs are done."
+    if run.intervals and not run.has_policies:
+        words += " Its policies are none, or drawn for each image by itself: there is no policy to show."
+    return f"<p>{html.escape(words)}</p>"
+
+
+def parse_arguments() -> Any:
+    parser = CommandLine(prog="report.py", description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: report, below the first run")
+    parser.add_argument("--dataroot", metavar="DIR", help="where the run's images lie, if not where the run says")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    exit_with_status(main)

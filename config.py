@@ -82,7 +82,9 @@ class Config:
         "run's controller); trivialaugment, randaugment, autoaugment_cifar10, autoaugment_imagenet, augmix (per image)",
     )
     policy_from: str | None = setting(
-        None, "recorded: file of policies, or a run whose record is replayed; frozen: a run, or its model.pt"
+        None,
+        "recorded: file of policies, or a run whose record is replayed; frozen: a run, or its model.pt",
+        may_change=True,  # what was read from there is in the checkpoint
     )
     M: int = setting(8, "policies in use at a time; every image of a batch is seen once per policy")
     Q: int = setting(5, "sub-policies of a policy; every image draws one")

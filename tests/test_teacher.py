@@ -111,28 +111,36 @@ def test_two_processes_with_a_teacher_stay_equal_and_are_resumed_exactly(tmp_pat
     assert same(*averages), "the networks are equal, and so are their averages; statistics are each process's own"
 
 
-def last_operations(reward, seed):
-    """Shares of operations in the last 40 intervals of an adversary of which one operation destroys the label.
+OPERATIONS = ("ShearX", "TranslateX", "Rotate", "Sharpness", "AutoContrast")
+
+
+def train_on_brightness(seed=0, **settings):
+    """A problem with one operation that destroys the label, learned by a small network -> state, keeper, images.
 
     The two classes are dark and bright; AutoContrast stretches every image to the full range, and the network sees
     nothing but mean colours: what is left to learn after it is nothing. The other operations hardly matter.
     """
-    ops = ("ShearX", "TranslateX", "Rotate", "Sharpness", "AutoContrast")
-    policies = {"ops": ops, "M": 4, "Q": 1, "K": 1, "levels": 4, "policy_interval": 2, "controller_lr": 0.003}
+    policies = {"M": 4, "Q": 1, "K": 1, "levels": 4, "policy_interval": 2, "controller_lr": 0.003, "ops": OPERATIONS}
     plain = {"cutout": 0, "crop_padding": 0, "flip": False, "batch_size": 64, "epochs": 150, "teacher_rate": 0.98}
-    config = Config(model="wresnet10_1", reward=reward, seed=seed, **policies, **plain)
+    config = Config(model="wresnet10_1", seed=seed, **policies | plain | settings)
     labels, g = torch.arange(256) % 2, torch.Generator().manual_seed(0)
     noise = torch.randint(-40, 41, (256, 3, 8, 8), generator=g)
-    images = (70 + 110 * labels[:, None, None, None] + noise).to(torch.uint8)
+    split = ResidentSplit((70 + 110 * labels[:, None, None, None] + noise).to(torch.uint8), labels)
     torch.manual_seed(seed)
     model = nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
     state, keeper = TrainingState.start(config, ALONE, model), Unkept()
     for _ in range(config.epochs):
-        main.train_one_epoch(state, ResidentSplit(images, labels), keeper)
+        main.train_one_epoch(state, split, keeper)
         state.end_epoch()
+    return state, keeper, split
+
+
+def last_operations(reward, seed):
+    """Shares of operations in the last 40 intervals, and the last losses."""
+    _, keeper, _ = train_on_brightness(seed, reward=reward)
     in_use = (policy for record in keeper.intervals[-40:] for policy in record["policies"])
     drawn = Counter(name for policy in in_use for ((name, _),) in policy)
-    return {name: drawn[name] / drawn.total() for name in ops}, keeper.intervals[-1]["losses"]
+    return {name: drawn[name] / drawn.total() for name in OPERATIONS}, keeper.intervals[-1]["losses"]
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
@@ -143,3 +151,14 @@ def test_the_papers_reward_collapses_on_what_destroys_the_label_and_the_teachers
     teachers, losses = last_operations("teacher", seed)
     assert teachers["AutoContrast"] < 0.5
     assert min(losses) < 0.1
+
+
+def test_clean_copies_teach_what_a_policy_that_destroys_the_label_cannot():
+    right = {}
+    for share in (0.0, 0.25):
+        settings = {"policy": "random", "ops": ("AutoContrast",), "epochs": 20, "lr": 0.05}
+        state, _, split = train_on_brightness(clean_share=share, **settings)
+        images = state.normalise(split.images)
+        right[share] = (state.model(images).argmax(1) == split.labels).double().mean().item()
+    assert right[0.0] < 0.8
+    assert right[0.25] > 0.95

@@ -584,11 +584,13 @@ REWIND = "on_nonfinite=rewind"
     ("what", "value", "settings"),
     [
         ("loss", NAN, ()),
-        ("loss", INF, ("checkpoint_every=1",)),
-        ("loss", NAN, ("checkpoint_every=2", "policy_interval=3", "controller_lr=0.05")),
+        pytest.param("loss", INF, ("checkpoint_every=1",), marks=pytest.mark.slow),
+        pytest.param(
+            "loss", NAN, ("checkpoint_every=2", "policy_interval=3", "controller_lr=0.05"), marks=pytest.mark.slow
+        ),
         ("gradient", NAN, ("policy_interval=3",)),
-        ("weight", INF, ("checkpoint_every=2",)),
-        ("buffer", NAN, ("policy_interval=5",)),
+        pytest.param("weight", INF, ("checkpoint_every=2",), marks=pytest.mark.slow),
+        pytest.param("buffer", NAN, ("policy_interval=5",), marks=pytest.mark.slow),
     ],
 )
 def test_a_fault_that_happens_once_leaves_no_trace(script, tmp_path, monkeypatch, what, value, settings):
@@ -679,6 +681,7 @@ def shown(run, tag):
     return [(event.step, tensor_util.make_ndarray(event.tensor_proto).reshape(-1)[0]) for event in events]
 
 
+@pytest.mark.slow
 def test_what_was_gone_back_from_is_not_shown_twice(script, tmp_path, monkeypatch):
     assert script(*command(tmp_path, "whole", REWIND, "policy_interval=1")).status == 0
     with monkeypatch.context() as patched:
@@ -741,8 +744,8 @@ def spoil_controller(monkeypatch, value):
     """Whenever it has learned, its weights are as large as this."""
     reinforce = policies.reinforce
 
-    def spoilt(controller, *arguments):
-        learned = reinforce(controller, *arguments)
+    def spoilt(controller, *arguments, **options):
+        learned = reinforce(controller, *arguments, **options)
         with torch.no_grad():
             for parameter in controller.parameters():
                 parameter.copy_(value * parameter.sign())

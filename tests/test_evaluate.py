@@ -495,6 +495,7 @@ def test_a_file_that_is_no_result_is_not_written_over(script, run, tmp_path):
     assert script(*asked, "--overwrite").status == 0
 
 
+@pytest.mark.slow
 def test_several_seeds_and_several_files(script, tmp_path):
     (tmp_path / "my.yaml").write_text("\n".join(word.replace("=", ": ") for word in TINY) + "\ndataset: shapes\n")
     of_conf = ("--load_conf", tmp_path / "my.yaml", "--logdir", tmp_path / "logs")

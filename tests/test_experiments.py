@@ -18,7 +18,6 @@ import evaluate
 import experiments
 import main
 import processes
-import stopping
 from config import load_config
 from experimentfile import FOLDER, SIZES, load_experiment, runs_of
 from resultsfile import read_results
@@ -277,8 +276,7 @@ def test_what_is_kept_and_damaged_is_not_written_over(experiment, in_process, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", stopping.SIGNALS)
-def test_stopped_by_a_signal_it_goes_on_to_the_same_end(start_process, tmp_path, signum):
+def test_stopped_by_ctrl_c_it_goes_on_to_the_same_end(start_process, tmp_path):
     """Real processes, two at a time, both of which are saved."""
     small = ("--set", "train_size=60", "batch_size=10", "epochs=3", "eval_every=3")
     command = ("experiments.py", "transfer", "--seeds", 0, "--jobs", 2, *small)
@@ -293,9 +291,9 @@ def test_stopped_by_a_signal_it_goes_on_to_the_same_end(start_process, tmp_path,
     while not (log.exists() and log.stat().st_size):
         assert first.poll() is None
         time.sleep(0.05)
-    first.send_signal(signum)
+    first.send_signal(signal.SIGINT)
     status, err = first.wait(), first.communicate()[1]
-    assert status == {signal.SIGINT: 130, signal.SIGTERM: 143}[signum], err
+    assert status == 130, err
     assert "the runs under way are saved; the same command goes on" in err
     assert "Traceback" not in err
     second = start_process(*command, *places("parts"))

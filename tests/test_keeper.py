@@ -139,8 +139,8 @@ def interrupt_within(monkeypatch, where, number=signal.SIGTERM, rank=0):
     ("where", "size", "rank"),
     [
         ("training", 1, 0),
-        ("save", 1, 0),
-        ("evaluation", 2, 1),
+        pytest.param("save", 1, 0, marks=pytest.mark.slow),
+        pytest.param("evaluation", 2, 1, marks=pytest.mark.slow),
         pytest.param("evaluation", 1, 0, marks=pytest.mark.slow),
         pytest.param("training", 2, 0, marks=pytest.mark.slow),
         pytest.param("training", 2, 1, marks=pytest.mark.slow),
@@ -177,6 +177,7 @@ def test_images_that_are_read_anew_in_each_epoch_are_taken_up_where_they_were(mo
     assert_same_run(tmp_path / "stopped", truth)
 
 
+@pytest.mark.slow
 def test_two_resumptions_in_a_row_from_within_epochs(monkeypatch, tmp_path, whole):
     for flags in ((), ("--resume",)):
         with monkeypatch.context() as patched:
@@ -305,7 +306,8 @@ def wait_for(path):
     pytest.fail(f"{path} does not appear")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_process_says_what_it_does_and_how_to_go_on(start_process, tmp_path, script, number):
     settings = (*TINY, "epochs=500")
     process = start_process(*said(tmp_path, "stopped", settings=settings))
@@ -400,7 +402,7 @@ def test_as_many_processes_as_before_go_on_exactly_whatever_is_allowed(monkeypat
 
 
 @pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("full", ["checkpoints", "everything"])
+@pytest.mark.parametrize("full", ["checkpoints", pytest.param("everything", marks=pytest.mark.slow)])
 def test_a_full_disk_leaves_the_checkpoint_before_whole(monkeypatch, tmp_path, whole, full, size):
     """From the third checkpoint on, no file may grow beyond a tenth of one; or none beyond what it holds now."""
     save, calls = checkpoint.Checkpoints.save, []
@@ -427,6 +429,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(monkeypatch, tmp_path, w
     assert_same_run(run, whole(size))
 
 
+@pytest.mark.slow
 def test_a_log_that_cannot_be_written_ends_the_run_in_a_line(monkeypatch, tmp_path, whole):
     end_epoch = trainingstate.TrainingState.end_epoch
 

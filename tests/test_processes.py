@@ -208,7 +208,7 @@ def test_two_processes_train_as_one_with_two_micro_batches(train, train_ranks):
 DEMANDING = ("dropout=0.1", "policy_interval=3", "controller_lr=0.05")
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_run_on_several_processes_resumes_exactly(train_ranks, size):
     settings = (*DEMANDING, "batch_size=12")
     whole = train_ranks(size, "whole", *settings)
@@ -246,6 +246,7 @@ def photographs(tmp_path):
 PHOTOGRAPHS = ("dataset=imagenet", "image_size=32", "eval_view=[36,32]", "crop_padding=0", "cutout=0", "train_size=20")
 
 
+@pytest.mark.slow
 def test_images_that_are_streamed_are_read_alike_by_one_process_and_by_two(script, photographs, tmp_path):
     """Without SamplePairing, whose partners are the process's own; without a resumption, and with one."""
     ops = "ops=[ShearX, Rotate, Invert, Cutout]"
@@ -306,6 +307,7 @@ def test_scores_are_the_same_for_any_number_of_processes(count):
             assert scores == alone
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_processes_is_scored_alike_by_one_and_three(script, train_ranks, tmp_path):
     run = train_ranks(2, "two", "eval_every=1")
     last = lines(run / "metrics.jsonl")[-1]
@@ -325,6 +327,7 @@ def test_a_checkpoint_of_two_processes_is_scored_alike_by_one_and_three(script, 
     assert (summary["top1"], summary["loss"]) == (last["test_top1"], last["test_loss"])
 
 
+@pytest.mark.slow
 def test_mixed_precision_keeps_the_keys_on_two_processes_in_micro_batches(train, train_ranks):
     plain, mixed = (
         train("plain", "epochs=1"),
@@ -696,6 +699,7 @@ def test_output_that_fills_a_disk_is_told(end):
     os.close(full)
 
 
+@pytest.mark.slow
 def test_a_script_leaves_nothing_for_the_interpreter_to_complain_of(closed):
     """What a process of its own still says when it ends, after everything."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
@@ -735,7 +739,8 @@ def test_a_half_made_environment_is_refused(script, monkeypatch, tmp_path, varia
 # The launchers
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("launch", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "launch"])
 def test_both_launchers_start_the_same_run(train_ranks, tmp_path, launcher):
     expected = train_ranks(2, "expected", "epochs=1")
     said = ("main.py", "--logdir", tmp_path, "--name", launcher, "--set", *TINY, "epochs=1")
@@ -796,6 +801,7 @@ print(faults[0], faults[-1], ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**30))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no glibc")
 def test_on_the_cpu_freed_memory_serves_again():
     done = subprocess.run([sys.executable, "-c", PAGE_FAULTS], cwd=ROOT, check=True, capture_output=True, text=True)

@@ -287,6 +287,7 @@ def test_from_the_public_address_to_the_table(script, zenodo, weights, tmp_path)
     assert len(zenodo) == 1
 
 
+@pytest.mark.slow
 def test_several_processes_fetch_once_and_give_the_numbers_of_one(zenodo, weights, tmp_path):
     root, found = tmp_path / "data", []
     for size in (2, 1):

@@ -79,11 +79,12 @@ class Run:
         return log.read_bytes().count(b"\n") if log.exists() else 0
 
     def is_trained(self) -> bool:
-        return self.epochs_done() == self.config.epochs and (self.directory / "model.pt").exists()
+        """Whether there is the checkpoint that is written last of all."""
+        return any(self.directory.glob(f"checkpoints/epoch-{self.config.epochs:04d}-step-000000-*.pt"))
 
     def is_scored(self) -> bool:
         """Whether results.json holds the test error of the trained network."""
-        if not self.is_trained() or not (self.directory / "results.json").exists():
+        if not (self.directory / "results.json").exists():
             return False
         results = read_results(self.directory)
         return results["epoch"] == self.config.epochs and bool(results["benchmarks"].get("clean", {}).get("summary"))
@@ -94,7 +95,7 @@ class Run:
         if self.is_trained():
             return "trained, not scored"
         started = (self.directory / "config.yaml").exists()
-        return f"stopped in epoch {self.epochs_done() + 1} of {self.config.epochs}" if started else "missing"
+        return f"stopped after {self.epochs_done()} of {self.config.epochs} epochs" if started else "missing"
 
     def commands(self, launcher: Sequence[str], options: Sequence[str]) -> list[list[str]]:
         """What is still to be done, as command lines."""
@@ -161,7 +162,7 @@ def runs_of(experiment: Experiment, logdir: Path, said_for_all: Sequence[str] = 
         for number, (arm, own) in enumerate(experiment.arms.items()):
             settings = {**experiment.settings, **own, **said}
             conf = Path(settings.pop("conf", experiment.conf))
-            conf = conf if conf.is_absolute() else SCRIPTS / conf
+            conf = conf if conf.exists() else SCRIPTS / conf
             source = None
             if str(settings.get("policy_from")).startswith("@"):
                 name = settings["policy_from"][1:]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from checkpoint import write_text
 from comparisons import difference, verdict
-from experimentfile import Experiment, Run
+from experimentfile import SCRIPTS, Experiment, Run
 from pictures import figure_class
 from resultsfile import read_results
 from sources import build_policies
@@ -69,7 +69,7 @@ def record_of(run: Run, size: str) -> dict[str, Any]:
         "size": size,
         "arm": run.arm,
         "seed": run.seed,
-        "conf": run.conf.relative_to(Path(__file__).parent).as_posix(),
+        "conf": run.conf.relative_to(SCRIPTS).as_posix() if run.conf.is_relative_to(SCRIPTS) else run.conf.name,
         "settings": own,
         "error": cell["error"],
         "test_images": cell["images"],

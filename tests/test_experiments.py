@@ -71,6 +71,17 @@ def experiment(script, tmp_path):
     return lambda *arguments: script("experiments.py", *arguments, *places, "--set", *SMALL)
 
 
+@pytest.fixture
+def mine(experiment, tmp_path):
+    """mine(*arguments): the same for a file of one's own, with two arms, of which one takes from the other."""
+    arms = {"source": {"policy": "controller"}, "frozen": {"policy": "frozen", "policy_from": "@source"}}
+    tiny = {"conf": "confs/demo.yaml", "seeds": [0], "note": "n", "ranks": False}
+    content = {"question": "?", "arms": arms, "compare": [["frozen", "source"]], "sizes": {"tiny": tiny}}
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return lambda *arguments: experiment(path, *arguments)
+
+
 def test_there_are_the_experiments_that_the_readme_names():
     assert {"M", "collapse", "controls", "sensitivity", "transfer"} <= set(NAMES)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -167,7 +178,7 @@ def test_what_has_stopped_is_gone_on_with_and_what_is_trained_is_scored_alone(ex
     stopped = command.split("main.py ")[1].replace("'", "").replace('"', "").split()
     assert InProcess(["python", str(ROOT / "main.py"), *stopped, "--stop_epoch=1"], *streams(tmp_path), {}).status == 0
     del in_process[:]
-    assert "random_0: stopped in epoch 2 of 2" in experiment(*only, "--list").out
+    assert "random_0: stopped after 1 of 2 epochs" in experiment(*only, "--list").out
     assert experiment(*only).status == 0
     assert [(Path(command[1]).name, "--resume" in command) for command in in_process] == [
         ("evaluate.py", False),
@@ -179,23 +190,35 @@ def test_what_has_stopped_is_gone_on_with_and_what_is_trained_is_scored_alone(ex
     assert {run.name: files(run) for run in folder.iterdir() if run.is_dir()} == whole
 
 
+def test_a_run_that_was_killed_before_its_last_checkpoint_is_not_taken_for_trained(mine, in_process, tmp_path):
+    assert mine().status == 0
+    run = tmp_path / "logs" / "mine-tiny" / "source_0"
+    whole = files(run, "metrics.jsonl", "policies.jsonl", "model.pt")
+    (run / "results.json").unlink()
+    (last,) = run.glob("checkpoints/epoch-0002-*")
+    last.unlink()
+    assert "source_0: stopped after 2 of 2 epochs" in mine("--list").out
+    assert mine().status == 0
+    assert files(run, "metrics.jsonl", "policies.jsonl", "model.pt") == whole
+
+
 def streams(tmp_path):
     log = (tmp_path / "log").open("ab")
     return log, log
 
 
-def test_more_seeds_join_those_that_are_there_and_other_sizes_stay(experiment, in_process, tmp_path):
-    experiment("transfer", "--seeds", 0)
-    results = tmp_path / "results" / "transfer"
+def test_more_seeds_join_those_that_are_there_and_other_sizes_stay(mine, in_process, tmp_path):
+    mine()
+    results = tmp_path / "results" / "mine"
     text = (results / "runs.jsonl").read_text()
     other = json.dumps(json.loads(text.splitlines()[0]) | {"size": "small"})
     (results / "runs.jsonl").write_text(f"{other}\n{text}")
     summary = (results / "summary.md").read_text()
     (results / "summary.md").write_text(f"{summary}\n## small\n\nas it was\n")
-    assert experiment("transfer", "--seeds", 1).status == 0
+    assert mine("--seeds", 1).status == 0
     records = read_records(results / "runs.jsonl")
     assert records[0]["size"] == "small"
-    assert [record["seed"] for record in records[1:]] == [0, 1] * 5
+    assert [record["seed"] for record in records[1:]] == [0, 1] * 2
     assert "over seeds 0, 1" in (results / "summary.md").read_text()
     assert (results / "summary.md").read_text().endswith("## small\n\nas it was\n")
 
@@ -252,26 +275,26 @@ def test_mistakes_on_the_command_line(script, arguments, words):
     assert_refused(script("experiments.py", *arguments), words)
 
 
-def test_a_run_with_other_settings_is_not_taken_for_it(experiment, in_process, tmp_path):
-    assert experiment("transfer", "--seeds", 0).status == 0
-    done = experiment("transfer", "--seeds", 0, "--set", "lr=0.3")
+def test_a_run_with_other_settings_is_not_taken_for_it(mine, in_process, tmp_path):
+    assert mine().status == 0
+    done = mine("--set", "lr=0.3")
     assert_refused(done, "source_0: holds a run with other settings (lr: 0.1 -> 0.3)", "choose another --logdir")
 
 
-def test_a_run_that_fails_is_named_with_what_it_said(experiment, in_process, tmp_path, monkeypatch):
+def test_a_run_that_fails_is_named_with_what_it_said(mine, in_process, tmp_path, monkeypatch):
     monkeypatch.setattr(
         main, "check_support", lambda *_: (_ for _ in ()).throw(UserError("no such device\nuse another"))
     )
-    done = experiment("transfer", "--seeds", 0)
+    done = mine()
     assert_refused(done, "source_0: main.py ended with status 2", "use another", "source_0.log")
 
 
-def test_what_is_kept_and_damaged_is_not_written_over(experiment, in_process, tmp_path):
-    kept = tmp_path / "results" / "transfer" / "runs.jsonl"
+def test_what_is_kept_and_damaged_is_not_written_over(mine, in_process, tmp_path):
+    kept = tmp_path / "results" / "mine" / "runs.jsonl"
     kept.parent.mkdir(parents=True)
     for text, words in (("{", "cannot be read"), ('{"size": "tiny"}\n', "holds lines of another kind")):
         kept.write_text(text)
-        assert_refused(experiment("transfer", "--seeds", 0), "runs.jsonl", words)
+        assert_refused(mine(), "runs.jsonl", words)
         assert kept.read_text() == text
 
 

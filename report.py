@@ -16,6 +16,7 @@ if __name__ == "__main__":
 import dataclasses
 import html
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,9 @@ def read_run(directory: Path) -> Run:
     if not metrics:
         raise UserError(f"{directory}: has not finished an epoch yet; there is nothing to show")
     intervals = read_lines(directory / "policies.jsonl", INTERVAL)
+    for interval in intervals:
+        if interval["policies"]:  # there are none where each image draws for itself
+            recorded([interval], directory / "policies.jsonl")
     times = read_lines(directory / "times.jsonl", {})
     seconds = sum(one.get("train_seconds", 0.0) + one.get("other_seconds", 0.0) for one in times)
     return Run(directory, config, metrics, intervals, seconds)
@@ -139,6 +143,7 @@ def pictures_of(run: Run, dataroot: str | None) -> Iterator[Picture]:
         return
     if run.has_policies:
         yield from shares(run)
+    if run.config.policy in ("controller", "random"):
         yield entropy(run)
     yield spread(run)
     if run.has_policies:
@@ -189,10 +194,8 @@ def share_of(groups: Sequence[Sequence[Mapping[str, Any]]], keys: Sequence[Any],
 
 
 def entropy(run: Run) -> Picture:
-    _, _, Q, K = recorded(run.intervals[-1:], run.directory / "policies.jsonl").op_RPQK.shape
     own = run.config
-    operations = len(own.ops) if own.policy in ("controller", "random") else len(drawn_operations(run))
-    largest = Q * K * (torch.tensor(operations).double().log() + torch.tensor(own.levels).double().log()).item()
+    largest = own.Q * own.K * (math.log(len(own.ops)) + math.log(own.levels))
     points = [(epoch, one["entropy"]) for epoch, one in zip(run.epochs(run.intervals), run.intervals, strict=True)]
     collapsed = [epoch for epoch, one in zip(run.epochs(run.intervals), run.intervals, strict=True) if one["collapsed"]]
     words = (
@@ -273,9 +276,8 @@ def beliefs(run: Run) -> Picture:
         op, level, levels = last.op_RPQK.flatten(), last.level_RPQK.flatten(), last.levels
         op, level = op[op >= 0], level[op >= 0]
         ops = run.config.ops if run.config.policy == "random" else [OPS[row].name for row in op.unique().tolist()]
-        origin = (
-            f"in the {len(op):,} operations of the last {min(20, len(run.intervals))} intervals: there is no controller"
-        )
+        count = min(RECENT, len(run.intervals))
+        origin = f"in the {len(op):,} operations of the last {count} intervals, for it has no controller of its own"
     names = [name for name in (one.name for one in OPS) if name in ops]
     table_OL = torch.stack([torch.bincount(level[op == row_of(name)], minlength=levels) for name in names]).double()
     neutral = [neutral_level(name, levels) for name in names]

@@ -1,0 +1,51 @@
+"""What a training step costs with each source of policies, and with a teacher in the reward.
+
+    python benchmarks/signals.py [--load_conf confs/cifar10/wresnet40x2_cifar10.yaml --amp] [--steps 3] [--repeats 7]
+
+All take their steps in turn, from the same noise, and are compared with the controller rewarded by the loss. AugMix
+makes four views of every copy.
+"""
+
+import dataclasses
+import functools
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from measuring import Spread, count, parse, parser, publish, ratios, take_turns
+from step import Steps, timed_steps
+
+from config import DEFAULT_CONF, PER_IMAGE, add_setting_arguments, load_config, overrides_from
+from processes import exit_with_status, join
+from utils import Table
+
+LEARNED = "controller"
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    add_setting_arguments(arguments)
+    arguments.add_argument("--amp", action="store_true", help="mixed precision")
+    arguments.add_argument("--steps", type=count, default=3, help="of each measurement (default: %(default)s)")
+    args = parse(arguments)
+    base = load_config(args.load_conf or DEFAULT_CONF, overrides_from(args))
+    configs = {policy: dataclasses.replace(base, policy=policy) for policy in (LEARNED, "random", "none", *PER_IMAGE)}
+    configs[f"{LEARNED}, reward: teacher"] = dataclasses.replace(base, policy=LEARNED, reward="teacher")
+    with join(args.device) as world:
+        cases = {}
+        for name, config in configs.items():
+            steps = Steps(config, world)
+            cases[name] = functools.partial(timed_steps, steps, steps.with_policies, args.steps)
+        seconds = {
+            name: [took / args.steps for took in turns] for name, turns in take_turns(cases, args.repeats).items()
+        }
+    to = {name: ratios(values, seconds[LEARNED]) for name, values in seconds.items()}
+    rows = [(name, f"{1000 * Spread.of(seconds[name]).median:,.0f}", to[name].in_words(".3f")) for name in cases]
+    title = f"A step of {base.model}, N = {base.batch_size}, M = {base.M}"
+    measured = {"model": base.model, "N": base.batch_size, "M": base.M, "seconds": seconds, "ratios": to}
+    publish(args, [Table(title, ["policies", "ms", f"beside {LEARNED}'s"], rows)], measured)
+
+
+if __name__ == "__main__":
+    exit_with_status(main)

@@ -16,17 +16,18 @@ from experimentfile import SCRIPTS, Experiment, Run
 from pictures import figure_class
 from resultsfile import read_results
 from sources import build_policies
-from utils import Table, UserError, duration, has_shape, in_a_line, render
+from utils import Table, UserError, has_shape, in_a_line, render
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000", "#b8a800")
+UNCERTAIN = ("controller", "frozen", "random")  # sources of policies that have an entropy
 NUMBER = (int, float)
 RECORD = {
-    "size": str, "arm": str, "seed": int, "settings": dict, "error": NUMBER, "test_images": int, "train_loss": NUMBER,
-    "seconds": NUMBER, "entropy": list, "collapsed": int, "M": int, "epochs": int, "torch": str, "device": str,
-    "git_revision": (str, type(None)),
+    "size": str, "arm": str, "seed": int, "settings": dict, "policy": str, "error": NUMBER, "test_images": int,
+    "train_loss": NUMBER, "seconds": NUMBER, "entropy": list, "collapsed": int, "M": int, "epochs": int, "torch": str,
+    "device": str, "git_revision": (str, type(None)),
 }  # fmt: skip
 
 
@@ -64,13 +65,14 @@ def record_of(run: Run, size: str) -> dict[str, Any]:
     own = {name: value for name, value in run.settings.items() if name not in ("seed", "dataroot")}
     if run.source is not None:
         own["policy_from"] = f"@{run.source.name.rpartition('_')[0]}"
-    largest = build_policies(run.config).largest_entropy
+    largest = build_policies(run.config).largest_entropy if run.config.policy in UNCERTAIN else 0.0
     return {
         "size": size,
         "arm": run.arm,
         "seed": run.seed,
         "conf": run.conf.relative_to(SCRIPTS).as_posix() if run.conf.is_relative_to(SCRIPTS) else run.conf.name,
         "settings": own,
+        "policy": run.config.policy,
         "error": cell["error"],
         "test_images": cell["images"],
         "train_loss": metrics[-1]["train_loss"],
@@ -112,13 +114,12 @@ def in_words(experiment: Experiment, records: Sequence[Mapping[str, Any]]) -> li
     lines = [f"{experiment.note}", "", f"Every arm: `{conf}`{f' with {said}' if said else ''}. Run on {where}.", ""]
     lines += ["```bash", command, "```", ""]
     rows = [_row(experiment, arm, of_arm) for arm, of_arm in by_arm.items()]
-    header = ("arm", "M", "epochs", "test error (%)", "by seed", "train loss", "entropy left", "collapsed", "time")
+    header = ("arm", "M", "epochs", "test error (%)", "by seed", "train loss", "entropy left", "collapsed")
     seeds = ", ".join(str(seed) for seed in by_arm[first["arm"]])
     notes = [
         f"Errors are of the last epoch on {first['test_images']:,} test images, where one image is "
         f"{100 / first['test_images']:.2g} points; mean +- standard deviation over seeds {seeds}. The train loss is "
         "over augmented copies. Entropy left: of the policies' largest, at the end. Collapsed: share of the intervals.",
-        "",
     ]
     lines += [render(Table("### Arms", header, rows, notes), "markdown"), ""]
     return [*lines, *_comparisons(experiment, by_arm)]
@@ -137,8 +138,7 @@ def _row(experiment: Experiment, arm: str, of_arm: Mapping[int, Mapping[str, Any
         ", ".join(f"{100 * one['error']:.2f}" for one in runs),
         f"{statistics.fmean(one['train_loss'] for one in runs):.3f}",
         f"{statistics.fmean(entropies):.1%}" if entropies else "-",
-        f"{collapsed:.0%}" if entropies else "-",
-        duration(statistics.fmean(one["seconds"] for one in runs)),
+        f"{collapsed:.0%}" if runs[0]["policy"] == "controller" else "-",
     )
 
 

@@ -26,21 +26,25 @@ import torch
 from torch import Tensor
 
 import reportfigures as figures
-from augmentations import OPS, apply, row_of
+from augmentations import OPS, apply, apply_op, row_of
 from config import Config, load_config, plain_values
+from controller import Controller
 from dataloader import balanced_order, load_data
 from download import Downloads
 from pictures import figure_class
 from policies import RecordedPolicies
 from processes import exit_with_status
-from reportpage import Part, Picture, html_table, neutral_level, write_page
-from sources import Recorded, read_controller, recorded
-from utils import CommandLine, UserError, duration, has_shape, keyed_generator, one_line
+from reportpage import Part, Picture, html_table, levels_table, neutral_level, write_page
+from sources import read_controller, recorded
+from utils import CommandLine, UserError, duration, has_shape, keyed_generator, one_line, warn
 
 SAMPLED = 2000  # policies of the controller, for what it believes
 RECENT = 20  # intervals that stand for the present where there is no controller
 IMAGES = 8  # shown under a policy
 EXTREMES = 3  # strongest policies, and as many weakest ones
+LEVELS = """<p>Levels are numbered from 0. The highest is not the strongest for every operation: some change nothing
+there, some in the middle. ± says that the sign is drawn for each image. With another number of levels than ten, the
+first and the last have the magnitudes given here.</p>"""
 NUMBER = (int, float)
 METRICS = {"epoch": int, "step": int, "train_loss": NUMBER, "train_top1": NUMBER}
 INTERVAL = {
@@ -87,7 +91,8 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another place with --output") from None
-    parts = [Part("All runs", about_all(runs), [in_common(runs)])]
+    meaning = Part("What a level means", LEVELS + levels_table(), [what_operations_do(runs[0], args.dataroot)])
+    parts = [meaning, Part("All runs", about_all(runs), [in_common(runs)])]
     parts += [Part(run.name, about(run), pictures_of(run, args.dataroot)) for run in runs]
     print(write_page(parts, folder))
 
@@ -121,6 +126,24 @@ def read_lines(path: Path, shape: dict[str, Any]) -> list[dict[str, Any]]:
     return records
 
 
+def what_operations_do(run: Run, dataroot: str | None) -> Picture:
+    """Every operation at five of ten levels, on one image."""
+    images_NCHW, origin = some_images(run.config, dataroot)
+    levels, rows = (0, 2, 4, 7, 9), []
+    for op in OPS:
+        strength_L = torch.tensor([op.magnitude(level) for level in levels], dtype=torch.float64)
+        image_LCHW, other = images_NCHW[:1].expand(5, -1, -1, -1).contiguous(), images_NCHW[1:2].expand(5, -1, -1, -1)
+        needs = {"partner": other, "centre": torch.full((5, 2), 0.5, dtype=torch.float64)}
+        extra = {op.needs: needs[op.needs]} if op.needs else {}
+        captions = ["" if op.low is None else f"{strength:.3g}" for strength in strength_L.tolist()]
+        rows.append((op.name, captions, apply_op(image_LCHW, op.name, strength_L, **extra)))
+    words = (
+        f"Every operation at five levels, above each image its magnitude, on one of {origin}; of those that have a "
+        "sign the positive one is shown. AutoContrast, Invert and Equalize do the same at every level."
+    )
+    return Picture("operations", "What the operations do", figures.operations(rows, levels), words)
+
+
 def in_common(runs: Sequence[Run]) -> Picture:
     curves = {}
     for run in runs:
@@ -146,9 +169,9 @@ def pictures_of(run: Run, dataroot: str | None) -> Iterator[Picture]:
     if run.config.policy in ("controller", "random"):
         yield entropy(run)
     yield spread(run)
+    if run.has_policies and run.config.M > 1:
+        yield extremes(run, dataroot)
     if run.has_policies:
-        last = recorded(run.intervals[-1:], run.directory / "policies.jsonl")
-        yield extremes(run, last, dataroot)
         yield beliefs(run)
 
 
@@ -164,7 +187,8 @@ def shares(run: Run) -> Iterator[Picture]:
         "Which operations the policies hold",
         figures.stacked(epochs, names, share_of(groups, names, 0), "operations drawn (%)", sequential=False),
         "The share of each operation in the policies, one upon the other, over the training. A band that widens is an "
-        "operation that the adversary has come to prefer. " + how.format(len(names), 100 / len(names)),
+        "operation that the adversary has come to prefer; dotted lines mark equal shares. "
+        + how.format(len(names), 100 / len(names)),
     )
     levels = list(range(run.intervals[0].get("levels", run.config.levels)))
     yield Picture(
@@ -225,12 +249,12 @@ def spread(run: Run) -> Picture:
     return Picture("spread", "Do policies differ in difficulty?", figures.spread(rows), words)
 
 
-def extremes(run: Run, last: Recorded, dataroot: str | None) -> Picture:
+def extremes(run: Run, dataroot: str | None) -> Picture:
     """The hardest and the easiest policies of the last interval, with what they make of some images."""
+    last = recorded(run.intervals[-1:], run.directory / "policies.jsonl")
     losses = torch.tensor(run.intervals[-1]["losses"])
-    order = losses.argsort(descending=True).tolist()
-    count = min(EXTREMES, len(order) // 2) or 1
-    chosen = order[:count] + (order[-count:] if len(order) > 1 else [])
+    order, count = losses.argsort(descending=True).tolist(), min(EXTREMES, len(losses) // 2)
+    chosen = order[:count] + order[-count:]
     source = RecordedPolicies(len(chosen), last.op_RPQK[:, chosen], last.level_RPQK[:, chosen], last.levels)
     images_NCHW, origin = some_images(run.config, dataroot)
     source.resample(keyed_generator("report", "policies"))
@@ -264,9 +288,8 @@ def some_images(config: Config, dataroot: str | None) -> tuple[Tensor, str]:
 
 def beliefs(run: Run) -> Picture:
     """What the controller would draw now; without one, what was drawn last."""
-    own = run.directory / "model.pt"
-    if run.config.policy == "controller" and own.exists():
-        controller, ops, levels = read_controller(own)
+    if found := learned(run):
+        controller, ops, levels = found
         decisions = controller.sample(SAMPLED, keyed_generator("report", "beliefs"))
         rows = torch.tensor([row_of(name) for name in ops])
         op, level = rows[decisions.op_MQK].flatten(), decisions.level_MQK.flatten()
@@ -277,7 +300,7 @@ def beliefs(run: Run) -> Picture:
         op, level = op[op >= 0], level[op >= 0]
         ops = run.config.ops if run.config.policy == "random" else [OPS[row].name for row in op.unique().tolist()]
         count = min(RECENT, len(run.intervals))
-        origin = f"in the {len(op):,} operations of the last {count} intervals, for it has no controller of its own"
+        origin = f"in the {len(op):,} operations of the last {count} intervals, for there is no controller to ask"
     names = [name for name in (one.name for one in OPS) if name in ops]
     table_OL = torch.stack([torch.bincount(level[op == row_of(name)], minlength=levels) for name in names]).double()
     neutral = [neutral_level(name, levels) for name in names]
@@ -288,6 +311,15 @@ def beliefs(run: Run) -> Picture:
     )
     figure = figures.heat_map((100 * table_OL / table_OL.sum()).tolist(), names, levels, neutral)
     return Picture("beliefs", "What the controller believes now", figure, words)
+
+
+def learned(run: Run) -> tuple[Controller, tuple[str, ...], int] | None:
+    """The run's controller, its operations and number of levels; None where there is none that can be read."""
+    try:
+        return read_controller(run.directory) if run.config.policy == "controller" else None
+    except UserError as error:
+        warn(str(error))
+        return None
 
 
 def about_all(runs: Sequence[Run]) -> str:

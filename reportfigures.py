@@ -59,7 +59,7 @@ def curves(of_run: dict[str, Curve]) -> "Figure":
 def stacked(
     epochs: Sequence[float], keys: Sequence[Any], shares: Sequence[Sequence[float]], what: str, *, sequential: bool
 ) -> "Figure":
-    """Shares in 0..1 of each key over the epochs, one upon the other, the first at the bottom."""
+    """Shares in 0..1 of each key over the epochs, one upon the other, the first at the bottom; dotted: equal ones."""
     from matplotlib import colormaps
 
     figure = figure_class()(figsize=(9, 4.8), layout="constrained")
@@ -69,15 +69,19 @@ def stacked(
         colours = [colormaps["viridis"](number / max(1, len(keys) - 1)) for number in range(len(keys))]
     if len(epochs) == 1:  # an area needs two points
         epochs, shares = [0.0, *epochs], [[*share, *share] for share in shares]
-    labels = [f"level {key}" if sequential else str(key) for key in keys]
     percent = 100 * np.array(shares)
+    names = [f"level {key}" if sequential else str(key) for key in keys]
+    labels = [f"{name}  {share:.1f}" for name, share in zip(names, percent[:, -1], strict=True)]
+    for even in 100 * np.arange(1, len(keys)) / len(keys):
+        axes.axhline(even, color="black", linestyle=":", linewidth=0.8, alpha=0.6)
     axes.stackplot(epochs, percent, colors=colours, labels=labels, edgecolor="white", linewidth=0.3)
     axes.set(xlabel="epoch", ylabel=what, ylim=(0, 100), xlim=(epochs[0], epochs[-1]))
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 20:
         every = -(-len(labels) // 20)
         handles, labels = handles[::every], labels[::every]
-    axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    place = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5), "frameon": False}
+    axes.legend(handles[::-1], labels[::-1], title="at the end (%)", **place)
     return figure
 
 
@@ -132,6 +136,21 @@ def rows_of_images(rows: Sequence[tuple[str, Tensor]]) -> "Figure":
             axes.imshow(image_CHW.permute(1, 2, 0).numpy(), interpolation="nearest")
             axes.axis("off")
         top -= share
+    return figure
+
+
+def operations(rows: Sequence[tuple[str, Sequence[str], Tensor]], levels: Sequence[int]) -> "Figure":
+    """A row for each operation: its name, what it does at each of the levels, and an image after that, uint8."""
+    figure = figure_class()(figsize=(1.3 * len(levels) + 1.4, 1.22 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), len(levels), squeeze=False)
+    for axes_of_row, (name, captions, images_LCHW) in zip(grid, rows, strict=True):
+        for axes, caption, image_CHW in zip(axes_of_row, captions, images_LCHW, strict=True):
+            axes.imshow(image_CHW.permute(1, 2, 0).numpy(), interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            axes.set_title(caption, size=7.5, pad=2)
+        axes_of_row[0].set_ylabel(name, rotation=0, ha="right", va="center", size=9)
+    for axes, level in zip(grid[-1], levels, strict=True):
+        axes.set_xlabel(f"level {level}")
     return figure
 
 

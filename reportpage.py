@@ -43,7 +43,7 @@ def write_page(parts: Sequence[Part], folder: Path) -> Path:
     links = (f'<li><a href="#part{n}">{html.escape(part.title)}</a></li>' for n, part in enumerate(parts))
     page = folder / "report.html"
     body = "\n".join(sections)
-    write_text(page, PAGE.format(style=STYLE, contents="".join(links), levels=levels_table(), body=body))
+    write_text(page, PAGE.format(style=STYLE, contents="".join(links), body=body))
     return page
 
 
@@ -95,11 +95,6 @@ one after the other, such as a rotation, each at a <b>level</b>. The adversary i
 that writes policies and is rewarded by the classifier's loss under them: what was hard becomes more likely. An
 <b>interval</b> is the time between two such updates, often an epoch, which is one pass over the training images.</p>
 <ul>{contents}</ul>
-<h2>What a level means</h2>
-<p>Levels are numbered from 0. The highest is not the strongest for every operation: some change nothing there, some
-in the middle. ± says that the sign is drawn for each image. With another number of levels than ten, the first and the
-last have the magnitudes given here.</p>
-{levels}
 {body}
 </body></html>
 """

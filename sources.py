@@ -24,7 +24,7 @@ from config import ALL_OPS, Config, load_config
 from controller import Controller
 from policies import ControllerPolicies, FrozenPolicies, PolicySource, RandomPolicies, RecordedPolicies, Reward
 from published import AugMix, AutoAugmentPolicies, RandAugment, TrivialAugment
-from utils import UserError, did_you_mean, has_shape, in_a_line, keyed_seed, require_file, shown
+from utils import UserError, did_you_mean, has_shape, in_a_line, keyed_seed, one_line, require_file, shown
 
 LONGEST_FILE = 2**26  # bytes of policies.jsonl: 200 intervals of the paper's shape are half a million
 LONGEST_YAML = 2**20  # PyYAML takes a minute for a few of these
@@ -206,7 +206,9 @@ def _read_intervals(file: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         raise UserError(f"{file}: there is no such file of policies; policy_from names one, or a run") from None
     except Exception as error:  # PyYAML's constructors raise more than YAMLError
-        raise UserError(f"{file}: cannot be read as a file of policies ({in_a_line(error)})") from None
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        reason = f"line {mark.line + 1}: {one_line(str(problem))}" if mark and problem else in_a_line(error)
+        raise UserError(f"{file}: cannot be read as a file of policies ({reason})") from None
     intervals = [{"policies": one} if isinstance(one, list) else one for one in content]
     if not intervals or not all(isinstance(one, dict) for one in intervals):
         raise UserError(f"{file}: holds no policies; sources.py shows what it should look like")

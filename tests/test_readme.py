@@ -6,6 +6,8 @@ import torch
 from conftest import ROOT
 
 from benchmarks.cost import published_confs
+from config import Config
+from sources import build_policies
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -24,6 +26,14 @@ def test_the_operations_work_in_the_training_loop_shown():
     assert torch.isfinite(scope["loss"])
     assert scope["images"].dtype == torch.uint8
     assert not torch.equal(scope["images"], images)
+
+
+def test_the_file_of_policies_shown_can_be_used(tmp_path):
+    (text,) = re.findall(r"```yaml\n(policies:.*?)```", README, re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(text)
+    source = build_policies(Config(policy="recorded", policy_from=str(tmp_path / "mine.yaml"), M=2))
+    source.resample(torch.Generator())
+    assert source.by_name()[0] == [[("Rotate", 3), ("Invert", 0)], [("Solarize", 2)]]
 
 
 def test_the_files_named_exist_and_every_module_is_in_the_map():

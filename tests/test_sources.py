@@ -138,6 +138,8 @@ def test_hostile_files_are_refused_soon(policy_file, tmp_path, monkeypatch):
         read_policies(policy_file("aliases.yaml", f"{aliases}policies: *c\n"))
     with pytest.raises(UserError, match="cannot be read"):
         read_policies(policy_file("tag.yaml", "policies: !!python/object/apply:os.abort []"))
+    with pytest.raises(UserError, match="line 3: "):
+        read_policies(policy_file("broken.yaml", "policies:\n  - [[[Rotate, 3]\n - 5"))
     with pytest.raises(UserError, match="cannot be read"):
         read_policies(policy_file("deep.json", "[" * 100_000))
     monkeypatch.setattr(sources, "LONGEST_YAML", 100)

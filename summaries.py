@@ -106,18 +106,24 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 def in_words(experiment: Experiment, records: Sequence[Mapping[str, Any]]) -> list[str]:
     """The part of summary.md about one size: what was run, each arm's errors, and the differences seed by seed."""
     first, by_arm = records[0], _by_arm(records)
-    said = ", ".join(f"{name} {value}" for name, value in experiment.settings.items())
+    settings = [record["settings"] for record in records]
+    shared = [f"{k} {v}" for k, v in settings[0].items() if all(k in one and one[k] == v for one in settings)]
     conf = experiment.conf.as_posix()
     ran = "device {device}, {threads} threads each, torch {torch}, revision {git_revision}"
     where = "; ".join(dict.fromkeys(ran.format(**one) for one in records))
     command = f"python experiments.py {experiment.name}" + (f" --size {experiment.size}" * (experiment.size != "tiny"))
-    lines = [f"{experiment.note}", "", f"Every arm: `{conf}`{f' with {said}' if said else ''}. Run on {where}.", ""]
+    lines = [
+        f"{experiment.note}",
+        "",
+        f"Every arm: `{conf}`{' with ' * bool(shared)}{', '.join(shared)}. Run on {where}.",
+        "",
+    ]
     lines += ["```bash", command, "```", ""]
     rows = [_row(experiment, arm, of_arm) for arm, of_arm in by_arm.items()]
     header = ("arm", "M", "epochs", "test error (%)", "by seed", "train loss", "entropy left", "collapsed")
     seeds = ", ".join(str(seed) for seed in by_arm[first["arm"]])
     notes = [
-        f"Errors are of the last epoch on {first['test_images']:,} test images, where one image is "
+        f"Errors are of the last epoch on {first['test_images']:,} test images ({first['images']}), where one image is "
         f"{100 / first['test_images']:.2g} points; mean +- standard deviation over seeds {seeds}. The train loss is "
         "over augmented copies. Entropy left: of the policies' largest, at the end. Collapsed: share of the intervals.",
     ]

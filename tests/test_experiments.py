@@ -149,6 +149,7 @@ def test_an_experiment_is_run_scored_summed_up_and_not_run_again(experiment, in_
     mean = statistics.fmean(error[first, seed] - error[second, seed] for seed in (0, 1))
     assert f"| {first} - {second} | 2 | {mean:+.2f} | +- " in summary
     assert summary.count("nothing: too small") == len(one.compare)
+    assert "train_size 40" in summary, "what was said for all arms"
 
     again = experiment(name, "--seeds", 0, 1)
     assert (again.status, len(in_process)) == (0, 2 * len(runs)), "nothing is run twice"

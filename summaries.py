@@ -109,7 +109,7 @@ def in_words(experiment: Experiment, records: Sequence[Mapping[str, Any]]) -> li
     settings = [record["settings"] for record in records]
     shared = [f"{k} {v}" for k, v in settings[0].items() if all(k in one and one[k] == v for one in settings)]
     conf = experiment.conf.as_posix()
-    ran = "device {device}, {threads} threads each, torch {torch}, revision {git_revision}"
+    ran = "{device} (threads: {threads}), torch {torch}, revision {git_revision}"
     where = "; ".join(dict.fromkeys(ran.format(**one) for one in records))
     command = f"python experiments.py {experiment.name}" + (f" --size {experiment.size}" * (experiment.size != "tiny"))
     lines = [

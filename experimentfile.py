@@ -34,6 +34,7 @@ SCRIPTS = Path(__file__).parent
 SIZES = ("tiny", "small", "full")
 SHAPE = {"question": str, "arms": dict, "compare": [list], "sizes": dict}
 SIZE_SHAPE = {"conf": str, "seeds": [int], "note": str}
+MAY_HAVE, MAY_BE = {"set": {}, "arms": {}, "ranks": True}, {"set": dict, "arms": dict, "ranks": bool}
 KEYS, SIZE_KEYS = {*SHAPE, "words"}, {*SIZE_SHAPE, "set", "arms", "ranks"}
 
 
@@ -124,9 +125,15 @@ def load_experiment(name: str, size: str, seeds: Sequence[int] | None = None) ->
     if size not in content["sizes"]:
         raise UserError(f"{path}: has no size {size}; it has {', '.join(map(str, content['sizes']))}")
     of_size = content["sizes"][size]
-    if not has_shape(of_size, SIZE_SHAPE) or set(of_size) - SIZE_KEYS:
+    if not has_shape(of_size, SIZE_SHAPE) or set(of_size) - SIZE_KEYS or not has_shape({**MAY_HAVE, **of_size}, MAY_BE):
         raise UserError(f"{path}: size {size}: needs {', '.join(SIZE_SHAPE)}, and may have set, arms and ranks")
-    arms, own = content["arms"], of_size.get("arms") or {}
+    if not are_seeds(of_size["seeds"]):
+        raise UserError(
+            f"{path}: size {size}: seeds: {shown(of_size['seeds'])} are not different numbers, none below 0"
+        )
+    if not has_shape(content.get("words", {}), dict):
+        raise UserError(f"{path}: words: is no mapping of arms to texts")
+    arms, own = content["arms"], of_size.get("arms", {})
     for arm, settings in (*arms.items(), *own.items()):
         if not re.fullmatch(r"\w+", str(arm)) or not has_shape(settings, dict):
             raise UserError(f"{path}: arm {shown(arm)}: needs a plain name, and settings in a mapping")
@@ -141,13 +148,18 @@ def load_experiment(name: str, size: str, seeds: Sequence[int] | None = None) ->
         size,
         Path(of_size["conf"]),
         tuple(seeds or of_size["seeds"]),
-        dict(of_size.get("set") or {}),
+        dict(of_size.get("set", {})),
         {arm: {**settings, **own.get(arm, {})} for arm, settings in arms.items()},
-        dict(content.get("words") or {}),
+        {str(arm): str(words) for arm, words in content.get("words", {}).items()},
         tuple(compare),
         of_size["note"],
-        bool(of_size.get("ranks", True)),
+        of_size.get("ranks", True),
     )
+
+
+def are_seeds(seeds: Sequence[int]) -> bool:
+    """Whether these are one or more different numbers, none below 0."""
+    return bool(seeds) and all(type(seed) is int and seed >= 0 for seed in seeds) and len({*seeds}) == len(seeds)
 
 
 def runs_of(experiment: Experiment, logdir: Path, said_for_all: Sequence[str] = ()) -> Iterator[Run]:

@@ -28,7 +28,7 @@ from subprocess import Popen
 
 import torch
 
-from experimentfile import FOLDER, SIZES, Experiment, Run, load_experiment, runs_of
+from experimentfile import FOLDER, SIZES, Experiment, Run, are_seeds, load_experiment, runs_of
 from processes import exit_with_status
 from summaries import sum_up
 from utils import CommandLine, UserError, duration, one_line
@@ -166,7 +166,7 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.jobs < 1:
         parser.error(f"--jobs: {args.jobs} must be at least 1")
-    if args.seeds and (min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds)):
+    if args.seeds and not are_seeds(args.seeds):
         parser.error("--seeds: must be different numbers, none below 0")
     return args
 

@@ -75,7 +75,7 @@ def experiment(script, tmp_path):
 def mine(experiment, tmp_path):
     """mine(*arguments): the same for a file of one's own, with two arms, of which one takes from the other."""
     arms = {"source": {"policy": "controller"}, "frozen": {"policy": "frozen", "policy_from": "@source"}}
-    tiny = {"conf": "confs/demo.yaml", "seeds": [0], "note": "n", "ranks": False}
+    tiny = TINY_SIZE | {"ranks": False}
     content = {"question": "?", "arms": arms, "compare": [["frozen", "source"]], "sizes": {"tiny": tiny}}
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
@@ -233,11 +233,19 @@ def test_figures_are_drawn_where_they_can_be(experiment, in_process, tmp_path, w
     assert all(f"(figures/{path.name})" in summary for path in figures.iterdir())
 
 
+TINY_SIZE = {"conf": "confs/demo.yaml", "seeds": [0], "note": "n"}
 BAD = {
     "nothing": ({}, "lacks one of question, arms, compare, sizes"),
     "unknown": ({"arm": {}}, "unknown entry 'arm'; did you mean arms?"),
     "size": ({"sizes": {"small": {}}}, "has no size tiny; it has small"),
     "of size": ({"sizes": {"tiny": {"conf": "confs/demo.yaml"}}}, "size tiny: needs conf, seeds, note"),
+    "no seeds": ({"sizes": {"tiny": TINY_SIZE | {"seeds": []}}}, "seeds: [] are not different numbers"),
+    "seeds twice": ({"sizes": {"tiny": TINY_SIZE | {"seeds": [1, 1]}}}, "seeds: [1, 1] are not different numbers"),
+    "true as a seed": ({"sizes": {"tiny": TINY_SIZE | {"seeds": [True]}}}, "seeds: [True] are not different"),
+    "set": ({"sizes": {"tiny": TINY_SIZE | {"set": ["lr"]}}}, "and may have set, arms and ranks"),
+    "own arms": ({"sizes": {"tiny": TINY_SIZE | {"arms": 3}}}, "and may have set, arms and ranks"),
+    "ranks": ({"sizes": {"tiny": TINY_SIZE | {"ranks": "no"}}}, "and may have set, arms and ranks"),
+    "words": ({"words": ["a"]}, "words: is no mapping"),
     "arm": ({"arms": {"a b": {}}}, "arm 'a b': needs a plain name"),
     "no settings": ({"arms": {"a": 5}}, "arm 'a': needs a plain name, and settings in a mapping"),
     "pair": ({"compare": [["a", "c"]]}, "compare: every entry is a pair of arms"),
@@ -251,8 +259,7 @@ BAD = {
 @pytest.mark.parametrize("what", BAD)
 def test_a_file_that_cannot_be_is_refused_before_anything_runs(script, tmp_path, what, in_process):
     change, words = BAD[what]
-    tiny = {"conf": "confs/demo.yaml", "seeds": [0], "note": "n"}
-    content = {"question": "?", "arms": {"a": {}, "b": {}}, "compare": [["a", "b"]], "sizes": {"tiny": tiny}}
+    content = {"question": "?", "arms": {"a": {}, "b": {}}, "compare": [["a", "b"]], "sizes": {"tiny": TINY_SIZE}}
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(content | change if change else {}))
     done = script("experiments.py", path, "--logdir", tmp_path / "logs", "--results", tmp_path / "results")

@@ -84,7 +84,7 @@ class Config:
     policy_from: str | None = setting(
         None,
         "recorded: file of policies, or a run whose record is replayed; frozen: a run, or its model.pt",
-        may_change=True,  # what was read from there is in the checkpoint
+        may_change=True,  # it may have moved: what was read is in the checkpoint
     )
     M: int = setting(8, "policies in use at a time; every image of a batch is seen once per policy")
     Q: int = setting(5, "sub-policies of a policy; every image draws one")
@@ -169,7 +169,7 @@ class Config:
             numbers = value if isinstance(value, tuple) else (value,)
             require(all(not isinstance(v, float) or math.isfinite(v) for v in numbers), field.name, "is not finite")
 
-        require(_can_be_a_path(self.dataroot), "dataroot", "cannot be the name of a folder")
+        require(can_be_a_path(self.dataroot), "dataroot", "cannot be the name of a folder")
         one_of("dataset", *DATASETS)
         one_of("policy", *POLICIES)
         one_of("reward", "loss", "teacher")
@@ -234,9 +234,14 @@ class Config:
             "policy_from",
             f"has no meaning with policy: {self.policy}; it is for {' and '.join(FROM_A_FILE)}",
         )
-        require(_can_be_a_path(self.policy_from or ""), "policy_from", "cannot be the name of a file")
+        require(can_be_a_path(self.policy_from or ""), "policy_from", "cannot be the name of a file")
         mixes = self.policy == "augmix"
         require(self.jsd == 0 or (mixes and self.M > 1), "jsd", "needs policy: augmix and M of at least 2")
+        require(
+            self.jsd == 0 or self.cropped_when_read or not self.crop_per_copy,
+            "jsd",
+            "compares copies of one crop: set crop_per_copy to false",
+        )
         require(
             not (mixes and self.clean_share), "clean_share", "is not for augmix, which mixes the clean image in itself"
         )
@@ -363,13 +368,14 @@ def said_by_set(words: Sequence[str]) -> dict[str, tuple[str, Any]]:
 
 def stays_below(path: str) -> bool:
     """Whether a path leads, by its words alone, to the working directory or below it."""
-    if not _can_be_a_path(path) or Path(path).anchor:
+    if not can_be_a_path(path) or Path(path).anchor:
         return False
     first, _, _ = os.path.normpath(path).partition(os.sep)
     return first != os.pardir and not first.startswith("~")
 
 
-def _can_be_a_path(text: str) -> bool:
+def can_be_a_path(text: str) -> bool:
+    """Whether a text could name a file on some system: without a NUL, and in Unicode."""
     try:
         return b"\0" not in os.fsencode(text)
     except UnicodeError:  # half of a surrogate pair, which YAML lets a text hold

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import Config, changed_settings, load_config, read_yaml, said_by_set
+from config import Config, can_be_a_path, changed_settings, load_config, read_yaml, said_by_set
 from resultsfile import read_results
 from utils import UserError, did_you_mean, has_shape, shown
 
@@ -49,7 +49,7 @@ class Experiment:
     name: str
     question: str
     size: str
-    conf: Path
+    conf: str
     seeds: tuple[int, ...]
     settings: dict[str, Any]
     arms: dict[str, dict[str, Any]]
@@ -135,8 +135,8 @@ def load_experiment(name: str, size: str, seeds: Sequence[int] | None = None) ->
         raise UserError(f"{path}: words: is no mapping of arms to texts")
     arms, own = content["arms"], of_size.get("arms", {})
     for arm, settings in (*arms.items(), *own.items()):
-        if not re.fullmatch(r"\w+", str(arm)) or not has_shape(settings, dict):
-            raise UserError(f"{path}: arm {shown(arm)}: needs a plain name, and settings in a mapping")
+        if not isinstance(arm, str) or not re.fullmatch(r"\w{1,60}", arm) or not has_shape(settings, dict):
+            raise UserError(f"{path}: arm {shown(arm)}: needs a plain name, a text, and settings in a mapping")
         if arm not in arms:
             raise UserError(f"{path}: size {size}: there is no arm {shown(arm)}{did_you_mean(arm, arms)}")
     compare = [tuple(pair) for pair in content["compare"]]
@@ -146,7 +146,7 @@ def load_experiment(name: str, size: str, seeds: Sequence[int] | None = None) ->
         path.stem,
         content["question"],
         size,
-        Path(of_size["conf"]),
+        of_size["conf"],
         tuple(seeds or of_size["seeds"]),
         dict(of_size.get("set", {})),
         {arm: {**settings, **own.get(arm, {})} for arm, settings in arms.items()},
@@ -155,6 +155,13 @@ def load_experiment(name: str, size: str, seeds: Sequence[int] | None = None) ->
         of_size["note"],
         of_size.get("ranks", True),
     )
+
+
+def find_conf(conf: Any, where: str) -> Path:
+    """A conf file named in an experiment: from the working directory or, if it is not there, beside the scripts."""
+    if not isinstance(conf, str) or not can_be_a_path(conf) or len(conf) > 250:
+        raise UserError(f"{where}: conf: {shown(conf)} cannot be the name of a file")
+    return Path(conf) if Path(conf).exists() else SCRIPTS / conf
 
 
 def are_seeds(seeds: Sequence[int]) -> bool:
@@ -173,21 +180,23 @@ def runs_of(experiment: Experiment, logdir: Path, said_for_all: Sequence[str] = 
     for seed in experiment.seeds:
         for number, (arm, own) in enumerate(experiment.arms.items()):
             settings = {**experiment.settings, **own, **said}
-            conf = Path(settings.pop("conf", experiment.conf))
-            conf = conf if conf.exists() else SCRIPTS / conf
+            where = f"experiment {experiment.name}, {experiment.size}, arm {arm}"
+            conf = find_conf(settings.pop("conf", experiment.conf), where)
             source = None
             if str(settings.get("policy_from")).startswith("@"):
                 name = settings["policy_from"][1:]
                 if name not in list(experiment.arms)[:number]:
-                    raise UserError(f"experiment {experiment.name}: arm {arm}: @{name} is no arm before it")
+                    raise UserError(f"{where}: @{name} is no arm before it")
                 source = folder / f"{name}_{seed}"
                 settings["policy_from"] = str(source)
-            where = f"experiment {experiment.name}, {experiment.size}, arm {arm}"
             settings["seed"] = seed
             config = load_config(conf, {field: (where, value) for field, value in settings.items()})
             run = Run(arm, seed, conf, settings, config, folder / f"{arm}_{seed}", source)
             before = run.directory / "config.yaml"
-            changes = changed_settings(load_config(before, {}), config) if before.exists() else []
+            old = load_config(before, {}) if before.exists() else config
+            changes = changed_settings(old, config)
+            if source is not None and old.policy_from != config.policy_from:
+                changes.append(f"policy_from: {old.policy_from} -> {config.policy_from}")
             if changes:
                 raise UserError(
                     f"{run.directory}: holds a run with other settings ({'; '.join(changes)})\n"

@@ -12,7 +12,7 @@ P policies each.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -55,6 +55,11 @@ class Reward(NamedTuple):
 
 
 PAPERS_REWARD = Reward()
+
+
+def require_same_form(now: Sequence[Any], saved: Sequence[Any]) -> None:
+    if list(now) != list(saved):
+        raise ValueError("policy_from holds policies of another form than when it began")
 
 
 class PolicySource:
@@ -251,9 +256,11 @@ class RecordedPolicies(PolicySource):
         self.op_MQK, self.level_MQK = self.op_RPQK[r, chosen_M], self.level_RPQK[r, chosen_M]
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"recorded": [self.op_RPQK, self.level_RPQK]}
+        return super().state_dict() | {"recorded": [self.op_RPQK, self.level_RPQK], "levels": self.levels}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on with what was read when the run began. Raises ValueError where what is there now has another form."""
+        require_same_form((self.levels, *self.op_RPQK.shape[2:]), (state["levels"], *state["recorded"][0].shape[2:]))
         super().load_state_dict(state)
         self.op_RPQK, self.level_RPQK = state["recorded"]
 
@@ -282,11 +289,18 @@ class FrozenPolicies(PolicySource):
         return super()._learn(reward_M)[0], entropy_M.mean().item()
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"controller": self.controller.state_dict()}
+        return super().state_dict() | {"controller": self.controller.state_dict(), "form": self._form()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on with the controller that was saved. Raises ValueError where the present one is of another form."""
+        require_same_form(self._form(), state["form"])
         super().load_state_dict(state)
         self.controller.load_state_dict(state["controller"])
+
+    def _form(self) -> list[Any]:
+        """All that a controller is but for its weights."""
+        own = self.controller
+        return [self.rows.tolist(), self.levels, own.Q, own.K, own.recurrence, own.logit_bound]
 
 
 class ControllerPolicies(FrozenPolicies):

@@ -93,7 +93,8 @@ def main() -> None:
         raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another place with --output") from None
     meaning = Part("What a level means", LEVELS + levels_table(), [what_operations_do(runs[0], args.dataroot)])
     parts = [meaning, Part("All runs", about_all(runs), [in_common(runs)])]
-    parts += [Part(run.name, about(run), pictures_of(run, args.dataroot)) for run in runs]
+    names = names_of(runs)
+    parts += [Part(name, about(run), pictures_of(run, args.dataroot)) for name, run in zip(names, runs, strict=True)]
     print(write_page(parts, folder))
 
 
@@ -145,12 +146,12 @@ def what_operations_do(run: Run, dataroot: str | None) -> Picture:
 
 
 def in_common(runs: Sequence[Run]) -> Picture:
-    curves = {}
-    for run in runs:
+    curves = []
+    for run, name in zip(runs, names_of(runs), strict=True):
         scored = [one for one in run.metrics if "valid_top1" in one or "test_top1" in one]
         held_out = [(one["epoch"], 100 * one.get("valid_top1", one.get("test_top1"))) for one in scored]
         train = [(one["epoch"], 100 * one["train_top1"], one["train_loss"]) for one in run.metrics]
-        curves[run.name] = figures.Curve(train, held_out)
+        curves.append(figures.Curve(name, train, held_out))
     words = (
         "Every run by its epochs. Left: the loss on the training images as the network meets them, augmented. Middle: "
         "the share of those that it gets right; where policies are hard, it is low even for a good network. Right: the "
@@ -322,10 +323,17 @@ def learned(run: Run) -> tuple[Controller, tuple[str, ...], int] | None:
         return None
 
 
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """Of their directories, with the folder above where two have the same."""
+    names = [run.name for run in runs]
+    above = [one_line(run.directory.resolve().parent.name, 80) for run in runs]
+    return [f"{a}/{name}" if names.count(name) > 1 else name for a, name in zip(above, names, strict=True)]
+
+
 def about_all(runs: Sequence[Run]) -> str:
     header = ("run", "policies", "M", "epochs", "train accuracy", "held-out or test accuracy", "collapsed", "time")
     rows = []
-    for run in runs:
+    for run, name in zip(runs, names_of(runs), strict=True):
         last = run.metrics[-1]
         scores = [one.get("valid_top1", one.get("test_top1")) for one in run.metrics]
         score = next((f"{100 * one:.2f} %" for one in reversed(scores) if one is not None), "-")
@@ -334,13 +342,11 @@ def about_all(runs: Sequence[Run]) -> str:
         epochs = f"{last['epoch']} of {run.config.epochs}"
         told = f"{collapsed} of {len(run.intervals)} intervals" if run.config.policy == "controller" else "-"
         accuracy = f"{100 * last['train_top1']:.2f} %"
-        rows.append((run.name, policy, str(run.config.M), epochs, accuracy, score, told, duration(run.seconds)))
+        rows.append((name, policy, str(run.config.M), epochs, accuracy, score, told, duration(run.seconds)))
     differing = settings_that_differ(runs)
     text = html_table(header, rows)
     if differing:
-        text += "<p>Settings in which the runs differ:</p>" + html_table(
-            ("setting", *(r.name for r in runs)), differing
-        )
+        text += "<p>Settings in which the runs differ:</p>" + html_table(("setting", *names_of(runs)), differing)
     return text
 
 

@@ -24,6 +24,7 @@ STACK = (
 class Curve(NamedTuple):
     """Of a run: (epoch, accuracy in per cent, loss) in training, and (epoch, accuracy in per cent) on other images."""
 
+    name: str
     train: Sequence[tuple[float, float, float]]
     held_out: Sequence[tuple[float, float]]
 
@@ -34,11 +35,11 @@ def binned(intervals: Sequence[Any]) -> list[Sequence[Any]]:
     return [intervals[start : start + size] for start in range(0, len(intervals), size)]
 
 
-def curves(of_run: dict[str, Curve]) -> "Figure":
+def curves(of_runs: Sequence[Curve]) -> "Figure":
     figure = figure_class()(figsize=(11, 4.2), layout="constrained")
     loss, accuracy, held_out = figure.subplots(1, 3, sharex=True)
-    for number, (name, curve) in enumerate(of_run.items()):
-        style = {"color": COLOURS[number % 8], "linestyle": ("-", "--", ":")[number // 8 % 3], "label": name}
+    for number, curve in enumerate(of_runs):
+        style = {"color": COLOURS[number % 8], "linestyle": ("-", "--", ":")[number // 8 % 3], "label": curve.name}
         style["marker"] = "o" if len(curve.train) < 3 else None
         epochs, right, losses = zip(*curve.train, strict=True)
         loss.plot(epochs, losses, **style)

@@ -176,8 +176,10 @@ class _Reader:
         return row_of(name), level
 
     def recorded(self) -> Recorded:
-        K = max(1, *(len(sub) for policies in self._intervals for policy in policies for sub in policy))
-        nothing = (-1, 0)
+        lengths = [len(sub) for policies in self._intervals for policy in policies for sub in policy]
+        K, nothing = max(1, *lengths), (-1, 0)
+        if len(lengths) * K > 2 * MOST_OPERATIONS:
+            raise UserError(f"{self.file}: its sub-policies are of too different lengths, up to {K:,} operations")
         padded = [
             [[[*sub, *[nothing] * (K - len(sub))] for sub in policy] for policy in policies]
             for policies in self._intervals

@@ -25,9 +25,9 @@ COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#0
 UNCERTAIN = ("controller", "frozen", "random")  # sources of policies that have an entropy
 NUMBER = (int, float)
 RECORD = {
-    "size": str, "arm": str, "seed": int, "settings": dict, "policy": str, "error": NUMBER, "test_images": int,
-    "train_loss": NUMBER, "seconds": NUMBER, "entropy": list, "collapsed": int, "M": int, "epochs": int, "torch": str,
-    "device": str, "git_revision": (str, type(None)),
+    "size": str, "conf": str, "arm": str, "seed": int, "settings": dict, "policy": str, "error": NUMBER,
+    "test_images": int, "train_loss": NUMBER, "seconds": NUMBER, "entropy": list, "collapsed": int, "M": int,
+    "epochs": int, "torch": str, "device": str, "git_revision": (str, type(None)),
 }  # fmt: skip
 
 
@@ -53,7 +53,14 @@ def _still_true(before: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str,
     now = {one["arm"]: (one["size"], one["conf"], one["settings"]) for one in ours}
     done = {(one["arm"], one["seed"]) for one in ours}
     same = [one for one in before if now.get(one["arm"]) == (one["size"], one.get("conf"), one["settings"])]
-    return [one for one in same if (one["arm"], one["seed"]) not in done]
+    there = done | {(one["arm"], one["seed"]) for one in same}
+    sources = {arm: str(settings.get("policy_from", "")) for arm, (_, _, settings) in now.items()}
+
+    def has_its_source(one: Mapping[str, Any]) -> bool:
+        source = sources[one["arm"]]
+        return not source.startswith("@") or (source[1:], one["seed"]) in there
+
+    return [one for one in same if (one["arm"], one["seed"]) not in done and has_its_source(one)]
 
 
 def record_of(run: Run, size: str) -> dict[str, Any]:
@@ -65,6 +72,7 @@ def record_of(run: Run, size: str) -> dict[str, Any]:
     own = {name: value for name, value in run.settings.items() if name not in ("seed", "dataroot")}
     if run.source is not None:
         own["policy_from"] = f"@{run.source.name.rpartition('_')[0]}"
+    ended = [one for one in metrics if "entropy" in one]  # the epochs in which an interval ended
     largest = build_policies(run.config).largest_entropy if run.config.policy in UNCERTAIN else 0.0
     return {
         "size": size,
@@ -80,8 +88,8 @@ def record_of(run: Run, size: str) -> dict[str, Any]:
         "M": run.config.M,
         "epochs": run.config.epochs,
         "seconds": round(sum(one["train_seconds"] + one["other_seconds"] for one in times), 1),
-        "entropy": [round(one["entropy"] / largest, 4) for one in metrics] if largest else [],
-        "loss_spread": [round(one["loss_spread"], 4) for one in metrics],
+        "entropy": [round(one["entropy"] / largest, 4) for one in ended] if largest else [],
+        "loss_spread": [round(one["loss_spread"], 4) for one in ended],
         "collapsed": sum(one["collapsed"] is not None for one in policies),
         "intervals": len(policies),
         "images": results["benchmarks"]["clean"]["source"],
@@ -106,22 +114,19 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 def in_words(experiment: Experiment, records: Sequence[Mapping[str, Any]]) -> list[str]:
     """The part of summary.md about one size: what was run, each arm's errors, and the differences seed by seed."""
     first, by_arm = records[0], _by_arm(records)
+    others = [f"`{conf}` ({', '.join(arms)})" for conf, arms in _arms_by_conf(records).items() if conf != first["conf"]]
     settings = [record["settings"] for record in records]
     shared = [f"{k} {v}" for k, v in settings[0].items() if all(k in one and one[k] == v for one in settings)]
-    conf = experiment.conf.as_posix()
     ran = "{device} (threads: {threads}), torch {torch}, revision {git_revision}"
     where = "; ".join(dict.fromkeys(ran.format(**one) for one in records))
     command = f"python experiments.py {experiment.name}" + (f" --size {experiment.size}" * (experiment.size != "tiny"))
-    lines = [
-        f"{experiment.note}",
-        "",
-        f"Every arm: `{conf}`{' with ' * bool(shared)}{', '.join(shared)}. Run on {where}.",
-        "",
-    ]
+    confs = " or ".join([f"`{first['conf']}`", *others])
+    every = f"Every arm: {confs}{' with ' * bool(shared)}{', '.join(shared)}. Run on {where}."
+    lines = [experiment.note, "", every, ""]
     lines += ["```bash", command, "```", ""]
     rows = [_row(experiment, arm, of_arm) for arm, of_arm in by_arm.items()]
     header = ("arm", "M", "epochs", "test error (%)", "by seed", "train loss", "entropy left", "collapsed")
-    seeds = ", ".join(str(seed) for seed in by_arm[first["arm"]])
+    seeds = ", ".join(map(str, sorted({record["seed"] for record in records})))
     notes = [
         f"Errors are of the last epoch on {first['test_images']:,} test images ({first['images']}), where one image is "
         f"{100 / first['test_images']:.2g} points; mean +- standard deviation over seeds {seeds}. The train loss is "
@@ -262,6 +267,15 @@ def _styles(count: int) -> list[dict[str, str]]:
         {"color": COLOURS[number % len(COLOURS)], "linestyle": ("-", "--", ":")[number // len(COLOURS) % 3]}
         for number in range(count)
     ]
+
+
+def _arms_by_conf(records: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    arms: dict[str, list[str]] = {}
+    for record in records:
+        of_conf = arms.setdefault(record["conf"], [])
+        if record["arm"] not in of_conf:
+            of_conf.append(record["arm"])
+    return arms
 
 
 def _by_arm(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, Mapping[str, Any]]]:

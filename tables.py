@@ -59,7 +59,7 @@ TRANSFERRED = {  # likewise, under the policies that ResNet-50 has learned on Im
 }
 # Of the paper's method: the policies' sources, and settings that must be as they are by default.
 PAPERS_SOURCES = ("controller", *FROM_A_FILE)
-PAPERS_SETTINGS = ("reward", "reward_ema", "divide_by_std", "logit_bound", "clean_share", "optimizer")
+PAPERS_SETTINGS = ("reward", "reward_ema", "divide_by_std", "logit_bound", "clean_share", "entropy_bonus", "optimizer")
 
 
 def report(results: Sequence[Result], form: str) -> str:
@@ -238,6 +238,7 @@ def _comparable(result: Result, noted: Mapping[str, Any]) -> bool:
         and config is not None
         and result["epoch"] == config["epochs"]
         and config["policy"] in PAPERS_SOURCES
+        and not (config["policy_from"] or "").endswith((".json", ".yaml", ".yml"))  # somebody's own
         and all(config[name] == getattr(Config, name) for name in PAPERS_SETTINGS)
         and (config["train_size"], config["valid_size"], config["skip_unreadable"]) == (None, 0, False)
         and config["dataset"] == result["scored_with"]["dataset"]

@@ -47,6 +47,11 @@ class Teacher:
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps, "model": self.model.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], buffers: dict[str, Tensor]) -> None:
+        """buffers: this process's own, in the place of those in `state`."""
         self.steps = state["steps"]
-        self.model.load_state_dict(state["model"])
+        self.model.load_state_dict(state["model"] | buffers)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """BatchNorm's statistics, which each process averages of its own, on the CPU."""
+        return {name: buffer.cpu() for name, buffer in self.model.named_buffers()}

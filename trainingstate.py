@@ -86,6 +86,9 @@ class TrainingState:
         self.require_finite()
         where = f"after epoch {self.epoch}, step {self.step}"
         self.world.require_equal(f"{where}: the weights", lambda: digest(list(self.model.parameters())))
+        if self.teacher:
+            averages = list(self.teacher.model.parameters())
+            self.world.require_equal(f"{where}: the teacher", lambda: digest(averages))
         self.world.require_equal(f"{where}: the policies", lambda: digest(self.policies.state_dict()))
         tally = self.policies.tally
         own = {
@@ -94,7 +97,7 @@ class TrainingState:
             "loss_sum_M": tally.loss_sum_M.cpu(),
             "teacher_sum_M": tally.teacher_sum_M.cpu(),
             "images": tally.images,
-            "teacher": self.teacher and self.teacher.state_dict(),
+            "teacher_buffers": self.teacher.buffers() if self.teacher else {},
             "loss_and_correct": self.so_far.loss_and_correct.cpu(),
             "copies": self.so_far.copies,
             "skipped": int(self.numbers.skipped),
@@ -111,6 +114,7 @@ class TrainingState:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "policies": self.policies.state_dict(),
+            "teacher": self.teacher and self.teacher.state_dict(),
             "ranks": self.world.gather(own),
         }
 
@@ -125,7 +129,7 @@ class TrainingState:
         try:
             own = saved["ranks"][self.world.rank] if self.fits(saved) else self._share_of(saved)
             self.epoch, self.step, self.best = saved["epoch"], saved["step"], saved["best"]
-            self.collapse, self.rewinds = Collapse(*saved["collapse"]), saved["rewinds"]
+            self.collapse, self.rewinds = Collapse(*saved["collapse"]), int(saved["rewinds"])
             self.model.load_state_dict(saved["model"] | own["buffers"])
             self.optimizer.load_state_dict(saved["optimizer"])
             for group in self.optimizer.param_groups:
@@ -133,8 +137,9 @@ class TrainingState:
             self.scaler.load_state_dict(saved["scaler"])
             self.policies.load_state_dict(saved["policies"])
             self.policies.tally = Tally(own["loss_sum_M"], own["teacher_sum_M"], own["images"])
+            of_teacher = saved["teacher"], own["teacher_buffers"]
             if self.teacher:
-                self.teacher.load_state_dict(own["teacher"])
+                self.teacher.load_state_dict(*of_teacher)
             sums = own["loss_and_correct"].to(self.world.device)
             self.so_far = EpochSoFar(sums, own["copies"], **saved["so_far"])
             self.numbers.reset(own["skipped"])
@@ -157,7 +162,7 @@ class TrainingState:
             "loss_sum_M": sum(rank["loss_sum_M"] for rank in ranks) / size,
             "teacher_sum_M": sum(rank["teacher_sum_M"] for rank in ranks) / size,
             "images": sum(rank["images"] for rank in ranks) / size,
-            "teacher": ranks[0]["teacher"],
+            "teacher_buffers": {},
             "loss_and_correct": torch.zeros(2, dtype=torch.float64),
             "copies": 0,
             "skipped": 0,

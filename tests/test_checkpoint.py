@@ -57,7 +57,7 @@ def a_state(epoch, step, size=10, number=0):
     numbers |= {
         "loss_sum_M": none,
         "teacher_sum_M": none,
-        "teacher": None,
+        "teacher_buffers": {},
         "loss_and_correct": none,
         "devices": 1,
         "images": 0,

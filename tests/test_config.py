@@ -124,6 +124,7 @@ def test_the_conf_of_augmix_is_the_published_recipe():
     assert (c.lr, c.weight_decay, c.momentum, c.nesterov, c.schedule, c.warmup_epochs) == (
         0.1, 5e-4, 0.9, True, "cosine", 0
     )  # fmt: skip
+    assert not c.crop_per_copy, "the copies that are compared have one crop and flip"
     assert (c.mean, c.std, c.flip, c.crop_padding, c.cutout, c.dropout) == ((0.5,) * 3, (0.5,) * 3, True, 4, 0, 0)
 
 

@@ -68,7 +68,7 @@ def in_process(monkeypatch):
 def experiment(script, tmp_path):
     """experiment("controls", "--seeds", 0) -> Finished, with runs and results below tmp_path."""
     places = ("--logdir", tmp_path / "logs", "--results", tmp_path / "results")
-    return lambda *arguments: script("experiments.py", *arguments, *places, "--set", *SMALL)
+    return lambda *arguments: script("experiments.py", "--set", *SMALL, *places, *arguments)
 
 
 @pytest.fixture
@@ -247,11 +247,15 @@ BAD = {
     "ranks": ({"sizes": {"tiny": TINY_SIZE | {"ranks": "no"}}}, "and may have set, arms and ranks"),
     "words": ({"words": ["a"]}, "words: is no mapping"),
     "arm": ({"arms": {"a b": {}}}, "arm 'a b': needs a plain name"),
-    "no settings": ({"arms": {"a": 5}}, "arm 'a': needs a plain name, and settings in a mapping"),
+    "no settings": ({"arms": {"a": 5}}, "arm 'a': needs a plain name, a text, and settings in a mapping"),
     "pair": ({"compare": [["a", "c"]]}, "compare: every entry is a pair of arms"),
     "setting": ({"arms": {"a": {"polcy": "none"}, "b": {}}}, "arm a: unknown setting 'polcy'; did you mean policy?"),
     "value": ({"arms": {"a": {"lr": -1}, "b": {}}}, "arm a: lr: -1.0 must be above 0"),
     "later": ({"arms": {"a": {"policy": "frozen", "policy_from": "@b"}, "b": {}}}, "arm a: @b is no arm before it"),
+    "no text": ({"arms": {False: {}, "b": {}}}, "arm False: needs a plain name, a text"),
+    "conf of a number": ({"arms": {"a": {"conf": 5}, "b": {}}}, "conf: 5 cannot be the name of a file"),
+    "conf of a nul": ({"arms": {"a": {"conf": "a\0b"}, "b": {}}}, "conf: 'a\\x00b' cannot be the name of a file"),
+    "long conf": ({"arms": {"a": {"conf": "x" * 5000}, "b": {}}}, "cannot be the name of a file"),
     "conf": ({"arms": {"a": {"conf": "confs/none.yaml"}, "b": {}}}, "there is no such conf file"),
 }
 
@@ -287,6 +291,34 @@ def test_a_run_with_other_settings_is_not_taken_for_it(mine, in_process, tmp_pat
     assert mine().status == 0
     done = mine("--set", "lr=0.3")
     assert_refused(done, "source_0: holds a run with other settings (lr: 0.1 -> 0.3)", "choose another --logdir")
+
+
+def test_a_run_that_takes_its_policies_from_another_source_than_before_is_not_taken_for_it(mine, in_process, tmp_path):
+    assert mine().status == 0
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        path.read_text().replace("source:", "origin:").replace("@source", "@origin").replace("- source", "- origin")
+    )
+    assert_refused(mine(), "frozen_0: holds a run with other settings (policy_from: ", "origin_0")
+
+
+def test_epochs_in_which_no_interval_ends_are_passed_over(mine, in_process, tmp_path):
+    """An epoch has four steps here, an interval six."""
+    done = mine("--set", "policy_interval=6")
+    assert done.status == 0, done.err
+    source, _ = read_records(tmp_path / "results" / "mine" / "runs.jsonl")
+    metrics = lines(tmp_path / "logs" / "mine-tiny" / "source_0" / "metrics.jsonl")
+    assert ["entropy" in one for one in metrics] == [False, True]
+    assert len(source["entropy"]) == len(source["loss_spread"]) == 1
+
+
+def test_lines_of_other_seeds_go_with_their_source(mine, in_process, tmp_path):
+    assert mine("--seeds", 0, 1).status == 0
+    results = tmp_path / "results" / "mine" / "runs.jsonl"
+    changed = [record | ({"settings": {}} if record["arm"] == "source" else {}) for record in read_records(results)]
+    results.write_text("".join(json.dumps(record) + "\n" for record in changed))
+    assert mine("--seeds", 1).status == 0
+    assert [(record["arm"], record["seed"]) for record in read_records(results)] == [("source", 1), ("frozen", 1)]
 
 
 def test_a_run_that_fails_is_named_with_what_it_said(mine, in_process, tmp_path, monkeypatch):

@@ -302,7 +302,9 @@ def little(train, monkeypatch):
     return lambda name, *said: train(name, *LITTLE, *said)
 
 
-@pytest.mark.parametrize("said", [(p,) for p in PER_IMAGE] + [("augmix", "jsd=12", "M=3")], ids=str)
+@pytest.mark.parametrize(
+    "said", [(p,) for p in PER_IMAGE] + [("augmix", "jsd=12", "crop_per_copy=false", "M=3")], ids=str
+)
 def test_whole_runs(little, said):
     policy, *others = said
     run = little("run", f"policy={policy}", *others)
@@ -317,7 +319,9 @@ def test_whole_runs(little, said):
 
 
 def test_the_first_copy_that_the_network_sees_is_clean_and_the_others_are_not():
-    config = Config(policy="augmix", jsd=12, M=3, cutout=0, crop_padding=0, flip=False, model="wresnet10_1")
+    config = Config(
+        policy="augmix", jsd=12, crop_per_copy=False, M=3, cutout=0, crop_padding=0, flip=False, model="wresnet10_1"
+    )
     policies, images = build_policies(config), some_images(4, (32, 32))
     plan, weight_BV = policies.plan(4, (32, 32), generator()), policies.weights(4, generator(1))
     mixed = mix(apply(images.repeat_interleave(12, 0), plan), weight_BV).unflatten(0, (4, 3))

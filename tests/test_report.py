@@ -126,9 +126,9 @@ def test_the_meaning_of_levels():
 
 
 def test_every_axis_is_named(with_axes):
-    curve = reportfigures.Curve([(1, 20.0, 2.0), (2, 30.0, 1.5), (3, 40.0, 1.0)], [(3, 35.0)])
+    curve = reportfigures.Curve("run", [(1, 20.0, 2.0), (2, 30.0, 1.5), (3, 40.0, 1.0)], [(3, 35.0)])
     made = [
-        reportfigures.curves({f"run {n}": curve for n in range(10)}),
+        reportfigures.curves([curve._replace(name=f"run {n}") for n in range(10)]),
         reportfigures.stacked([1, 2, 3], ["a", "b"], [[0.5, 0.6, 0.7], [0.5, 0.4, 0.3]], "share (%)", sequential=False),
         reportfigures.stacked([1], list(range(30)), [[1 / 30]] * 30, "share (%)", sequential=True),
         reportfigures.operations([("a", ["x", "y"], torch.zeros(2, 3, 4, 4, dtype=torch.uint8))], [0, 9]),
@@ -185,6 +185,14 @@ def test_a_page_of_several_runs_is_the_same_every_time(little, page, tmp_path, w
     assert first.count("there is no policy to show") == 2
     for number, count in enumerate((1, 1, 6, 6, 1, 1)):
         assert len(list((tmp_path / "page").glob(f"{number}_*.png"))) == count
+
+
+def test_runs_of_the_same_name_are_told_apart(little, tmp_path):
+    run = little("one")
+    for folder in ("a", "b"):
+        shutil.copytree(run, tmp_path / folder / "one")
+    runs = [report.read_run(tmp_path / folder / "one") for folder in ("a", "b")]
+    assert report.names_of([*runs, report.read_run(little("two"))]) == ["a/one", "b/one", "two"]
 
 
 @pytest.mark.slow

@@ -163,6 +163,7 @@ def test_hostile_files_are_refused_soon(policy_file, tmp_path, monkeypatch):
         (("policy=learned",), "is not one of controller, random, none, recorded, frozen"),
         (("reward=lost",), "is not one of loss, teacher"),
         (("jsd=12",), "needs policy: augmix"),
+        (("jsd=12", "policy=augmix"), "compares copies of one crop: set crop_per_copy to false"),
         (("clean_share=1.5",), "is not between 0 and 1"),
         (("optimizer=adam",), "is not one of sgd, adamw"),
     ],
@@ -209,6 +210,27 @@ def test_a_record_is_replayed_over_a_run_of_another_length(little):
     assert ours == [policies for policies in theirs for _ in range(2)]
     once = little("once", "policy=recorded", f"policy_from={recorded / 'policies.jsonl'}", "policy_interval=4")
     assert [record["policies"] for record in lines(once / "policies.jsonl")] == [theirs[0], theirs[2], theirs[4]]
+
+
+def test_what_is_there_now_may_have_gone_elsewhere_but_not_have_another_form(little, script, tmp_path, policy_file):
+    file = policy_file("mine.json", POLICIES)
+    said = ("policy=recorded", "policy_interval=2", "M=2")
+    whole = little("whole", *said, f"policy_from={file}")
+    little("parts", *said, f"policy_from={file}", "--stop_epoch=1")
+    moved = file.rename(tmp_path / "moved.json")
+    assert files(little("parts", *said, f"policy_from={moved}", "--resume")) == files(whole)
+    little("other", *said, f"policy_from={moved}", "--stop_epoch=1")
+    moved.write_text(json.dumps({"policies": POLICIES, "levels": 20}))
+    small = ("model=wresnet10_1", "train_size=40", "batch_size=10", "epochs=3", "eval_every=3", "workers=0", *LITTLE)
+    again = ("--logdir", tmp_path, "--name", "other", "--resume")
+    done = script("main.py", *again, "--set", *small, *said, f"policy_from={moved}")
+    assert_refused(done, "policy_from holds policies of another form than when it began")
+
+
+def test_a_small_file_that_stands_for_a_large_table_is_refused(policy_file):
+    operation = ["Rotate", 1]
+    with pytest.raises(UserError, match="of too different lengths, up to 3,000 operations"):
+        read_policies(policy_file("wide.json", [[[operation] * 3000, *[[] for _ in range(3000)]]]))
 
 
 def test_a_run_without_a_controller_has_none_to_transfer(little, script, tmp_path):

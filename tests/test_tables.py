@@ -151,6 +151,8 @@ def test_runs_that_differ_in_the_seed_are_one_row_beside_the_published_numbers(w
         {"policy": "trivialaugment"},
         {"reward": "teacher"},
         {"logit_bound": 2.5},
+        {"entropy_bonus": 0.03},
+        {"policy": "recorded", "policy_from": "mine.yaml"},
         {"optimizer": "adamw"},
         {"epoch": 100},
         {"ours": False},

@@ -104,11 +104,9 @@ def test_two_processes_with_a_teacher_stay_equal_and_are_resumed_exactly(tmp_pat
     parts = train("parts", "--resume")
     assert files(parts) == files(whole)
     assert same(final_state(parts), final_state(whole))
-    ranks = final_state(whole)["ranks"]
-    averages = [
-        {name: value for name, value in rank["teacher"]["model"].items() if "running" not in name} for rank in ranks
-    ]
-    assert same(*averages), "the networks are equal, and so are their averages; statistics are each process's own"
+    own = [rank["teacher_buffers"] for rank in final_state(whole)["ranks"]]
+    assert own[0].keys() == own[1].keys()
+    assert not same(*own), "statistics are each process's own; that the averages are equal is checked at every save"
 
 
 OPERATIONS = ("ShearX", "TranslateX", "Rotate", "Sharpness", "AutoContrast")

@@ -30,7 +30,7 @@ from resultsfile import read_results
 from utils import UserError, did_you_mean, has_shape, shown
 
 FOLDER = Path(__file__).parent / "experiments"
-SCRIPTS = Path(__file__).parent
+SCRIPTS = Path(__file__).resolve().parent
 SIZES = ("tiny", "small", "full")
 SHAPE = {"question": str, "arms": dict, "compare": [list], "sizes": dict}
 SIZE_SHAPE = {"conf": str, "seeds": [int], "note": str}

@@ -65,7 +65,7 @@ def _still_true(before: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str,
 
 def record_of(run: Run, size: str) -> dict[str, Any]:
     """What is kept of a run: numbers, settings and versions, and no path of the machine it ran on."""
-    results = read_results(run.directory)
+    results, conf = read_results(run.directory), run.conf.resolve()
     (cell,) = results["benchmarks"]["clean"]["cells"]
     metrics, times, policies = (_lines(run.directory / f"{name}.jsonl") for name in ("metrics", "times", "policies"))
     environment = results["benchmarks"]["clean"]["environment"]
@@ -78,7 +78,7 @@ def record_of(run: Run, size: str) -> dict[str, Any]:
         "size": size,
         "arm": run.arm,
         "seed": run.seed,
-        "conf": run.conf.relative_to(SCRIPTS).as_posix() if run.conf.is_relative_to(SCRIPTS) else run.conf.name,
+        "conf": conf.relative_to(SCRIPTS).as_posix() if conf.is_relative_to(SCRIPTS) else conf.name,
         "settings": own,
         "policy": run.config.policy,
         "error": cell["error"],

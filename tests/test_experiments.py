@@ -150,6 +150,7 @@ def test_an_experiment_is_run_scored_summed_up_and_not_run_again(experiment, in_
     assert f"| {first} - {second} | 2 | {mean:+.2f} | +- " in summary
     assert summary.count("nothing: too small") == len(one.compare)
     assert "train_size 40" in summary, "what was said for all arms"
+    assert "`confs/demo.yaml`" in summary
 
     again = experiment(name, "--seeds", 0, 1)
     assert (again.status, len(in_process)) == (0, 2 * len(runs)), "nothing is run twice"

@@ -43,7 +43,8 @@ class Experiment:
     """An experiment at one of its sizes.
 
     arms: by name, the settings in which it differs. compare: pairs of arms. note: what its numbers can be compared
-    with. ranks: False where it is too small to say which arm is better, however many seeds there are.
+    with. ranks: False where it is too small to say which arm is better, however many seeds there are. said: settings of
+    all arms, "setting=value", over the file's.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Experiment:
     compare: tuple[tuple[str, str], ...]
     note: str
     ranks: bool
+    said: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Run:
         return [score] if self.is_trained() else [train, score]
 
 
-def load_experiment(name: str, size: str, seeds: Sequence[int] | None = None) -> Experiment:
+def load_experiment(name: str, size: str, seeds: Sequence[int] | None = None, said: Sequence[str] = ()) -> Experiment:
     """experiments/NAME.yaml, or the file of that name, at one of its sizes. Raises UserError."""
     path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
     if not path.exists():
@@ -154,6 +156,7 @@ def load_experiment(name: str, size: str, seeds: Sequence[int] | None = None) ->
         tuple(compare),
         of_size["note"],
         of_size.get("ranks", True),
+        tuple(said),
     )
 
 
@@ -169,14 +172,13 @@ def are_seeds(seeds: Sequence[int]) -> bool:
     return bool(seeds) and all(type(seed) is int and seed >= 0 for seed in seeds) and len({*seeds}) == len(seeds)
 
 
-def runs_of(experiment: Experiment, logdir: Path, said_for_all: Sequence[str] = ()) -> Iterator[Run]:
+def runs_of(experiment: Experiment, logdir: Path) -> Iterator[Run]:
     """The runs of an experiment, those of one seed together, with all their settings checked.
 
-    said_for_all: "setting=value" for all arms, over the file's. Raises UserError for settings that cannot be, and where
-    a directory holds a run with others.
+    Raises UserError for settings that cannot be, and where a directory holds a run with others.
     """
     folder = logdir / f"{experiment.name}-{experiment.size}"
-    said = {field: value for field, (_, value) in said_by_set(said_for_all).items()}
+    said = {field: value for field, (_, value) in said_by_set(experiment.said).items()}
     for seed in experiment.seeds:
         for number, (arm, own) in enumerate(experiment.arms.items()):
             settings = {**experiment.settings, **own, **said}

@@ -39,8 +39,8 @@ SECONDS_BETWEEN_LOOKS = 0.1
 def main() -> None:
     args = parse_arguments()
     for name in args.names:
-        experiment = load_experiment(name, args.size, args.seeds)
-        runs = list(runs_of(experiment, args.logdir, args.set))
+        experiment = load_experiment(name, args.size, args.seeds, args.set)
+        runs = list(runs_of(experiment, args.logdir))
         if args.list:
             print(listed(experiment, runs, args))
             continue

@@ -5,6 +5,7 @@ each, and figures are named by it. A size that is run again takes the place of w
 """
 
 import json
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -119,10 +120,13 @@ def in_words(experiment: Experiment, records: Sequence[Mapping[str, Any]]) -> li
     shared = [f"{k} {v}" for k, v in settings[0].items() if all(k in one and one[k] == v for one in settings)]
     ran = "{device} (threads: {threads}), torch {torch}, revision {git_revision}"
     where = "; ".join(dict.fromkeys(ran.format(**one) for one in records))
-    command = f"python experiments.py {experiment.name}" + (f" --size {experiment.size}" * (experiment.size != "tiny"))
+    told = [word for word in experiment.said if not word.startswith("dataroot=")]  # which is this machine's own
+    size = ["--size", experiment.size] if experiment.size != "tiny" else []
+    command = shlex.join(["python", "experiments.py", experiment.name, *size, *(["--set", *told] if told else [])])
+    changed = "Settings were changed on the command line: what follows may not hold. " if told else ""
     confs = " or ".join([f"`{first['conf']}`", *others])
     every = f"Every arm: {confs}{' with ' * bool(shared)}{', '.join(shared)}. Run on {where}."
-    lines = [experiment.note, "", every, ""]
+    lines = [f"{changed}{experiment.note}", "", every, ""]
     lines += ["```bash", command, "```", ""]
     rows = [_row(experiment, arm, of_arm) for arm, of_arm in by_arm.items()]
     header = ("arm", "M", "epochs", "test error (%)", "by seed", "train loss", "entropy left", "collapsed")

@@ -611,6 +611,7 @@ def test_a_fault_that_happens_once_leaves_no_trace(script, tmp_path, monkeypatch
     assert same(load_tensors(run / "model.pt"), load_tensors(whole / "model.pt"))
 
 
+@pytest.mark.slow
 def test_a_fault_that_comes_back_with_the_same_draws_is_passed_by_others(script, tmp_path, monkeypatch):
     """In step 3 of the second epoch, from its third policies on, for what the network is shown there at first."""
     fault = Fault(monkeypatch, "loss", None, times=99)
@@ -651,6 +652,7 @@ def test_the_third_fault_stops_the_run_and_a_resumption_counts_on(script, tmp_pa
     assert [incident["rewind"] for incident in lines(run / "incidents.jsonl")] == [1, 2, None, None]
 
 
+@pytest.mark.slow
 def test_how_often_a_run_went_back_is_saved_with_it(script, tmp_path, monkeypatch):
     """Two faults before the resumption, one after it."""
     with monkeypatch.context() as patched:
@@ -665,6 +667,7 @@ def test_how_often_a_run_went_back_is_saved_with_it(script, tmp_path, monkeypatc
     assert "Numbers were not finite 2 times" in done.out
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_before_the_first_step_is_saved_goes_back_to_the_start(script, tmp_path, monkeypatch):
     assert script(*command(tmp_path, "whole", REWIND)).status == 0
     Fault(monkeypatch, "loss", at(0, 0))
@@ -806,6 +809,7 @@ def test_of_the_fault_of_one_process_its_policy_is_named(tmp_path, monkeypatch):
     assert "the loss is no longer finite in epoch 2, step 2 (process 1; policy 2)" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "settings"),
     [

@@ -451,6 +451,7 @@ def test_cells_of_another_checkpoint_precision_or_data_are_not_taken_over(script
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("key", "finished"), [("pillow", True), ("device", True), ("git_revision", False)])
 def test_cells_of_other_versions_are_scored_anew(script, corrupted, run, key, finished):
     assert script(*corrupted).status == 0

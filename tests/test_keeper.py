@@ -401,6 +401,7 @@ def test_as_many_processes_as_before_go_on_exactly_whatever_is_allowed(monkeypat
 # A full disk
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("full", ["checkpoints", pytest.param("everything", marks=pytest.mark.slow)])
 def test_a_full_disk_leaves_the_checkpoint_before_whole(monkeypatch, tmp_path, whole, full, size):

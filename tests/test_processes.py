@@ -752,6 +752,7 @@ def test_both_launchers_start_the_same_run(train_ranks, tmp_path, launcher):
     assert "Error" not in err
 
 
+@pytest.mark.slow
 def test_an_error_ends_a_launched_run_and_leaves_nothing_behind(tmp_path):
     """The leader cannot write; the other process waits for it in vain, and is ended."""
     (tmp_path / "file").write_text("")

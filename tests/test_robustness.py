@@ -302,6 +302,7 @@ def test_several_processes_fetch_once_and_give_the_numbers_of_one(zenodo, weight
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_a_mirror_and_no_download(script, zenodo, weights, tmp_path):
     command = ("evaluate.py", "--model", "wresnet10_1", "--weights", weights, "--benchmarks", "cifar10-c")
     root = tmp_path / "data"

@@ -11,6 +11,7 @@ channels, but for logits_BC, where C counts classes; H, W rows and columns of im
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
@@ -94,7 +95,7 @@ class Draws(NamedTuple):
     applied_BK: Tensor
 
 
-class PerImage(PolicySource):
+class PerImage(PolicySource, ABC):
     """A source that draws for each copy by itself: its M policies are one."""
 
     words = ""
@@ -103,13 +104,13 @@ class PerImage(PolicySource):
         super().__init__(M, 1, K, **options)
         self._tables = functools.lru_cache(maxsize=8)(self._tables_for)
 
+    @abstractmethod
     def space(self, size: tuple[int, int]) -> Space:
         """What there is to choose from, for images of (H, W)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def draw(self, B: int, generator: torch.Generator) -> Draws:
         """Draws for B copies."""
-        raise NotImplementedError
 
     def plan_of(self, draws: Draws, size: tuple[int, int]) -> Plan:
         """What draws mean for images of (H, W)."""

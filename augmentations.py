@@ -184,7 +184,7 @@ def _run(op: "Op", images_BCHW: Tensor, partners_BCHW: Tensor, plan: Plan, numbe
         return _interpolated(images_BCHW, matrix_6B)
     extra = []
     if op.needs == "partner":
-        extra = [partners_BCHW.index_select(0, plan.partner_BK[numbers, k])]
+        extra = [partners_BCHW.index_select(0, upload(plan.partner_BK[numbers, k], partners_BCHW.device))]
     elif op.needs == "centre":
         extra = [plan.centre_BK2[numbers, k]]
     return op.kernel(images_BCHW, plan.magnitude_BK[numbers, k], *extra)
@@ -199,9 +199,9 @@ def piece_size(images_BCHW: Tensor) -> int:
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a small CPU tensor to the device, from pinned memory, without waiting for it."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    if device.type == "cpu" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _per_image(values_B: Tensor, like_BCHW: Tensor, dtype: torch.dtype) -> Tensor:
@@ -587,7 +587,7 @@ class _Settings(NamedTuple):
 
     affine_6B: Tensor  # as `_fixed_point` gives it
     box_4B: Tensor  # as `_box` gives it
-    op_1B: Tensor
+    op_1B: Tensor  # a row of OPS with its kernel, -1 for a kernel of no family
     threshold_1B: Tensor  # inverted from here on, 256: nowhere
     kept_1B: Tensor  # bits
     weight_1B: Tensor
@@ -596,43 +596,59 @@ class _Settings(NamedTuple):
 
 
 def _in_families(images_BCHW: Tensor, plan: Plan, partners_BCHW: Tensor) -> Tensor:
-    """`apply` for CUDA: one upload, then a few kernels of fixed shapes. A family that no image needs is left out."""
+    """`apply` for CUDA: one upload, then a few kernels of fixed shapes. A family that no image needs is skipped.
+
+    An operation that belongs to no family is run by its own kernel, on the images that it is for.
+    """
     settings_KSB, present = family_settings(plan, *images_BCHW.shape[-2:])
-    settings_KSB = upload(settings_KSB, images_BCHW.device)
-    return through_families(images_BCHW, settings_KSB, present, partners_BCHW, bilinear=plan.bilinear)
+    settings_KSB, out_BCHW = upload(settings_KSB, images_BCHW.device), images_BCHW.clone()
+    for k, (settings_SB, kernels) in enumerate(zip(settings_KSB, present, strict=True)):
+        out_BCHW = through_families(out_BCHW, settings_SB, kernels, partners_BCHW, bilinear=plan.bilinear)
+        for row, numbers in _members(plan.op_BK[:, k]):
+            if OPS[row].kernel not in _FAMILIES:
+                index = upload(numbers, images_BCHW.device)
+                group_BCHW = out_BCHW.index_select(0, index)
+                out_BCHW.index_copy_(0, index, _run(OPS[row], group_BCHW, partners_BCHW, plan, numbers, k))
+    return out_BCHW
+
+
+def _members(op_B: Tensor) -> list[tuple[int, Tensor]]:
+    """The rows of `OPS` that occur at a position, each with the numbers of its images."""
+    return [(row, (op_B == row).nonzero()[:, 0]) for row in op_B.unique().tolist() if row >= 0]
 
 
 def family_settings(plan: Plan, height: int, width: int) -> tuple[Tensor, list[set[Callable[..., Tensor]]]]:
-    """What `through_families` needs to know of a plan, float64 on the CPU, and the kernels at each position."""
+    """What `through_families` needs to know of each position of a plan, float64 on the CPU, and its kernels."""
     positions = range(plan.op_BK.shape[1])
     settings = [torch.cat(_settings(plan, k, height, width)) for k in positions]  # rows as in _Settings
-    present = [{OPS[row].kernel for row in plan.op_BK[:, k].unique().tolist() if row >= 0} for k in positions]
+    present = [{OPS[row].kernel for row, _ in _members(plan.op_BK[:, k])} for k in positions]
     return torch.stack(settings) if settings else torch.empty(0), present
 
 
 def through_families(
     images_BCHW: Tensor,
-    settings_KSB: Tensor,
-    present: list[set[Callable[..., Tensor]]],
+    settings_SB: Tensor,
+    kernels: set[Callable[..., Tensor]],
     partners_BCHW: Tensor,
     *,
     bilinear: bool = False,
 ) -> Tensor:
-    """All that a plan does on the device: fixed shapes, no wait; a CUDA graph can hold it for equal `present`."""
-    out_BCHW = images_BCHW.clone()
-    for settings_SB, kernels in zip(settings_KSB, present, strict=True):
-        settings = _Settings(*settings_SB.split((6, 4, 1, 1, 1, 1, 1, len(settings_SB) - 15)))
-        if kernels & (_GEOMETRY - _MATRICES.keys() if bilinear else _GEOMETRY):
-            out_BCHW = _through(out_BCHW, settings.affine_6B.long())
-        if bilinear and kernels & _MATRICES.keys():
-            out_BCHW = _interpolated(out_BCHW, settings.matrix_6B)
-        if kernels & _TONES:
-            out_BCHW = _toned(out_BCHW, settings, kernels)
-        if kernels & _BLENDS:
-            out_BCHW = _blended(out_BCHW, settings, kernels, partners_BCHW)
-        if cutout in kernels:
-            out_BCHW = _fill(out_BCHW, settings.box_4B.long())
-    return out_BCHW
+    """One position of a plan on the device: fixed shapes, no wait; a CUDA graph can hold it for equal `kernels`.
+
+    What no family is needed for is returned as it came; kernels of no family are skipped.
+    """
+    settings = _Settings(*settings_SB.split((6, 4, 1, 1, 1, 1, 1, len(settings_SB) - 15)))
+    if kernels & (_GEOMETRY - _MATRICES.keys() if bilinear else _GEOMETRY):
+        images_BCHW = _through(images_BCHW, settings.affine_6B.long())
+    if bilinear and kernels & _MATRICES.keys():
+        images_BCHW = _interpolated(images_BCHW, settings.matrix_6B)
+    if kernels & _TONES:
+        images_BCHW = _toned(images_BCHW, settings, kernels)
+    if kernels & _BLENDS:
+        images_BCHW = _blended(images_BCHW, settings, kernels, partners_BCHW)
+    if cutout in kernels:
+        images_BCHW = _fill(images_BCHW, settings.box_4B.long())
+    return images_BCHW
 
 
 def _settings(plan: Plan, k: int, height: int, width: int) -> _Settings:
@@ -641,16 +657,16 @@ def _settings(plan: Plan, k: int, height: int, width: int) -> _Settings:
     settings = _Settings(
         affine_6B=torch.tensor([32768.0, 65536.0, 0.0, 32768.0, 0.0, 65536.0])[:, None] * one_1B,
         box_4B=-one_1B.repeat(4, 1),
-        op_1B=op_B[None].double(),
+        op_1B=-one_1B,
         threshold_1B=256 * one_1B,
         kept_1B=255 * one_1B,
         weight_1B=0 * one_1B,
         partner_1B=0 * one_1B,
         matrix_6B=torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 0.0] if plan.bilinear else [])[:, None] * one_1B,
     )
-    for row in op_B.unique().tolist():
-        kernel, numbers = OPS[row].kernel if row >= 0 else None, (op_B == row).nonzero()[:, 0]
-        magnitudes = magnitude_B[numbers]
+    for row, numbers in _members(op_B):
+        kernel, magnitudes = OPS[row].kernel, magnitude_B[numbers]
+        settings.op_1B[:, numbers] = _ROW.get(kernel, -1)
         if kernel in _MATRICES and plan.bilinear:
             settings.matrix_6B[:, numbers] = _matrices(_MATRICES[kernel], magnitudes, height, width)
         elif kernel is translate_x:
@@ -722,6 +738,7 @@ _MATRICES = {shear_x: _shear_x_matrix, shear_y: _shear_y_matrix, rotate: _rotati
 _GEOMETRY = {*_MATRICES, translate_x, translate_y}
 _TONES = {autocontrast, invert, equalize, solarize, posterize}
 _BLENDS = {contrast, color, brightness, sharpness, sample_pairing}
+_FAMILIES = _GEOMETRY | _TONES | _BLENDS | {cutout}
 
 
 class Op(NamedTuple):
@@ -769,4 +786,4 @@ OPS: tuple[Op, ...] = (
     Op("SamplePairing", sample_pairing, 0.0, 0.4, "weight of the partner", neutral=0.0, needs="partner"),
 )
 
-_ROW = {op.kernel: row for row, op in enumerate(OPS)}
+_ROW = {op.kernel: row for row, op in enumerate(OPS) if op.kernel in _FAMILIES}

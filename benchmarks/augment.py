@@ -207,12 +207,19 @@ def as_graph(copies_BCHW: Tensor, plan: Plan) -> Callable[[], Tensor]:
     settings_KSB, present = family_settings(plan, *copies_BCHW.shape[-2:])
     images_BCHW, on_device_KSB = copies_BCHW.clone(), settings_KSB.to(copies_BCHW.device)
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def run_positions() -> Tensor:
+        out_BCHW = images_BCHW
+        for settings_SB, kernels in zip(on_device_KSB, present, strict=True):
+            out_BCHW = through_families(out_BCHW, settings_SB, kernels, images_BCHW)
+        return out_BCHW
+
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        through_families(images_BCHW, on_device_KSB, present, images_BCHW)
+        run_positions()
     torch.cuda.current_stream().wait_stream(stream)
     with torch.cuda.graph(graph):
-        result_BCHW = through_families(images_BCHW, on_device_KSB, present, images_BCHW)
+        result_BCHW = run_positions()
 
     def play() -> Tensor:
         settings_KSB, _ = family_settings(plan, *copies_BCHW.shape[-2:])

@@ -66,6 +66,19 @@ class Finished(NamedTuple):
     err: str
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", help="where the tests marked cuda run (default: cuda, or skipped without a GPU)")
+
+
+@pytest.fixture
+def device(request):
+    """The device of a test marked cuda."""
+    name = request.config.getoption("--device")
+    if name is None and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device(name or "cuda")
+
+
 @pytest.fixture(autouse=True)
 def plain_pictures(monkeypatch):
     """Figures with axes take half a second each: only tests that ask for `with_axes` draw them."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
 import augmentations
-from augmentations import OPS, Plan, apply, apply_op, row_of
+from augmentations import OPS, Op, Plan, apply, apply_op, row_of
 
 # Builds of Pillow for other machines may fuse the product and the sum of a blend: see augmentations.py. There, a blend
 # of our own with both rounded is the truth.
@@ -283,6 +283,17 @@ def random_plan(batch, positions, seed=0):
     return Plan(op_BK, magnitude_BK, partner_BK, torch.rand(batch, positions, 2, generator=g, dtype=torch.float64))
 
 
+def plan_with_pillow(images, plan):
+    """One operation on one image at a time."""
+    out = images.clone()
+    for b, k in np.ndindex(*plan.op_BK.shape):
+        if plan.op_BK[b, k] >= 0:
+            name, one = augmentations.OPS[plan.op_BK[b, k]].name, slice(b, b + 1)
+            partner = images[plan.partner_BK[one, k]]
+            out[b] = with_pillow(name, out[one], plan.magnitude_BK[one, k], partner, plan.centre_BK2[one, k])[0]
+    return out
+
+
 @pytest.mark.parametrize(
     ("run", "cached"), [("_in_groups", 2**19), ("_in_groups", 3000), ("_in_groups", 1), ("_in_families", 2**19)]
 )
@@ -291,18 +302,7 @@ def test_a_plan_is_its_operations_in_order(positions, run, cached, monkeypatch):
     monkeypatch.setattr(augmentations, "CACHED_VALUES", cached)
     images = sample_images(17, 23).repeat(12, 1, 1, 1)
     plan = random_plan(len(images), positions)
-    expected = images.clone()
-    for b in range(len(images)):
-        for k in range(positions):
-            if plan.op_BK[b, k] >= 0:
-                expected[b] = with_pillow(
-                    OPS[plan.op_BK[b, k]].name,
-                    expected[b : b + 1],
-                    plan.magnitude_BK[b : b + 1, k],
-                    images[plan.partner_BK[b : b + 1, k]],
-                    plan.centre_BK2[b : b + 1, k],
-                )[0]
-    before = images.clone()
+    expected, before = plan_with_pillow(images, plan), images.clone()
     ours = getattr(augmentations, run)(images, plan, images)
     assert_equals_pillow("plan", ours, expected)
     assert torch.equal(images, before)
@@ -319,11 +319,55 @@ def test_pillows_blend_against_its_definition(record_property):
     assert differing == 0 or not PILLOW_ROUNDS_TWICE
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_cuda_equals_the_cpu():
+def blur(images_BCHW, strength_B):
+    return augmentations.sharpness(images_BCHW, 1 - strength_B)
+
+
+def average(images_BCHW, weight_B, partner_BCHW):
+    return augmentations.sample_pairing(images_BCHW, weight_B, partner_BCHW)
+
+
+NEW_OPS = (Op("Blur", blur, 0.0, 1.0), Op("Average", average, 0.0, 0.5, needs="partner"))
+
+
+@pytest.mark.parametrize("run", ["_in_groups", "_in_families"])
+def test_an_operation_without_a_family_is_run_by_its_kernel(run, monkeypatch):
+    """On CUDA, too: two new operations, after and before the sixteen and among them, against Pillow."""
+    monkeypatch.setattr(augmentations, "OPS", (*OPS, *NEW_OPS))
+    pillow = {"Blur": lambda im, v, **_: enhance(im, ImageEnhance.Sharpness, 1 - v), "Average": PILLOW["SamplePairing"]}
+    for name, function in pillow.items():
+        monkeypatch.setitem(PILLOW, name, function)
+    images = sample_images(17, 23).repeat(12, 1, 1, 1)
+    plan = random_plan(len(images), 3)
+    new_BK = torch.randint(2, plan.op_BK.shape, generator=torch.Generator().manual_seed(2)).bool()
+    strength_BK = torch.rand(plan.op_BK.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    op_BK = torch.where(new_BK, len(OPS) + (strength_BK < 0.5).long(), plan.op_BK)
+    plan = plan._replace(op_BK=op_BK, magnitude_BK=torch.where(new_BK, strength_BK, plan.magnitude_BK))
+    ours = getattr(augmentations, run)(images, plan, images)
+    assert_equals_pillow("plan", ours, plan_with_pillow(images, plan))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("size", [(32, 32), (17, 23), (224, 224)], ids=str)
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_an_operation_on_the_device_equals_pillow(op, size, device):
+    images, magnitude, partner, centre = inputs_at(*size, op)
+    expected = with_pillow(op.name, images, magnitude, partner, centre)
+    on_device = images.to(device), magnitude, partner.to(device), centre
+    assert_equals_pillow("alone", run_op(op, *on_device).cpu(), expected)
+    partner_B1 = torch.arange(len(images), 2 * len(images))[:, None]
+    plan = Plan(torch.full((len(images), 1), row_of(op.name)), magnitude[:, None], partner_B1, centre[:, None])
+    assert_equals_pillow("in a plan", apply(images.to(device), plan, partner.to(device)).cpu(), expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("bilinear", [False, True])
+def test_a_plan_on_the_device_equals_the_cpu(bilinear, device, monkeypatch):
+    monkeypatch.setattr(augmentations, "OPS", (*OPS, *NEW_OPS))
     images = sample_images(32, 32).repeat(64, 1, 1, 1)
-    plan = random_plan(len(images), 2)
-    assert torch.equal(apply(images.cuda(), plan).cpu(), apply(images, plan))
+    plan = random_plan(len(images), 2)._replace(bilinear=bilinear)
+    plan = plan._replace(op_BK=torch.where(torch.arange(len(images))[:, None] % 10 == 0, len(OPS), plan.op_BK))
+    assert torch.equal(apply(images.to(device), plan).cpu(), apply(images, plan))
 
 
 def test_bad_batches_and_plans_are_refused():

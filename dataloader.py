@@ -71,7 +71,7 @@ class ResidentSplit:
     resident = True
 
     def batches(self, indices: Sequence[Tensor], epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        labels_on_device = self.labels.to(self.images.device)
+        labels_on_device = upload(self.labels, self.images.device)
         for index in indices:
             index = upload(index, self.images.device)
             yield self.images.index_select(0, index), labels_on_device.index_select(0, index)

@@ -51,7 +51,7 @@ class TrainingState:
 
     @classmethod
     def start(cls, config: Config, world: World, model: nn.Module) -> "TrainingState":
-        optimizer = build_optimizer(model, config, fused=world.device.type == "cuda")
+        optimizer = build_optimizer(model, config, fused=world.device.type != "cpu")
         amp_dtype = getattr(torch, config.amp_dtype)
         teacher = Teacher(model, config.teacher_rate, world, amp_dtype) if config.has_teacher else None
         scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp and config.amp_dtype == "float16")
@@ -131,9 +131,9 @@ class TrainingState:
             self.epoch, self.step, self.best = saved["epoch"], saved["step"], saved["best"]
             self.collapse, self.rewinds = Collapse(*saved["collapse"]), int(saved["rewinds"])
             self.model.load_state_dict(saved["model"] | own["buffers"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            for group in self.optimizer.param_groups:
-                group["fused"] = fused  # belongs to the device, not to the run
+            # Which kernels step belongs to the device, not to the run, and says where AdamW's count of steps lies.
+            groups = [group | {"fused": fused} for group in saved["optimizer"]["param_groups"]]
+            self.optimizer.load_state_dict(saved["optimizer"] | {"param_groups": groups})
             self.scaler.load_state_dict(saved["scaler"])
             self.policies.load_state_dict(saved["policies"])
             self.policies.tally = Tally(own["loss_sum_M"], own["teacher_sum_M"], own["images"])

@@ -251,47 +251,6 @@ def test_the_network_sees_every_image_once_per_policy_with_its_own_cutout():
     assert len({mask.numpy().tobytes() for mask in blank}) > 15, "drawn for each copy"
 
 
-@pytest.mark.parametrize(
-    ("model", "settings"),
-    [
-        ("wresnet10_1", {}),
-        ("wresnet10_1", {"accumulate": 2, "grad_clip": 1.0, "dropout": 0.1, "cutout": 0}),
-        ("shakeshake26_2x32d", {"crop_per_copy": False}),
-        ("pyramid20_12", {}),
-        ("resnet50d", {"label_smoothing": 0.1}),
-    ],
-)
-def test_no_step_waits_for_its_device(monkeypatch, model, settings):
-    """A meta tensor has no values: whatever asks for one, as whatever mixes devices up, raises."""
-    device = torch.device("meta")
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it knows no such device
-    config = Config(model=model, dataset="shapes", M=4, batch_size=8, epochs=2, policy_interval=20, **settings)
-    state = trainingstate.TrainingState.start(config, World((device,)), build_model(model, 10).to(device))
-    split = ResidentSplit(torch.empty(40, 3, 32, 32, dtype=torch.uint8, device=device), torch.zeros(40).long())
-    keeper = Steps()
-    with pytest.raises(RuntimeError, match="meta tensor"):  # the end of the epoch
-        main.train_one_epoch(state, split, keeper)
-    assert keeper.steps == 5
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("settings", [{}, {"amp": True}, {"amp": True, "amp_dtype": "float16", "grad_clip": 1.0}])
-def test_no_step_waits_for_cuda(settings):
-    device = torch.device("cuda")
-    config = Config(model="wresnet10_1", dataset="shapes", M=4, batch_size=8, epochs=2, policy_interval=20, **settings)
-    state = trainingstate.TrainingState.start(
-        config, World((device,)), build_model("wresnet10_1", 10).to(device, memory_format=torch.channels_last)
-    )
-    split = ResidentSplit(torch.zeros(80, 3, 32, 32, dtype=torch.uint8, device=device), torch.zeros(80).long())
-    keeper = Steps(watched_from=2)
-    try:
-        with pytest.raises(RuntimeError, match="called a synchronizing"):  # the end of the epoch
-            main.train_one_epoch(state, split, keeper)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert keeper.steps == 10
-
-
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_a_fused_step_that_the_scaler_skips_leaves_no_trace(momentum):
     """CUDA's optimizer, which the CPU has as well: an overflow in the first step, then gradients of 1."""
@@ -350,19 +309,6 @@ def test_scores_are_in_float32_whatever_the_training_is_in(tf32):
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark, _ = (
             before
         )
-
-
-class Steps(Unkept):
-    """Counts steps, and from one of them on lets torch refuse to wait for CUDA."""
-
-    def __init__(self, watched_from=None):
-        super().__init__()
-        self.steps, self.watched_from = 0, watched_from
-
-    def after_step(self):
-        self.steps += 1
-        if self.steps == self.watched_from:
-            torch.cuda.set_sync_debug_mode("error")
 
 
 @pytest.mark.parametrize(("amp", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])

@@ -1,0 +1,226 @@
+"""What a GPU would trip over, shown without one; and whole runs on a GPU, for the tests marked cuda.
+
+A tensor on torch's meta device has no values: whatever asks for one raises, as does an operation that mixes it with the
+CPU's. `Watched` adds what torch lets pass there: copies to the device that make the host wait, and CPU indices.
+"""
+
+import contextlib
+import dataclasses
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import LAUNCHERS, ROOT, TINY, Unkept, files, final_state, lines, little_network, same
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import main
+import trainingstate
+from checkpoint import save_tensors
+from config import POLICIES, Config, plain_values
+from dataloader import Normalise, ResidentSplit
+from evaluate import predict
+from models import build_model
+from processes import World
+from sources import fresh_controller
+
+META, CPU = torch.device("meta"), torch.device("cpu")
+N, STEPS = 8, 2
+NO_VALUES = pytest.raises((RuntimeError, NotImplementedError), match="meta tensor")
+
+
+class Watched(TorchDispatchMode):
+    """Raises AssertionError for operations that mix devices, and for copies to the device that the host waits for."""
+
+    COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+
+    def __init__(self, pinned):
+        super().__init__()
+        self.pinned = pinned
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.ops.aten._fused_sgd_.default:  # has no version for the meta device
+            out = None
+        else:
+            out = function(*args, **kwargs)
+        tensors = [one for one in tree_leaves((args, kwargs, out)) if isinstance(one, Tensor)]
+        if not function.name().startswith("aten::_fused"):  # otherwise a single number may come from the CPU
+            tensors = [one for one in tensors if one.ndim]
+        if len({one.device.type for one in tensors}) > 1:
+            assert function in self.COPIES, f"{function} mixes devices"
+            source = next(one for one in tensors if one.device == CPU)
+            waits = not (kwargs.get("non_blocking") or args[2:3] == (True,))
+            assert not waits, f"a tensor {tuple(source.shape)} is copied to the device while the host waits"
+            assert any(source is one for one in self.pinned), f"a tensor {tuple(source.shape)} is not pinned"
+        return out
+
+
+class Autocast(TorchFunctionMode):
+    """In the place of torch.autocast, which does not know the meta device: convolutions and products in `dtype`."""
+
+    def __init__(self, _device_type, dtype=None, enabled=True):
+        super().__init__()
+        self.dtype = dtype if enabled else None
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if self.dtype and function in (F.conv2d, F.linear):
+            args = [one.to(self.dtype) if isinstance(one, Tensor) else one for one in args]
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Makes the meta device one that trains, and gives the mode that watches it."""
+    pinned = []
+
+    def pin_memory(tensor):
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch, "autocast", Autocast)
+    optimizer = sys.modules["torch.optim.optimizer"]  # torch.optim hides it
+    monkeypatch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: ["cpu", "meta"])
+    return lambda: Watched(pinned)
+
+
+class Paused(Exception):
+    pass
+
+
+class Steps(Unkept):
+    """Counts steps; pauses after one of them, or lets torch refuse to wait for CUDA from then on."""
+
+    def __init__(self, pause_after=None, watch_after=None):
+        super().__init__()
+        self.steps, self.pause_after, self.watch_after = 0, pause_after, watch_after
+
+    def after_step(self):
+        self.steps += 1
+        if self.steps == self.pause_after:
+            raise Paused
+        if self.steps == self.watch_after:
+            torch.cuda.set_sync_debug_mode("error")
+
+
+def configure(**settings):
+    return Config(**{"dataset": "shapes", "M": 3, "batch_size": N, "epochs": 2, "policy_interval": 20} | settings)
+
+
+def start(config, device, build=little_network):
+    model = build(config.model, 10, **config.model_options()).to(device, memory_format=torch.channels_last)
+    return trainingstate.TrainingState.start(config, World((device,)), model)
+
+
+def images_on(device, steps=STEPS):
+    images = torch.zeros(steps * N, 3, 32, 32, dtype=torch.uint8, device=device)
+    return ResidentSplit(images, torch.arange(steps * N) % 10)
+
+
+NETWORKS = ("wresnet10_1", "shakeshake26_2x32d", "pyramid20_12", "resnet50", "resnet50d")
+FLOAT16 = {"amp": True, "amp_dtype": "float16"}
+SETTINGS = [
+    *({"policy": policy} for policy in POLICIES),
+    {"policy": "augmix", "jsd": 12.0, "crop_per_copy": False},
+    {"reward": "teacher"},
+    {"reward": "teacher", "reward_ema": 0.9, "clean_share": 0.3, "amp": True},
+    *({"model": model, "amp": True} for model in NETWORKS),
+    {"accumulate": 2},
+    {"dropout": 0.1, "cutout": 0, "label_smoothing": 0.1, "grad_clip": 1.0, "crop_per_copy": False},
+    {"momentum": 0.0, "nesterov": False},
+    {"optimizer": "adamw"},
+    {"amp": True},
+    FLOAT16,
+    {"accumulate": 2, **FLOAT16, "optimizer": "adamw", "grad_clip": 1.0},
+]
+
+
+def named(settings):
+    return "-".join(f"{name}={value}" for name, value in settings.items())
+
+
+@pytest.fixture
+def policies_from(tmp_path):
+    """A file for each source of policies that needs one."""
+    recorded, learned = tmp_path / "recorded.json", tmp_path / "model.pt"
+    recorded.write_text('{"policies": [[[["Rotate", 3], ["Invert", 0]]], [[["SamplePairing", 9], ["Cutout", 9]]]]}')
+    config = configure()
+    save_tensors(learned, {"config": plain_values(config), "controller": fresh_controller(config).state_dict()})
+    return {"recorded": str(recorded), "frozen": str(learned)}
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=named)
+def test_no_step_waits_for_its_device(settings, watched, policies_from):
+    if settings.get("policy") in policies_from:
+        settings = settings | {"policy_from": policies_from[settings["policy"]]}
+    build = build_model if "model" in settings else little_network
+    state, keeper = start(configure(**settings), META, build), Steps()
+    with watched(), NO_VALUES:  # the end of the epoch reads them
+        main.train_one_epoch(state, images_on(META), keeper)
+    assert keeper.steps == STEPS
+    assert state.so_far.copies == STEPS * N * 3
+    on = {one.device for one in tree_leaves([state.optimizer.state, state.policies.tally]) if isinstance(one, Tensor)}
+    assert on == {META}
+
+
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
+@pytest.mark.parametrize(
+    "settings", [{}, {"optimizer": "adamw"}, {"reward": "teacher", "accumulate": 2}, FLOAT16], ids=named
+)
+def test_no_step_waits_after_a_resumption(settings, watched):
+    """From the CPU's state in the middle of an epoch and of an interval."""
+    config = configure(**settings)
+    before = start(dataclasses.replace(config, amp=False), CPU)
+    with pytest.raises(Paused):
+        main.train_one_epoch(before, images_on(CPU), Steps(pause_after=1))
+    saved = before.state_dict() | {"scaler": torch.amp.GradScaler("cpu").state_dict() if config.amp else {}}
+    state, keeper = start(config, META), Steps()
+    state.load_state_dict(saved, Path("run"))
+    with watched(), NO_VALUES:
+        main.train_one_epoch(state, images_on(META), keeper)
+    assert keeper.steps == STEPS - 1
+
+
+@pytest.mark.parametrize(("model", "bfloat16"), [*((model, True) for model in NETWORKS), ("wresnet10_1", False)])
+def test_no_scored_batch_waits_for_its_device(model, bfloat16, watched):
+    network, scored = build_model(model, 10).to(META), []
+    list(network.modules())[-1].register_forward_hook(lambda *_: scored.append(1))
+    with watched(), NO_VALUES:  # the end reads the predictions
+        predict(network, images_on(META), Normalise(configure(), META), World((META,)), batch=N, bfloat16=bfloat16)
+    assert len(scored) == STEPS
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (lambda cpu, meta: meta + cpu, "device"),
+        (lambda cpu, meta: meta[cpu.long()], "mixes devices"),
+        (lambda cpu, meta: cpu.to(META), "the host waits"),
+        (lambda cpu, meta: meta.copy_(cpu), "the host waits"),
+        (lambda cpu, meta: cpu.to(META, non_blocking=True), "not pinned"),
+        (lambda cpu, meta: cpu.pin_memory().to(META), "the host waits"),
+        (lambda cpu, meta: float(meta.sum()), "meta tensor"),
+    ],
+)
+def test_a_planted_fault_is_seen(fault, words, watched):
+    cpu, meta = torch.zeros(4), torch.zeros(4, device=META)
+    with watched():
+        cpu.pin_memory().to(META, non_blocking=True)
+    with watched(), pytest.raises((AssertionError, RuntimeError), match=words):
+        fault(cpu, meta)
+
+
+def test_a_tensor_left_on_the_cpu_in_a_step_is_seen(watched):
+    state, keeper = start(configure(), META), Steps()
+    state.normalise.mean_C11 = torch.zeros(3, 1, 1)
+    with watched(), pytest.raises((AssertionError, RuntimeError), match="device"):
+        main.train_one_epoch(state, images_on(META), keeper)
+    assert keeper.steps == 0

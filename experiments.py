@@ -44,10 +44,14 @@ def main() -> None:
         if args.list:
             print(listed(experiment, runs, args))
             continue
-        carry_out(runs, args)
-        folder = args.results / experiment.name
-        sum_up(experiment, runs, folder)
-        print(f"{experiment.name}, {experiment.size}: {folder / 'summary.md'}")
+        try:
+            carry_out(runs, args)
+        finally:
+            if scored := [run for run in runs if run.is_scored()]:
+                folder = args.results / experiment.name
+                sum_up(experiment, scored, folder)
+                unfinished = f" ({len(scored)} of {len(runs)} runs)" if len(scored) < len(runs) else ""
+                print(f"{experiment.name}, {experiment.size}: {folder / 'summary.md'}{unfinished}", flush=True)
 
 
 def listed(experiment: Experiment, runs: Sequence[Run], args: argparse.Namespace) -> str:

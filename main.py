@@ -415,7 +415,7 @@ def closing_words(run: Path, state: TrainingState) -> str:
 
 def resume_command(world: World) -> str:
     """This command, with --resume."""
-    if world.size > 1:
+    if world.in_group:
         without = ", without --stop_epoch" if any(word.startswith("--stop_epoch") for word in sys.argv) else ""
         return f"the same command and --resume{without}"
     words, left_out = [], 0

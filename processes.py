@@ -1,7 +1,7 @@
 """The processes of a run: how they start, deal out the work, agree, and end.
 
 `torchrun` and `python -m torch.distributed.launch` start one process per device and say in the environment who is who.
-A process that was started alone is a World of one: it takes the same way, and all that is shared is its own.
+A process that was started without them is a World of one: all that is shared is its own.
 """
 
 import contextlib
@@ -28,12 +28,16 @@ PATIENCE = timedelta(hours=12)
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of a run. Several `devices`: one process feeds them all, by DataParallel."""
+    """This process among all of a run. Several `devices`: one process feeds them all, by DataParallel.
+
+    in_group: whether a launcher started it, so that it trains by DistributedDataParallel, be it the only one.
+    """
 
     devices: tuple[torch.device, ...]
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    in_group: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -69,7 +73,7 @@ class World:
 
         amp_dtype: of mixed precision, where that is switched on in a forward pass.
         """
-        if self.size > 1:
+        if self.in_group:
             device_ids = [self.device.index] if self.device.type == "cuda" else None
             wrapped = nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
             wrapped.broadcast_buffers = False  # each keeps its statistics until `even_out`; the argument is deprecated
@@ -94,7 +98,7 @@ class World:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of all processes' tensors, the same bits in each."""
-        if self.size > 1:
+        if self.in_group:
             tensor = tensor.clone()
             dist.all_reduce(tensor)
         return tensor
@@ -106,14 +110,14 @@ class World:
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes, by rank, in every process."""
         values = [value] * self.size
-        if self.size > 1:
+        if self.in_group:
             dist.all_gather_object(values, value)
         return values
 
     def from_leader(self, value: Any) -> Any:
         """The leader's value, in every process."""
         values = [value]
-        if self.size > 1:
+        if self.in_group:
             dist.broadcast_object_list(values)
         return values[0]
 
@@ -132,14 +136,14 @@ class World:
 
     def require_equal(self, what: str, compute: Callable[[], Any]) -> None:
         """Raises UserError, in every process, unless all compute the same value; one alone computes nothing."""
-        values = self.gather(compute()) if self.size > 1 else []
+        values = self.gather(compute()) if self.in_group else []
         if values != values[:1] * len(values):
             other = next(rank for rank, found in enumerate(values) if found != values[0])
             raise UserError(f"{what} of process {other} differ from those of process 0")
 
     def even_out(self, model: nn.Module) -> None:
         """Give all processes the mean of their BatchNorm statistics, which each has made of its own images."""
-        if self.size > 1:
+        if self.in_group:
             statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
             # In float64 the mean of equal values is that value, so that a second time changes nothing.
             mean = self.mean(torch.cat([buffer.flatten().double() for buffer in statistics]))
@@ -159,7 +163,7 @@ class LateMaximum:
 
     def __call__(self, *own: int) -> list[int]:
         """To be called by all processes, with as many numbers each time; returns the same in all of them."""
-        if self._world.size == 1:
+        if not self._world.in_group:
             return list(own)
         before = self.settle() or [0] * len(own)
         numbers = torch.tensor(own)
@@ -186,7 +190,7 @@ def join(device_name: str | None) -> Iterator[World]:
         torch.cuda.set_device(devices[0])
     else:
         keep_freed_memory()
-    if size == 1:
+    if size == 1 and not dist.is_torchelastic_launched():
         yield World(devices)
         return
     store, rank, size = _meeting_point()
@@ -199,7 +203,7 @@ def join(device_name: str | None) -> Iterator[World]:
         timeout=PATIENCE,
         device_id=devices[0] if on_cuda else None,
     )
-    yield World(devices, rank, size, local_rank)
+    yield World(devices, rank, size, local_rank, in_group=True)
     dist.destroy_process_group()  # not after an error: it may wait for processes that no longer answer
 
 

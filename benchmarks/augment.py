@@ -155,11 +155,7 @@ def works(work: Work) -> dict[str, Ways]:
         return on_pillow.normalize(on_pillow.to_tensor(image), mean, std, inplace=True)
 
     found: dict[str, Ways] = {
-        "operations": {
-            OURS: lambda: apply(copies_BCHW, plan),
-            PILLOW: lambda: [run(image, operations) for image, operations in todo],
-            TORCHVISION: lambda: libraries.with_torchvision(copies_BCHW, plan),
-        },
+        "operations": operations(work),
         "and normalised": {
             OURS: lambda: normalise(apply(copies_BCHW, plan)),
             PILLOW: lambda: for_network(torch.stack([input_of(run(image, operations)) for image, operations in todo])),
@@ -168,14 +164,23 @@ def works(work: Work) -> dict[str, Ways]:
             ),
         },
     }
-    if libraries.kornia:
-        found["operations"][KORNIA] = lambda: libraries.with_kornia(copies_BCHW, plan)
     if copies_BCHW.device.type == "cuda":
         found["operations"][GRAPH] = as_graph(copies_BCHW, plan)
     if not config.cropped_when_read:
         found["all, shared crops"] = from_images(work, normalise, crop_per_copy=False)
         found["all, own crops"] = from_images(work, normalise, crop_per_copy=True)
     return found
+
+
+def operations(work: Work) -> dict[str, Callable[[], Any]]:
+    """The ways to carry out the plan alone, uint8 in and out."""
+    copies_BCHW, plan, todo = work.copies_BCHW, work.plan, list(zip(work.pillow_B, work.operations_BK, strict=True))
+    ways = {
+        OURS: lambda: apply(copies_BCHW, plan),
+        PILLOW: lambda: [run(image, operations) for image, operations in todo],
+        TORCHVISION: lambda: libraries.with_torchvision(copies_BCHW, plan),
+    }
+    return ways | ({KORNIA: lambda: libraries.with_kornia(copies_BCHW, plan)} if libraries.kornia else {})
 
 
 def for_network(inputs_BCHW: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import platform
 import re
 import resource
 import statistics
+import subprocess
 import sys
 import time
 import warnings
@@ -121,6 +122,35 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def machine(device: torch.device) -> dict[str, Any]:
+    """What measurements on this device depend on: versions, processor, and the GPU with its driver."""
+    here = environment(device) | {"processor": processor(), "cores": cores()}
+    del here["platform"]  # nobody else's numbers depend on the name of this kernel
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        gigabytes, capability = properties.total_memory / 1e9, f"{properties.major}.{properties.minor}"
+        here |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "driver": driver()}
+        here |= {"gpu_memory_gb": round(gigabytes, 1), "capability": capability}
+    return here
+
+
+def in_words(here: Mapping[str, Any]) -> str:
+    """A `machine` in a line."""
+    device = here["processor"] if here["device"].startswith("cpu") else here["device"]
+    names = {"torch": "torch", "torchvision": "torchvision", "pillow": "Pillow", "cuda": "CUDA", "driver": "driver"}
+    versions = ", ".join(f"{words} {here[name]}" for name, words in names.items() if here.get(name))
+    return f"{device}, {here['cores']} cores, {here['threads']} threads of torch; {versions}"
+
+
+def driver() -> str | None:
+    """Version of the GPU's driver, as far as nvidia-smi tells."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
 def count(text: str) -> int:
     """A command line's number of things, at least one."""
     return _whole_number(text, 1)
@@ -170,13 +200,9 @@ def publish(
 
     medians_of: what is repeated, where that is not so many measurements as `args.repeats` says.
     """
-    machine = environment(torch.device(args.device)) | {"processor": processor(), "cores": cores()}
-    del machine["platform"]  # nobody else's numbers depend on the name of this kernel
-    content = {"date": time.strftime("%Y-%m-%d"), "environment": machine, "repeats": args.repeats, "measured": measured}
+    here = machine(torch.device(args.device))
+    content = {"date": time.strftime("%Y-%m-%d"), "environment": here, "repeats": args.repeats, "measured": measured}
     args.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print("\n\n".join(render(table) for table in tables))
-    device = machine["device"] if args.device != "cpu" else machine["processor"]
-    versions = ", ".join(f"{package} {machine[package]}" for package in ("torch", "torchvision", "pillow"))
-    medians = f"medians of {medians_of or args.repeats}"
-    print(f"\n{device}, {cores()} cores, {machine['threads']} threads of torch; {versions}; {medians}")
+    print(f"\n{in_words(here)}; medians of {medians_of or args.repeats}")
     print(f"written to {args.output}")

@@ -70,7 +70,7 @@ def pytest_addoption(parser):
     parser.addoption("--device", help="where the tests marked cuda run (default: cuda, or skipped without a GPU)")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device(request):
     """The device of a test marked cuda."""
     name = request.config.getoption("--device")

@@ -4,13 +4,14 @@ A tensor on torch's meta device has no values: whatever asks for one raises, as 
 CPU's. `Watched` adds what torch lets pass there: copies to the device that make the host wait, and CPU indices.
 """
 
-import contextlib
 import dataclasses
-import shutil
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from subprocess import DEVNULL, PIPE
 
 import pytest
 import torch
@@ -47,10 +48,8 @@ class Watched(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function is torch.ops.aten._fused_sgd_.default:  # has no version for the meta device
-            out = None
-        else:
-            out = function(*args, **kwargs)
+        unknown = function is torch.ops.aten._fused_sgd_.default  # to the meta device
+        out = None if unknown else function(*args, **kwargs)
         tensors = [one for one in tree_leaves((args, kwargs, out)) if isinstance(one, Tensor)]
         if not function.name().startswith("aten::_fused"):  # otherwise a single number may come from the CPU
             tensors = [one for one in tensors if one.ndim]
@@ -132,7 +131,8 @@ SETTINGS = [
     {"policy": "augmix", "jsd": 12.0, "crop_per_copy": False},
     {"reward": "teacher"},
     {"reward": "teacher", "reward_ema": 0.9, "clean_share": 0.3, "amp": True},
-    *({"model": model, "amp": True} for model in NETWORKS),
+    *({"model": model} for model in NETWORKS),
+    {"model": "wresnet10_1", "amp": True},
     {"accumulate": 2},
     {"dropout": 0.1, "cutout": 0, "label_smoothing": 0.1, "grad_clip": 1.0, "crop_per_copy": False},
     {"momentum": 0.0, "nesterov": False},
@@ -224,3 +224,89 @@ def test_a_tensor_left_on_the_cpu_in_a_step_is_seen(watched):
     with watched(), pytest.raises((AssertionError, RuntimeError), match="device"):
         main.train_one_epoch(state, images_on(META), keeper)
     assert keeper.steps == 0
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("settings", SETTINGS, ids=named)
+def test_no_step_waits_for_the_device(settings, device, policies_from):
+    if settings.get("policy") in policies_from:
+        settings = settings | {"policy_from": policies_from[settings["policy"]]}
+    state = start(configure(**settings), device, build_model if "model" in settings else little_network)
+    keeper = Steps(watch_after=1 if device.type == "cuda" else None)
+    waits = pytest.raises(RuntimeError, match="called a synchronizing") if device.type == "cuda" else nullcontext()
+    try:
+        with waits:  # the end of the epoch does
+            main.train_one_epoch(state, images_on(device), keeper)
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    assert keeper.steps == STEPS
+
+
+DEMANDING = ("dropout=0.1", "policy_interval=3", "controller_lr=0.05")
+TORCHRUN = (*LAUNCHERS["torchrun"], "--nproc_per_node=1", "--standalone")
+# By name: what starts main.py, settings, and the flags of each start.
+RUNS = {
+    "whole": ((sys.executable,), DEMANDING, [()]),
+    "again": ((sys.executable,), DEMANDING, [()]),
+    "resumed": ((sys.executable,), DEMANDING, [("--stop_epoch=1",), ("--resume",)]),
+    "launched": (TORCHRUN, DEMANDING, [()]),
+    "plain": ((sys.executable,), (), [()]),
+    "scaled": ((sys.executable,), ("amp=true", "amp_dtype=float16"), [()]),
+    "compiled": ((sys.executable,), ("compile=true",), [()]),
+}
+
+
+@pytest.fixture(scope="module")
+def run(device, tmp_path_factory):
+    """run(name) -> the directory of one of RUNS, which run side by side: starting is what takes long."""
+    logdir, processes = tmp_path_factory.mktemp("runs"), []
+
+    def carry_out(name):
+        starter, settings, starts = RUNS[name]
+        alone = device.type == "cuda" and starter is not TORCHRUN
+        own = f"cuda:{device.index or 0}" if alone else device.type
+        for flags in starts:
+            words = [*starter, str(ROOT / "main.py"), "--device", own, "--logdir", str(logdir), "--name", name, *flags]
+            words += ["--set", *TINY, "deterministic=true", *settings]
+            processes.append(process := subprocess.Popen(words, cwd=ROOT, stdout=DEVNULL, stderr=PIPE, text=True))
+            _, said = process.communicate()
+            assert process.returncode == 0, said
+        return logdir / name
+
+    pool = ThreadPoolExecutor(min(len(RUNS), os.cpu_count()))
+    results = {name: pool.submit(carry_out, name) for name in RUNS}
+    yield lambda name: results[name].result()
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in processes:
+        process.kill()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("other", ["again", "resumed"])
+def test_a_deterministic_run_gives_the_same_bits(other, run):
+    assert files(run(other)) == files(run("whole"))
+    assert same(final_state(run(other)), final_state(run("whole")))
+
+
+def losses(directory):
+    return [line["train_loss"] for line in lines(directory / "metrics.jsonl")]
+
+
+@pytest.mark.cuda
+def test_one_process_in_a_group_trains_as_one_alone(run):
+    """Over NCCL on CUDA, over gloo on the CPU."""
+    assert losses(run("launched")) == pytest.approx(losses(run("whole")), rel=1e-5)
+
+
+@pytest.mark.cuda
+def test_a_compiled_network_learns_as_an_uncompiled_one(run):
+    assert losses(run("compiled")) == pytest.approx(losses(run("plain")), rel=1e-2)
+
+
+@pytest.mark.cuda
+def test_float16_learns_as_float32(run, device):
+    if device.type != "cuda":
+        pytest.skip("float16 needs CUDA")
+    assert losses(run("scaled")) == pytest.approx(losses(run("plain")), rel=5e-2)
+    assert final_state(run("scaled"))["scaler"]["scale"] > 0

@@ -1,6 +1,5 @@
 """Whole runs: the same seed gives the same bits, a resumed run is the uninterrupted one, mistakes cost nothing."""
 
-import contextlib
 import itertools
 import json
 import math
@@ -22,7 +21,6 @@ from dataloader import Normalise, ResidentSplit, epoch_batches
 from evaluate import score
 from models import build_model
 from policies import RandomPolicies
-from processes import World
 from utils import choose_kernels, environment, full_float32, keyed_generator
 
 # Noise in the network, and intervals that end in the middle of epochs (4 steps each): state that is easily lost.

@@ -1,0 +1,695 @@
+"""What this project costs on a GPU, and whether it is exact there: one command, all within a few minutes.
+
+    python benchmarks/accelerator.py                                    # 8 minutes -> results/speed/<card>.json
+    python benchmarks/accelerator.py --dataroot DIR                     # on real images, and trains on them, too
+    python benchmarks/accelerator.py --dataroot DIR --parts training    # goes on with the training
+    python benchmarks/accelerator.py --device cpu --minutes 2           # the same in small sizes -> logs/results
+
+exactness   every operation, level and sign beside Pillow; the tests marked cuda: no step waits for the device, equal
+            runs give equal bits, a resumed run is the uninterrupted one, float16, NCCL, compile
+step        training steps with policies, beside the same steps on ready tensors
+operations  two operations per copy, beside torchvision's on the same device and Pillow's on one core
+epoch       an epoch of as many images as CIFAR-10 has; what `deterministic` costs and `compile` gains
+training    experiments.py controls, seed 0, for the time that is left; every call goes on where the last one stopped
+
+A part begins when the one before has ended or has used up its time, in a process of its own: what goes wrong in one
+spoils no other. Every result is in the file as soon as it is there, so that a call that is cut short keeps them. A part
+that is measured again replaces what the file holds of it.
+
+DIR holds train/<class>/* and test/<class>/*, or CIFAR-10 as it is distributed.
+
+Shape suffixes: N images of a batch, M copies of each, B = N * M.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.datasets import CIFAR10
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import augment
+from cost import cost
+from measuring import ROOT, Spread, host_waits, in_words, machine, ratios, take_turns, timed
+from perimage import Operation, run
+from step import Steps, timed_steps
+
+import main as training
+from augmentations import OPS, Op, Plan, apply, apply_op
+from checkpoint import write_text
+from config import Config, load_config
+from dataloader import CIFAR_STATISTICS, ResidentSplit
+from experimentfile import Run, load_experiment, runs_of
+from imagefiles import IMAGE_SUFFIXES, FitSquare, ImageFiles
+from processes import World, exit_with_status, join
+from resultsfile import read_results
+from shapes import draw_shapes
+from stopping import signals_raise
+from utils import CommandLine, Table, UserError, choose_kernels, duration, in_a_line, keyed_generator, render
+
+ENDS = {"exactness": 0.5, "step": 0.65, "operations": 0.75, "epoch": 0.9, "training": 1.0}  # shares of the time
+SECONDS_TO_STOP = 15  # that a part has to save its work once its time is up; they are kept free at the end
+SECONDS_BETWEEN_LOOKS = 0.5
+TESTS = ROOT / "tests"
+
+Report = Callable[..., None]
+
+
+class Size(NamedTuple):
+    """How much is measured. steps, epoch: (conf, M, N). copies: N by the side of the images. product: the matrices'."""
+
+    steps: tuple[tuple[str, int, int], ...]
+    changes: dict[str, Any]
+    copies: dict[int, int]
+    M: int
+    epoch_images: int
+    repeats: int
+    steps_per_turn: int
+    product: int
+    epoch: tuple[str, int, int]
+    experiment: str
+
+
+WRN40, WRN28, RESNET50 = "cifar10/wresnet40x2_cifar10", "cifar10/wresnet28x10_cifar10", "imagenet/resnet50"
+ON_CUDA = Size(
+    steps=(*((conf, 8, 128) for conf in (WRN40, WRN28)), *((WRN40, M, 128) for M in (1, 2, 4, 16)), (RESNET50, 8, 32)),
+    changes={"amp": True},
+    copies={32: 128, 224: 32},
+    M=8,
+    epoch=(WRN28, 8, 128),
+    epoch_images=50_000,
+    repeats=7,
+    steps_per_turn=5,
+    product=8192,
+    experiment="small",
+)
+ON_CPU = Size(
+    steps=((WRN40, 2, 8), (RESNET50, 2, 4)),
+    changes={"model": "wresnet10_1", "image_size": 32},
+    copies={32: 8, 224: 2},
+    M=2,
+    epoch=(WRN40, 2, 8),
+    epoch_images=40,
+    repeats=2,
+    steps_per_turn=1,
+    product=512,
+    experiment="tiny",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the parts need to know of the command line."""
+
+    device: str
+    dataroot: Path | None
+    results: Path
+    logdir: Path
+
+    @property
+    def size(self) -> Size:
+        return ON_CPU if torch.device(self.device).type == "cpu" else ON_CUDA
+
+    def config(self, conf: str, M: int, N: int) -> Config:
+        """A conf at M policies and N images, with all of a step in one pass."""
+        config = load_config(ROOT / "confs" / f"{conf}.yaml", {})
+        return dataclasses.replace(config, M=M, batch_size=N, accumulate=1, **self.size.changes)
+
+
+def main() -> None:
+    began, args = time.monotonic(), parse_arguments()
+    try:
+        with join("cuda:0" if args.device == "cuda" else args.device) as world:
+            device = world.device
+    except UserError as error:
+        raise UserError(f"{error}; --device cpu runs everything in small sizes") from None
+    if world.in_group:
+        raise UserError("accelerator.py measures one GPU from one process; start it without torchrun")
+    here = machine(device)
+    results = args.results or Path("logs" if device.type == "cpu" else "") / "results"
+    settings = Settings(str(device), args.dataroot, results, args.logdir)
+    require_images(settings)
+    kept = Kept(results / "speed" / f"{file_name(here)}.json", here)
+    seconds = 60 * args.minutes - SECONDS_TO_STOP
+    try:
+        for part in (part for part in ENDS if part in args.parts):
+            carry_out(part, settings, kept, until=began + ENDS[part] * seconds, ends=began + seconds)
+    except KeyboardInterrupt as stop:
+        raise type(stop)(f"what has been measured is in {kept.path}") from None
+    print("\n" + "\n\n".join(render(table, "markdown") for table in tables(kept.content)))
+    print(f"\n{in_words(here)}\nwritten to {kept.path}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = CommandLine(prog="benchmarks/accelerator.py", description=__doc__)
+    add = parser.add_argument
+    add("--device", default="cuda", help="cuda, cuda:1, ..., or cpu (default: %(default)s)")
+    add("--minutes", type=minutes, default=8.0, help="for everything together (default: %(default)g)")
+    add("--parts", nargs="+", choices=ENDS, default=list(ENDS), metavar="PART", help="default: all of them")
+    add("--dataroot", type=Path, metavar="DIR", help="real images; without them nothing is trained on a GPU")
+    add("--results", type=Path, metavar="DIR", help="default: ./results, or ./logs/results on the CPU")
+    add("--logdir", type=Path, default=Path("logs"), metavar="DIR", help="of the training (default: ./%(default)s)")
+    return parser.parse_args()
+
+
+def minutes(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= 600:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes above 0 and up to 600")
+    return number
+
+
+def require_images(settings: Settings) -> None:
+    """Raises UserError for a data root that cannot be trained on."""
+    root = settings.dataroot
+    if root is not None and not (is_cifar10(root) or (root / "train").is_dir()):
+        raise UserError(
+            f"--dataroot {root}: holds neither train/<class>/* nor cifar-10-batches-py; name another folder"
+        )
+
+
+def is_cifar10(root: Path) -> bool:
+    return (root / "cifar-10-batches-py").is_dir()
+
+
+def file_name(here: dict[str, Any]) -> str:
+    """The device's name in small letters, digits and hyphens."""
+    name = here["processor"] if here["device"].startswith("cpu") else here["device"]
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+class Kept:
+    """The file of results: whole at any time, and written anew with each result. Raises UserError if it cannot be."""
+
+    def __init__(self, path: Path, here: dict[str, Any]):
+        self.path, self.content = path, {"machine": here, "parts": {}}
+        self._begun = {"date": time.strftime("%Y-%m-%d"), "git_revision": here["git_revision"]}
+        try:
+            if path.exists():
+                before = json.loads(path.read_text(encoding="utf-8"))
+                self.content["parts"] = dict(before["parts"])
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path}: cannot be used ({in_a_line(error)}); move it away") from None
+        self._write()
+
+    def begin(self, part: str) -> None:
+        self.content["parts"][part] = self._begun | {"whole": False, "results": {}}
+
+    def add(self, part: str, name: str, measured: dict[str, Any]) -> None:
+        self.content["parts"][part]["results"][name] = measured
+        self._write()
+
+    def end(self, part: str, *, whole: bool) -> None:
+        self.content["parts"][part]["whole"] = whole
+        self._write()
+
+    def _write(self) -> None:
+        write_text(self.path, json.dumps(self.content, indent=1) + "\n")
+
+
+def carry_out(part: str, settings: Settings, kept: Kept, until: float, ends: float) -> None:
+    """Run a part in a process of its own, and stop it in time. until, ends: its end and that of all (monotonic)."""
+    if time.monotonic() >= until:
+        print(f"{part}: not begun, for no time is left", flush=True)
+        return
+    context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=in_a_process, args=(part, settings, sending), name=part)
+    deadline, stopped = until, False
+    kept.begin(part)
+    process.start()
+    sending.close()
+    try:
+        while True:
+            if receiving.poll(max(0.0, deadline - time.monotonic())):
+                name, words, measured = receiving.recv()  # EOFError once the process has ended
+                kept.add(part, name, measured)
+                if words:
+                    print(f"{duration(max(0.0, ends - time.monotonic()))} left  {part}: {name}: {words}", flush=True)
+            elif stopped:
+                break
+            else:
+                process.terminate()
+                deadline, stopped = time.monotonic() + SECONDS_TO_STOP, True
+    except EOFError:
+        pass
+    except BaseException:
+        process.terminate()
+        raise
+    finally:
+        process.join(SECONDS_TO_STOP)
+        process.kill()
+    process.join()
+    kept.end(part, whole=not stopped and process.exitcode == 0)
+    if stopped:
+        print(f"{part}: stopped, for its time is up", flush=True)
+    elif process.exitcode:
+        print(f"{part}: ended with status {process.exitcode}", flush=True)
+
+
+def in_a_process(part: str, settings: Settings, sending: Connection) -> None:
+    def report(name: str, words: str, **measured: Any) -> None:
+        sending.send((name, words, measured))
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent as well, which ends this process
+    with signals_raise(), join(settings.device) as world:
+        try:
+            PARTS[part](settings, world, report)
+        except (KeyboardInterrupt, BrokenPipeError):  # the time is up, or nobody keeps the results any more
+            sys.exit(1)
+
+
+def attempt(report: Report, name: str, measure: Callable[[], tuple[str, dict[str, Any]]]) -> None:
+    """Report what is measured, or why it cannot be."""
+    began = time.monotonic()
+    try:
+        words, measured = measure()
+    except Exception as error:
+        reason = in_a_line(error)
+        report(name, f"failed: {reason}", failed=reason)
+    else:
+        report(name, words, **measured, took=round(time.monotonic() - began, 1))
+
+
+# Exactness
+
+
+def exactness(settings: Settings, world: World, report: Report) -> None:
+    for side in settings.size.copies:
+        attempt(
+            report, f"Pillow, {side}x{side}", functools.partial(beside_pillow, settings.dataroot, side, world.device)
+        )
+    try:
+        import pytest
+    except ImportError:
+        report("tests", "skipped: pytest is not there (requirements-dev.txt)", failed="pytest is not installed")
+        return
+    files = [str(file) for file in sorted(TESTS.glob("test_*.py")) if "mark.cuda" in file.read_text(encoding="utf-8")]
+    words = ["-m", "cuda", "--device", settings.device, "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *files]
+    with open(os.devnull, "w") as nowhere:
+        before, sys.stdout = sys.stdout, nowhere
+        try:
+            pytest.main(words, plugins=[Outcomes(report)])
+        finally:
+            sys.stdout = before
+
+
+class Outcomes:
+    """A plugin of pytest's that reports every test as soon as it has ended; those that pass in silence."""
+
+    def __init__(self, report: Report):
+        self.report = report
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            measured = {"outcome": report.outcome, "took": round(report.duration, 1)}
+            if report.outcome == "failed":
+                reasons = re.findall(r"^E +(.+)$", report.longreprtext, re.MULTILINE)
+                measured["failed"] = reasons[0] if reasons else report.longreprtext.splitlines()[-1]
+                measured["report"] = report.longreprtext[-3000:]
+            words = "" if report.outcome == "passed" else report.outcome
+            self.report(report.nodeid.removeprefix("tests/"), words, **measured)
+
+
+def beside_pillow(dataroot: Path | None, side: int, device: torch.device) -> tuple[str, dict[str, Any]]:
+    """How many values differ from Pillow's, over all operations, levels and signs, alone and in a plan."""
+    images_BCHW, where = some_images(dataroot, side)
+    differing = {op.name: sum(differences(op, images_BCHW, device)) for op in OPS}
+    variants = sum(len(magnitudes_of(op)) for op in OPS)
+    values, wrong = variants * images_BCHW.numel(), sum(differing.values())
+    measured = {"images": len(images_BCHW), "of": where, "variants": variants, "values": values}
+    return f"{wrong:,} of {values:,} values differ", measured | {"differing": {k: v for k, v in differing.items() if v}}
+
+
+def magnitudes_of(op: Op) -> list[float]:
+    """At every level, with both signs where the operation has them; one where it has none."""
+    levels = [op.magnitude(level) for level in range(10)] if op.low is not None else [0.0]
+    return [sign * magnitude for magnitude in levels for sign in ((1, -1) if op.signed else (1,))]
+
+
+def differences(op: Op, images_BCHW: Tensor, device: torch.device) -> Iterator[int]:
+    """Numbers of values in which the device's results differ from Pillow's, for each magnitude."""
+    B, on_device, pillow_B = len(images_BCHW), images_BCHW.to(device), [augment.to_pillow(one) for one in images_BCHW]
+    partner_B1, centre_B12 = torch.arange(B).roll(1)[:, None], torch.rand(B, 1, 2, generator=keyed_generator("centre"))
+    for magnitude in magnitudes_of(op):
+        magnitude_B1 = torch.full((B, 1), magnitude, dtype=torch.float64)
+        plan = Plan(torch.full((B, 1), OPS.index(op)), magnitude_B1, partner_B1, centre_B12.double())
+        needed = {"partner": on_device.roll(1, 0), "centre": plan.centre_BK2[:, 0]}
+        alone = apply_op(on_device, op.name, magnitude_B1[:, 0], **({op.needs: needed[op.needs]} if op.needs else {}))
+        extra_B = {"partner": pillow_B[-1:] + pillow_B[:-1], "centre": plan.centre_BK2[:, 0].tolist()}.get(op.needs)
+        theirs_B = [
+            run(image, [Operation(op.name, magnitude, extra_B and extra_B[b])]) for b, image in enumerate(pillow_B)
+        ]
+        expected_BCHW = torch.from_numpy(np.stack([np.asarray(image) for image in theirs_B])).permute(0, 3, 1, 2)
+        wrong = (alone.cpu() != expected_BCHW) | (apply(on_device, plan).cpu() != expected_BCHW)
+        yield int(wrong.sum())
+
+
+def some_images(dataroot: Path | None, side: int, count: int = 8) -> tuple[Tensor, str]:
+    """uint8 (count, 3, side, side), and what they are."""
+    if dataroot is None:
+        images_BCHW, where = draw_shapes("test")[0][:count], "embedded shapes"
+    elif is_cifar10(dataroot):
+        images_BCHW = torch.from_numpy(CIFAR10(dataroot, train=False).data[:count]).permute(0, 3, 1, 2)
+        where = "real images"
+    else:
+        files = sorted(path for path in dataroot.glob("train/*/*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        chosen = files[:: max(1, len(files) // count)][:count]
+        if not chosen:
+            raise UserError(f"{dataroot / 'train'}: holds no images in class folders")
+        reading = ImageFiles(chosen, FitSquare(side)).batches([torch.arange(len(chosen))], 0, 0)
+        return next(iter(reading))[0].contiguous(), "real images"
+    if images_BCHW.shape[-1] != side:
+        images_BCHW = F.interpolate(images_BCHW.float(), (side, side), mode="bilinear").to(torch.uint8)
+    return images_BCHW.contiguous(), where
+
+
+# A step
+
+
+def step(settings: Settings, world: World, report: Report) -> None:
+    attempt(report, "matrix product", functools.partial(matrix_product, settings.size, world.device))
+    for conf, M, N in settings.size.steps:
+        config = settings.config(conf, M, N)
+        attempt(report, f"{conf}, M = {M}, N = {N}", functools.partial(one_step, config, settings.size, world))
+
+
+def matrix_product(size: Size, device: torch.device) -> tuple[str, dict[str, Any]]:
+    """How fast the device multiplies, in the precision of the steps: what it reaches at best."""
+    n, dtype = size.product, torch.bfloat16 if device.type == "cuda" else torch.float32
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    times = 10 if device.type == "cuda" else 1
+    turns = take_turns({"": lambda: timed(lambda: [a @ b for _ in range(times)], device)}, size.repeats)[""]
+    rate = Spread.of(turns).per_second(2 * n**3 * times)
+    measured = {"side": n, "dtype": str(dtype).removeprefix("torch."), "flops_per_second": rate.median}
+    return f"{rate.median / 1e12:,.3g} TFLOP/s", measured
+
+
+def one_step(config: Config, size: Size, world: World) -> tuple[str, dict[str, Any]]:
+    steps, B, memory = Steps(config, world), config.M * config.batch_size, {}
+    inputs = {"policies": steps.with_policies, "bare": steps.at_the_limit}
+    ways = {name: functools.partial(timed_steps, steps, way, size.steps_per_turn) for name, way in inputs.items()}
+    turns = take_turns(ways, size.repeats)
+    seconds = {name: [took / size.steps_per_turn for took in taken] for name, taken in turns.items()}
+    waits = host_waits(ways["policies"], world.device)
+    if world.device.type == "cuda":
+        for name, way in ways.items():
+            torch.cuda.reset_peak_memory_stats(world.device)
+            way()
+            memory[name] = torch.cuda.max_memory_allocated(world.device)
+    median, ratio = Spread.of(seconds["policies"]).median, ratios(seconds["policies"], seconds["bare"])
+    measured = {
+        "model": config.model,
+        "M": config.M,
+        "N": config.batch_size,
+        "side": config.image_size,
+        "precision": config.amp_dtype if config.amp else "float32",
+        "seconds": seconds,
+        "ratio": ratio,
+        "copies_per_second": B / median,
+        "flops_per_second": B * cost(config).flops_per_image / median,
+        "waits": waits,
+        "memory": memory,
+    }
+    return f"{1000 * median:,.1f} ms, {ratio.in_words('.3f')} of a bare step", measured
+
+
+# Operations alone
+
+
+def operations(settings: Settings, world: World, report: Report) -> None:
+    size, device = settings.size, world.device
+    for side, N in size.copies.items():
+        work = augment.prepare(augment.build_config(side, size.M), side, N, device)
+        ways = augment.operations(work)
+        beside = functools.partial(rates, work, side, N * size.M, size.repeats)
+        attempt(report, f"{side}x{side}", functools.partial(beside, ways))
+        if device.type == "cuda":
+            few = {name: ways[name] for name in (augment.OURS, augment.PILLOW)}
+            attempt(report, f"{side}x{side}, CUDA graph", lambda: beside(few | {augment.GRAPH: as_graph(work)}))  # noqa: B023 (called at once)
+
+
+def as_graph(work: augment.Work) -> Callable[[], Tensor]:
+    graph = augment.as_graph(work.copies_BCHW, work.plan)
+    if not torch.equal(graph(), apply(work.copies_BCHW, work.plan)):
+        raise RuntimeError("the graph's values differ from those without one")
+    return graph
+
+
+def rates(
+    work: augment.Work, side: int, copies: int, repeats: int, ways: augment.Ways
+) -> tuple[str, dict[str, dict[str, Any]]]:
+    device = work.copies_BCHW.device
+    rows = augment.measure(side, "operations", ways, copies, repeats, device)
+    measured = {row.way: {"copies_per_second": row.images_per_second, "to_pillow": row.to_pillow} for row in rows}
+    words = "; ".join(f"{row.way} {row.images_per_second.median:,.0f}/s" for row in rows)
+    return words, {"copies": copies, "ways": measured}
+
+
+# An epoch
+
+
+def epoch(settings: Settings, world: World, report: Report) -> None:
+    config = settings.config(*settings.size.epoch)
+    attempt(report, "epoch", functools.partial(one_epoch, config, settings.size.epoch_images, world))
+    for setting in ("deterministic", "compile"):
+        attempt(report, setting, functools.partial(beside_plain, config, setting, settings.size, world))
+
+
+class Unkept:
+    """In the place of what saves and logs a run."""
+
+    def after_step(self) -> None:
+        pass
+
+    def after_interval(self, record: dict[str, Any]) -> None:
+        pass
+
+
+def one_epoch(config: Config, images: int, world: World) -> tuple[str, dict[str, Any]]:
+    steps, draws = Steps(dataclasses.replace(config, lr=0.01), world), keyed_generator("epoch")
+    timed_steps(steps, steps.with_policies, 3)
+    shape = images, 3, config.image_size, config.image_size
+    images_NCHW = torch.randint(256, shape, dtype=torch.uint8, generator=draws).to(world.device)
+    split = ResidentSplit(images_NCHW, torch.randint(10, (images,), generator=draws))
+    seconds = timed(lambda: training.train_one_epoch(steps.state, split, Unkept()), world.device)
+    copies = images // config.batch_size * config.batch_size * config.M
+    measured = {"model": config.model, "M": config.M, "N": config.batch_size, "images": images, "seconds": seconds}
+    return f"{seconds:,.1f} s", measured | {"copies_per_second": copies / seconds}
+
+
+def beside_plain(config: Config, setting: str, size: Size, world: World) -> tuple[str, dict[str, Any]]:
+    """Steps with a setting of true, to the same with false; the first ones, which may compile, are timed apart."""
+
+    def turns_of(value: bool) -> Callable[[], float]:
+        own = dataclasses.replace(config, **{setting: value})
+        steps = Steps(own, world)
+
+        def turn() -> float:
+            choose_kernels(world.device, own.deterministic, own.tf32)
+            return timed_steps(steps, steps.with_policies, size.steps_per_turn)
+
+        return turn
+
+    ways = {"plain": turns_of(False), setting: turns_of(True)}
+    try:
+        first = ways[setting]()
+        seconds = take_turns(ways, size.repeats)
+    finally:
+        choose_kernels(world.device, False, config.tf32)
+    ratio = ratios(seconds[setting], seconds["plain"])
+    measured = {"model": config.model, "M": config.M, "N": config.batch_size, "ratio": ratio, "first": first}
+    words = f"{ratio.in_words('.3f')} of a plain step; {first:,.1f} s at first"
+    return words, measured | {"steps": size.steps_per_turn, "seconds": seconds}
+
+
+# Training
+
+
+def train(settings: Settings, world: World, report: Report) -> None:
+    size, device = settings.size, world.device
+    if settings.dataroot is None and device.type == "cuda":
+        report("controls", "skipped: it needs real images, --dataroot DIR", failed="no --dataroot was given")
+        return
+    changes = data_settings(settings.dataroot)
+    words = ["controls", "--size", size.experiment, "--seeds", "0", "--jobs", "2" if device.type == "cuda" else "1"]
+    words += ["--logdir", str(settings.logdir), "--results", str(settings.results)]
+    words += ["--set", *changes] if changes else []
+    runs = list(runs_of(load_experiment("controls", size.experiment, [0], changes), settings.logdir))
+    process = subprocess.Popen([sys.executable, str(ROOT / "experiments.py"), *words], env=only_sees(device))
+    told: set[str] = set()
+    parent = multiprocessing.parent_process()
+    try:
+        while process.poll() is None and parent.is_alive():
+            tell(runs, told, report)
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+    finally:
+        process.terminate()
+        process.wait()
+        tell(runs, told, report, unfinished=True)
+    if process.returncode:
+        raise SystemExit(process.returncode)
+
+
+def tell(runs: Sequence[Run], told: set[str], report: Report, *, unfinished: bool = False) -> None:
+    """Report the runs that have been scored since, and at last how far the others are."""
+    for one in (one for one in runs if one.arm not in told):
+        if one.is_scored():
+            (cell,) = read_results(one.directory)["benchmarks"]["clean"]["cells"]
+            told.add(one.arm)
+            report(one.arm, f"test error {cell['error']:.2%}", state="done", error=cell["error"], images=cell["images"])
+        elif unfinished:
+            report(one.arm, one.state(), state=one.state())
+
+
+def data_settings(dataroot: Path | None) -> list[str]:
+    """Settings of a run on these images, in the place of CIFAR-10's where they are files."""
+    if dataroot is None:
+        return []
+    place = f"dataroot={json.dumps(str(dataroot.resolve()))}"
+    if is_cifar10(dataroot):
+        return [place]
+    mean, std = map(list, CIFAR_STATISTICS)
+    return [place, "dataset=folder", "image_size=32", f"mean={mean}", f"std={std}", "workers=8"]
+
+
+def only_sees(device: torch.device) -> dict[str, str]:
+    """The environment of a process that shall use this device alone."""
+    if device.type == "cpu":
+        return os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    index = device.index or 0
+    return os.environ | {
+        "CUDA_VISIBLE_DEVICES": visible[index] if index < len(visible) and visible[index] else str(index)
+    }
+
+
+PARTS: dict[str, Callable[[Settings, World, Report], None]] = {
+    "exactness": exactness,
+    "step": step,
+    "operations": operations,
+    "epoch": epoch,
+    "training": train,
+}
+
+
+# Tables
+
+
+def tables(content: dict[str, Any]) -> list[Table]:
+    """What is in a file of results, for people; a part that is not in it has none."""
+    makers = {
+        "exactness": exactness_table,
+        "step": step_table,
+        "operations": operations_table,
+        "epoch": epoch_table,
+        "training": training_table,
+    }
+    found = []
+    for part, make in makers.items():
+        if part in content["parts"]:
+            whole, results = (content["parts"][part][what] for what in ("whole", "results"))
+            table = make({name: one for name, one in results.items() if "failed" not in one or "outcome" in one})
+            failed = [f"{name}: failed ({one['failed']})" for name, one in results.items() if "failed" in one]
+            cut = [] if whole else ["Cut short: not all was reached."]
+            found.append(table._replace(notes=[*table.notes, *failed, *cut]))
+    return found
+
+
+def exactness_table(results: dict[str, Any]) -> Table:
+    rows = []
+    for name, one in results.items():
+        if "values" in one:
+            wrong = sum(one["differing"].values())
+            what = f"16 operations, every level and sign, beside {name}, {one['images']} {one['of']}"
+            rows.append((what, f"{wrong:,} of {one['values']:,} values differ"))
+    outcomes: dict[str, Counter[str]] = {}
+    for name, one in results.items():
+        if "outcome" in one:
+            test = re.sub(r"\[.*", "", name.partition("::")[2]).removeprefix("test_").replace("_", " ")
+            outcomes.setdefault(test, Counter())[one["outcome"]] += 1
+    rows += [(test, ", ".join(f"{n} {outcome}" for outcome, n in count.items())) for test, count in outcomes.items()]
+    return Table("Exactness", ("what is checked", "result"), rows)
+
+
+def step_table(results: dict[str, Any]) -> Table:
+    best, steps = results.get("matrix product"), [one for one in results.values() if "model" in one]
+    product, rows = best and best["flops_per_second"], []
+    for one in steps:
+        policies, bare = (Spread.of([1000 * s for s in one["seconds"][way]]).median for way in ("policies", "bare"))
+        peak = one["memory"]
+        rows.append(
+            (
+                f"{one['model']}, {one['precision']}",
+                *(str(one[name]) for name in ("M", "N", "side")),
+                f"{policies:,.1f}",
+                f"{bare:,.1f}",
+                Spread(*one["ratio"]).in_words(".3f"),
+                f"{one['copies_per_second']:,.0f}",
+                f"{one['flops_per_second'] / 1e12:,.3g}",
+                f"{one['flops_per_second'] / product:.1%}" if product else "-",
+                "-" if one["waits"] is None else f"{one['waits']:g}",
+                f"{peak['policies'] / 1e9:.2f} ({peak['policies'] / peak['bare'] - 1:+.1%})" if peak else "-",
+            )
+        )
+    header = ("network", "M", "N", "side", "with policies, ms", "bare, ms", "with policies / bare", "copies/s")
+    header += ("TFLOP/s", "of a matrix product's", "host waits", "peak, GB (to a bare step's)")
+    side = best and f"{best['side']}x{best['side']}"
+    note = [f"A product of {side} matrices in {best['dtype']} reaches {product / 1e12:,.3g} TFLOP/s."] if best else []
+    return Table("A training step, medians (lowest to highest)", header, rows, note)
+
+
+def operations_table(results: dict[str, Any]) -> Table:
+    rows = []
+    for name, one in results.items():
+        for way, measured in one["ways"].items():
+            if "graph" not in name or way == augment.GRAPH:
+                rate, to_pillow = (Spread(*measured[what]) for what in ("copies_per_second", "to_pillow"))
+                side = name.partition(",")[0]
+                rows.append((side, f"{one['copies']:,}", way, rate.in_words(), to_pillow.in_words(".1f")))
+    title = "Two operations per copy, uint8 in and out, medians (lowest to highest)"
+    return Table(title, ("side", "copies at a time", "way", "copies/s", "times Pillow's"), rows)
+
+
+def epoch_table(results: dict[str, Any]) -> Table:
+    rows = []
+    for name, one in results.items():
+        who = f"{one['model']}, M = {one['M']}, N = {one['N']}"
+        if name == "epoch":
+            rate = f"{one['seconds']:,.1f} s ({one['copies_per_second']:,.0f} copies/s)"
+            rows.append((f"{who}: an epoch of {one['images']:,} images", rate))
+        else:
+            ratio = f"{Spread(*one['ratio']).in_words('.3f')} of a plain step's time"
+            rows.append((f"{who}: {name}=true", f"{ratio}; at first {one['first']:,.1f} s for {one['steps']} of them"))
+    return Table("An epoch", ("what", "result"), rows)
+
+
+def training_table(results: dict[str, Any]) -> Table:
+    rows = [(arm, one["state"], f"{100 * one['error']:.2f}" if "error" in one else "-") for arm, one in results.items()]
+    return Table("Training: experiments.py controls, seed 0", ("arm", "state", "test error (%)"), rows)
+
+
+if __name__ == "__main__":
+    exit_with_status(main)

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -104,6 +106,18 @@ def test_every_size_of_every_experiment_can_be_run(name, size, tmp_path):
     if name != "M":
         seen = {run.config.M * run.config.epochs for run in runs if run.arm != "source"}
         assert len(seen) == 1, "as many images for every arm"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "sensitivity"])
+def test_small_experiments_make_as_many_updates_as_they_say(name, tmp_path):
+    """At the paper's rate a controller does not leave the uniform distribution in some dozens of updates."""
+    one = load_experiment(name, "small", [0])
+    (said,) = re.findall(r"in (\d+) updates", one.note)
+    for run in runs_of(one, tmp_path):
+        config = run.config
+        if config.policy == "controller":
+            steps = (config.train_size or 50_000) // config.batch_size * config.epochs
+            assert math.ceil(steps / config.policy_interval) == int(said) >= 150
 
 
 def test_controls_are_those_that_a_claim_needs(tmp_path):

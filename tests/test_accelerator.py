@@ -1,0 +1,222 @@
+"""The command for GPUs, on the CPU: its parts, its file, what is left when it is killed, and what it refuses."""
+
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import accelerator
+import pytest
+import torch
+from conftest import ROOT
+
+from augmentations import OPS
+from experimentfile import load_experiment, runs_of
+from processes import exit_with_status
+from utils import UserError, render
+
+CPU = torch.device("cpu")
+COMMAND = (sys.executable, str(ROOT / "benchmarks" / "accelerator.py"), "--device", "cpu")
+
+
+def places(folder):
+    return "--results", str(folder / "results"), "--logdir", str(folder / "logs")
+
+
+def kept_in(folder):
+    (file,) = (folder / "results" / "speed").glob("*.json")
+    return json.loads(file.read_text())
+
+
+@pytest.mark.slow
+def test_every_part_runs_on_the_cpu(tmp_path):
+    done = subprocess.run([*COMMAND, "--minutes", "2", *places(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    content = kept_in(tmp_path)
+    parts = {part: kept["results"] for part, kept in content["parts"].items()}
+    assert list(parts) == list(accelerator.ENDS)
+    for side in (32, 224):
+        beside = parts["exactness"][f"Pillow, {side}x{side}"]
+        assert (beside["differing"], beside["values"]) == ({}, beside["variants"] * 8 * 3 * side * side)
+    outcomes = [one["outcome"] for one in parts["exactness"].values() if "outcome" in one]
+    assert "passed" in outcomes
+    assert "failed" not in outcomes, parts["exactness"]
+    steps = [one for one in parts["step"].values() if "model" in one]
+    assert len(steps) == 2
+    for one in steps:
+        paired = zip(one["seconds"]["policies"], one["seconds"]["bare"], strict=True)
+        assert one["ratio"][0] == pytest.approx(statistics.median(ours / bare for ours, bare in paired))
+    assert parts["step"]["matrix product"]["flops_per_second"] > 0
+    assert {"32x32", "224x224"} == set(parts["operations"])
+    assert parts["epoch"]["epoch"]["images"] == 40
+    assert set(parts["training"]) <= set(load_experiment("controls", "tiny").arms)
+    for table in accelerator.tables(content):
+        assert render(table, "markdown") in done.stdout
+    assert all(content["machine"][name] for name in ("torch", "torchvision", "pillow", "processor", "command"))
+
+
+@pytest.mark.slow
+def test_what_is_killed_leaves_what_it_has_measured(tmp_path):
+    process = subprocess.Popen([*COMMAND, "--minutes", "2", *places(tmp_path)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    folder = tmp_path / "results" / "speed"
+    while not any("Pillow, 32x32" in file.read_text() for file in folder.glob("*.json")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = kept_in(tmp_path)["parts"]["exactness"]
+    assert not kept["whole"]
+    assert kept["results"]["Pillow, 32x32"]["values"] > 0
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_where_the_results_are(start_process, tmp_path):
+    process = start_process("benchmarks/accelerator.py", *COMMAND[2:], "--parts", "operations", *places(tmp_path))
+    assert "operations: 32x32" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130, err
+    assert err.strip().startswith("interrupted; what has been measured is in")
+    assert "32x32" in kept_in(tmp_path)["parts"]["operations"]["results"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device", "cuda:99"], "--device cuda:99: cannot be used here"),
+        (["--device", "banana"], "--device cpu runs everything in small sizes"),
+        (["--device", "cpu", "--minutes", "0"], "'0' is not a number of minutes above 0"),
+        (["--device", "cpu", "--minutes", "nan"], "'nan' is not a number of minutes above 0"),
+        (["--device", "cpu", "--dataroot", "nowhere"], "--dataroot nowhere: holds neither train/<class>/* nor"),
+        (["--device", "cpu", "--parts", "speed"], "argument --parts: invalid choice: 'speed'"),
+        (["--device", "cpu", "--results", "/dev/null"], "/dev/null/speed/"),
+    ],
+)
+def test_bad_arguments_are_refused_in_a_line(arguments, words, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["benchmarks/accelerator.py", *arguments])
+    with pytest.raises(SystemExit) as leaving:
+        exit_with_status(accelerator.main)
+    assert leaving.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_file_of_results_is_refused_and_left(tmp_path):
+    path, here = tmp_path / "card.json", {"git_revision": None}
+    for text in ("{", "[]", '{"parts": 3}'):
+        path.write_text(text)
+        with pytest.raises(UserError, match="cannot be used"):
+            accelerator.Kept(path, here)
+        assert path.read_text() == text
+
+
+def test_a_part_measured_again_replaces_itself_alone(tmp_path):
+    path, here = tmp_path / "card.json", {"git_revision": "abc"}
+    for parts in (("step", "epoch"), ("step",)):
+        kept = accelerator.Kept(path, here)
+        for part in parts:
+            kept.begin(part)
+            kept.add(part, str(len(parts)), {})
+            kept.end(part, whole=True)
+    content = json.loads(path.read_text())
+    assert {part: list(kept["results"]) for part, kept in content["parts"].items()} == {"step": ["1"], "epoch": ["2"]}
+
+
+def test_values_that_differ_from_pillow_are_counted(monkeypatch):
+    images, _ = accelerator.some_images(None, 32)
+    assert images.shape == (8, 3, 32, 32)
+    assert sum(sum(accelerator.differences(op, images, CPU)) for op in OPS) == 0
+    original = accelerator.apply_op
+
+    def off_by_one(images_BCHW, *arguments, **extra):
+        result_BCHW = original(images_BCHW, *arguments, **extra)
+        result_BCHW[0, 0, 0, 0] ^= 1
+        return result_BCHW
+
+    monkeypatch.setattr(accelerator, "apply_op", off_by_one)
+    (rotate,) = (op for op in OPS if op.name == "Rotate")
+    assert list(accelerator.differences(rotate, images, CPU)) == [1] * 20, "ten levels, two signs"
+
+
+def test_real_images_are_taken_where_there_are_some(own_images):
+    images, where = accelerator.some_images(own_images, 24, count=4)
+    assert (images.shape, where) == ((4, 3, 24, 24), "real images")
+    assert len({image.numpy().tobytes() for image in images}) == 4
+
+
+def test_the_controls_train_on_the_images_given(own_images, tmp_path):
+    changes = accelerator.data_settings(own_images)
+    runs = list(runs_of(load_experiment("controls", "small", [0], changes), tmp_path))
+    assert {(run.config.dataset, run.config.dataroot, run.config.image_size) for run in runs} == {
+        ("folder", str(own_images), 32)
+    }
+    (tmp_path / "cifar" / "cifar-10-batches-py").mkdir(parents=True)
+    changes = accelerator.data_settings(tmp_path / "cifar")
+    assert {run.config.dataset for run in runs_of(load_experiment("controls", "small", [0], changes), tmp_path)} == {
+        "cifar10"
+    }
+
+
+def test_runs_are_reported_once_they_are_scored(monkeypatch):
+    scored, reported, told = set(), [], set()
+    runs = [
+        SimpleNamespace(arm=arm, directory=arm, is_scored=lambda arm=arm: arm in scored, state=lambda: "missing")
+        for arm in ("none", "random")
+    ]
+    results = {"benchmarks": {"clean": {"cells": [{"error": 0.25, "images": 100}]}}}
+    monkeypatch.setattr(accelerator, "read_results", lambda directory: results)
+
+    def report(name, words, **measured):
+        reported.append((name, words))
+
+    accelerator.tell(runs, told, report)
+    assert reported == []
+    scored.add("none")
+    accelerator.tell(runs, told, report)
+    accelerator.tell(runs, told, report, unfinished=True)
+    assert reported == [("none", "test error 25.00%"), ("random", "missing")]
+
+
+def test_the_training_sees_the_chosen_device_alone(monkeypatch):
+    def visible(device):
+        return accelerator.only_sees(torch.device(device))["CUDA_VISIBLE_DEVICES"]
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert (visible("cpu"), visible("cuda:1")) == ("", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert (visible("cuda:0"), visible("cuda:1")) == ("5", "7")
+
+
+def test_what_failed_or_was_cut_short_is_said_below_its_table():
+    results = {
+        "Pillow, 32x32": {"values": 1000, "differing": {"Rotate": 3}, "images": 8, "of": "real images"},
+        "test_x.py::test_it_holds[a]": {"outcome": "passed"},
+        "test_x.py::test_it_holds[b]": {"outcome": "failed", "failed": "AssertionError: no"},
+    }
+    content = {
+        "parts": {
+            "exactness": {"whole": True, "results": results},
+            "epoch": {"whole": False, "results": {"epoch": {"failed": "out of memory"}}},
+        }
+    }
+    exactness, epoch = accelerator.tables(content)
+    assert [row[1] for row in exactness.rows] == ["3 of 1,000 values differ", "1 passed, 1 failed"]
+    assert exactness.notes == ["test_x.py::test_it_holds[b]: failed (AssertionError: no)"]
+    assert (epoch.rows, epoch.notes) == ([], ["epoch: failed (out of memory)", "Cut short: not all was reached."])
+
+
+def test_the_documents_say_what_has_been_measured_on_a_gpu():
+    """The tables of every card in results/speed are in docs/speed.md; without one it says so, as does the README."""
+    speed, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/speed.md", "README.md"))
+    contents = [json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "results" / "speed").glob("*.json")]
+    cards = [content for content in contents if "driver" in content.get("machine", {})]
+    for text in (speed, readme):
+        assert ("On a GPU: not measured yet" in text) is (not cards)
+        assert all(content["machine"]["device"] in text for content in cards)
+    for table in (table for content in cards for table in accelerator.tables(content)):
+        assert render(table, "markdown") in speed

@@ -22,8 +22,10 @@ Shape suffixes: N images of a batch, M copies of each, B = N * M.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
+import io
 import json
 import multiprocessing
 import os
@@ -32,6 +34,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
@@ -65,9 +68,9 @@ from shapes import draw_shapes
 from stopping import signals_raise
 from utils import CommandLine, Table, UserError, choose_kernels, duration, in_a_line, keyed_generator, render
 
-ENDS = {"exactness": 0.5, "step": 0.65, "operations": 0.75, "epoch": 0.9, "training": 1.0}  # shares of the time
 SECONDS_TO_STOP = 15  # that a part has to save its work once its time is up; they are kept free at the end
 SECONDS_BETWEEN_LOOKS = 0.5
+LONGEST_REPORT = 3000  # characters of a failure that are kept
 TESTS = ROOT / "tests"
 
 Report = Callable[..., None]
@@ -90,7 +93,7 @@ class Size(NamedTuple):
 
 WRN40, WRN28, RESNET50 = "cifar10/wresnet40x2_cifar10", "cifar10/wresnet28x10_cifar10", "imagenet/resnet50"
 ON_CUDA = Size(
-    steps=(*((conf, 8, 128) for conf in (WRN40, WRN28)), *((WRN40, M, 128) for M in (1, 2, 4, 16)), (RESNET50, 8, 32)),
+    steps=((WRN40, 8, 128), (WRN28, 8, 128), *((WRN40, M, 128) for M in (1, 2, 4, 16)), (RESNET50, 8, 32)),
     changes={"amp": True},
     copies={32: 128, 224: 32},
     M=8,
@@ -147,11 +150,11 @@ def main() -> None:
     results = args.results or Path("logs" if device.type == "cpu" else "") / "results"
     settings = Settings(str(device), args.dataroot, results, args.logdir)
     require_images(settings)
-    kept = Kept(results / "speed" / f"{file_name(here)}.json", here)
+    kept = Kept(results / "speed", here)
     seconds = 60 * args.minutes - SECONDS_TO_STOP
     try:
-        for part in (part for part in ENDS if part in args.parts):
-            carry_out(part, settings, kept, until=began + ENDS[part] * seconds, ends=began + seconds)
+        for part in (part for part in PARTS if part in args.parts):
+            carry_out(part, settings, kept, until=began + PARTS[part].until * seconds, ends=began + seconds)
     except KeyboardInterrupt as stop:
         raise type(stop)(f"what has been measured is in {kept.path}") from None
     print("\n" + "\n\n".join(render(table, "markdown") for table in tables(kept.content)))
@@ -163,7 +166,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--device", default="cuda", help="cuda, cuda:1, ..., or cpu (default: %(default)s)")
     add("--minutes", type=minutes, default=8.0, help="for everything together (default: %(default)g)")
-    add("--parts", nargs="+", choices=ENDS, default=list(ENDS), metavar="PART", help="default: all of them")
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help="default: all of them")
     add("--dataroot", type=Path, metavar="DIR", help="real images; without them nothing is trained on a GPU")
     add("--results", type=Path, metavar="DIR", help="default: ./results, or ./logs/results on the CPU")
     add("--logdir", type=Path, default=Path("logs"), metavar="DIR", help="of the training (default: ./%(default)s)")
@@ -193,29 +196,27 @@ def is_cifar10(root: Path) -> bool:
     return (root / "cifar-10-batches-py").is_dir()
 
 
-def file_name(here: dict[str, Any]) -> str:
-    """The device's name in small letters, digits and hyphens."""
-    name = here["processor"] if here["device"].startswith("cpu") else here["device"]
-    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
 class Kept:
-    """The file of results: whole at any time, and written anew with each result. Raises UserError if it cannot be."""
+    """The file of results: whole at any time, and written anew with each result. Raises UserError if it cannot be.
 
-    def __init__(self, path: Path, here: dict[str, Any]):
-        self.path, self.content = path, {"machine": here, "parts": {}}
-        self._begun = {"date": time.strftime("%Y-%m-%d"), "git_revision": here["git_revision"]}
+    It is named by the device, and says of each part when, where and with which versions it was measured.
+    """
+
+    def __init__(self, folder: Path, here: dict[str, Any]):
+        name = here["processor"] if here["device"].startswith("cpu") else here["device"]
+        self.path = folder / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+        self.content, self._here = {"device": name, "parts": {}}, here
         try:
-            if path.exists():
-                before = json.loads(path.read_text(encoding="utf-8"))
-                self.content["parts"] = dict(before["parts"])
-            path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                self.content["parts"] = dict(json.loads(self.path.read_text(encoding="utf-8"))["parts"])
+            folder.mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}: cannot be used ({in_a_line(error)}); move it away") from None
+            raise UserError(f"{self.path}: cannot be used ({in_a_line(error)}); move it away") from None
         self._write()
 
     def begin(self, part: str) -> None:
-        self.content["parts"][part] = self._begun | {"whole": False, "results": {}}
+        date = time.strftime("%Y-%m-%d")
+        self.content["parts"][part] = {"date": date, "machine": self._here, "whole": False, "results": {}}
 
     def add(self, part: str, name: str, measured: dict[str, Any]) -> None:
         self.content["parts"][part]["results"][name] = measured
@@ -276,9 +277,20 @@ def in_a_process(part: str, settings: Settings, sending: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent as well, which ends this process
     with signals_raise(), join(settings.device) as world:
         try:
-            PARTS[part](settings, world, report)
+            PARTS[part].run(settings, world, report)
         except (KeyboardInterrupt, BrokenPipeError):  # the time is up, or nobody keeps the results any more
             sys.exit(1)
+        except Exception as error:
+            report_failure(report, part, error)
+            sys.exit(1)
+
+
+def report_failure(report: Report, name: str, error: Exception) -> None:
+    """In a line, and with the end of its traceback in the file."""
+    reason = in_a_line(error)
+    report(
+        name, f"failed: {reason}", failed=reason, report="".join(traceback.format_exception(error))[-LONGEST_REPORT:]
+    )
 
 
 def attempt(report: Report, name: str, measure: Callable[[], tuple[str, dict[str, Any]]]) -> None:
@@ -287,8 +299,7 @@ def attempt(report: Report, name: str, measure: Callable[[], tuple[str, dict[str
     try:
         words, measured = measure()
     except Exception as error:
-        reason = in_a_line(error)
-        report(name, f"failed: {reason}", failed=reason)
+        report_failure(report, name, error)
     else:
         report(name, words, **measured, took=round(time.monotonic() - began, 1))
 
@@ -307,13 +318,12 @@ def exactness(settings: Settings, world: World, report: Report) -> None:
         report("tests", "skipped: pytest is not there (requirements-dev.txt)", failed="pytest is not installed")
         return
     files = [str(file) for file in sorted(TESTS.glob("test_*.py")) if "mark.cuda" in file.read_text(encoding="utf-8")]
-    words = ["-m", "cuda", "--device", settings.device, "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *files]
-    with open(os.devnull, "w") as nowhere:
-        before, sys.stdout = sys.stdout, nowhere
-        try:
-            pytest.main(words, plugins=[Outcomes(report)])
-        finally:
-            sys.stdout = before
+    words = ["-m", "cuda", "--device", settings.device, "-q", "-p", "no:cacheprovider", *files]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        status = pytest.main(words, plugins=[Outcomes(report)])
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        reason = f"pytest ended with status {int(status)}"
+        report("tests", f"failed: {reason}", failed=reason, report=printed.getvalue()[-LONGEST_REPORT:])
 
 
 class Outcomes:
@@ -328,7 +338,7 @@ class Outcomes:
             if report.outcome == "failed":
                 reasons = re.findall(r"^E +(.+)$", report.longreprtext, re.MULTILINE)
                 measured["failed"] = reasons[0] if reasons else report.longreprtext.splitlines()[-1]
-                measured["report"] = report.longreprtext[-3000:]
+                measured["report"] = report.longreprtext[-LONGEST_REPORT:]
             words = "" if report.outcome == "passed" else report.outcome
             self.report(report.nodeid.removeprefix("tests/"), words, **measured)
 
@@ -413,7 +423,7 @@ def one_step(config: Config, size: Size, world: World) -> tuple[str, dict[str, A
     ways = {name: functools.partial(timed_steps, steps, way, size.steps_per_turn) for name, way in inputs.items()}
     turns = take_turns(ways, size.repeats)
     seconds = {name: [took / size.steps_per_turn for took in taken] for name, taken in turns.items()}
-    waits = host_waits(ways["policies"], world.device)
+    waits = host_waits(lambda: [steps.take(steps.with_policies()) for _ in range(size.steps_per_turn)], world.device)
     if world.device.type == "cuda":
         for name, way in ways.items():
             torch.cuda.reset_peak_memory_stats(world.device)
@@ -430,7 +440,7 @@ def one_step(config: Config, size: Size, world: World) -> tuple[str, dict[str, A
         "ratio": ratio,
         "copies_per_second": B / median,
         "flops_per_second": B * cost(config).flops_per_image / median,
-        "waits": waits,
+        "waits": None if waits is None else waits / size.steps_per_turn,
         "memory": memory,
     }
     return f"{1000 * median:,.1f} ms, {ratio.in_words('.3f')} of a bare step", measured
@@ -443,26 +453,21 @@ def operations(settings: Settings, world: World, report: Report) -> None:
     size, device = settings.size, world.device
     for side, N in size.copies.items():
         work = augment.prepare(augment.build_config(side, size.M), side, N, device)
-        ways = augment.operations(work)
-        beside = functools.partial(rates, work, side, N * size.M, size.repeats)
-        attempt(report, f"{side}x{side}", functools.partial(beside, ways))
+        attempt(report, f"{side}x{side}", functools.partial(rates, work, side, size.repeats))
         if device.type == "cuda":
-            few = {name: ways[name] for name in (augment.OURS, augment.PILLOW)}
-            attempt(report, f"{side}x{side}, CUDA graph", lambda: beside(few | {augment.GRAPH: as_graph(work)}))  # noqa: B023 (called at once)
+            as_graph = functools.partial(rates, work, side, size.repeats, graph=True)
+            attempt(report, f"{side}x{side}, CUDA graph", as_graph)
 
 
-def as_graph(work: augment.Work) -> Callable[[], Tensor]:
-    graph = augment.as_graph(work.copies_BCHW, work.plan)
-    if not torch.equal(graph(), apply(work.copies_BCHW, work.plan)):
-        raise RuntimeError("the graph's values differ from those without one")
-    return graph
-
-
-def rates(
-    work: augment.Work, side: int, copies: int, repeats: int, ways: augment.Ways
-) -> tuple[str, dict[str, dict[str, Any]]]:
-    device = work.copies_BCHW.device
-    rows = augment.measure(side, "operations", ways, copies, repeats, device)
+def rates(work: augment.Work, side: int, repeats: int, *, graph: bool = False) -> tuple[str, dict[str, dict[str, Any]]]:
+    """Copies per second in every way there is or, apart from them, in a CUDA graph."""
+    ways, copies = augment.operations(work), len(work.copies_BCHW)
+    if graph:
+        play = augment.as_graph(work.copies_BCHW, work.plan)
+        if not torch.equal(play(), apply(work.copies_BCHW, work.plan)):
+            raise RuntimeError("the graph's values differ from those without one")
+        ways = {augment.PILLOW: ways[augment.PILLOW], augment.GRAPH: play}
+    rows = augment.measure(side, "operations", ways, copies, repeats, work.copies_BCHW.device)
     measured = {row.way: {"copies_per_second": row.images_per_second, "to_pillow": row.to_pillow} for row in rows}
     words = "; ".join(f"{row.way} {row.images_per_second.median:,.0f}/s" for row in rows)
     return words, {"copies": copies, "ways": measured}
@@ -586,35 +591,18 @@ def only_sees(device: torch.device) -> dict[str, str]:
     }
 
 
-PARTS: dict[str, Callable[[Settings, World, Report], None]] = {
-    "exactness": exactness,
-    "step": step,
-    "operations": operations,
-    "epoch": epoch,
-    "training": train,
-}
-
-
 # Tables
 
 
 def tables(content: dict[str, Any]) -> list[Table]:
     """What is in a file of results, for people; a part that is not in it has none."""
-    makers = {
-        "exactness": exactness_table,
-        "step": step_table,
-        "operations": operations_table,
-        "epoch": epoch_table,
-        "training": training_table,
-    }
     found = []
-    for part, make in makers.items():
-        if part in content["parts"]:
-            whole, results = (content["parts"][part][what] for what in ("whole", "results"))
-            table = make({name: one for name, one in results.items() if "failed" not in one or "outcome" in one})
-            failed = [f"{name}: failed ({one['failed']})" for name, one in results.items() if "failed" in one]
-            cut = [] if whole else ["Cut short: not all was reached."]
-            found.append(table._replace(notes=[*table.notes, *failed, *cut]))
+    for part in (part for part in PARTS if part in content["parts"]):
+        whole, results = (content["parts"][part][what] for what in ("whole", "results"))
+        table = PARTS[part].table({k: one for k, one in results.items() if "failed" not in one or "outcome" in one})
+        failed = [f"{name}: failed ({one['failed']})" for name, one in results.items() if "failed" in one]
+        cut = [] if whole else ["Cut short: not all was reached."]
+        found.append(table._replace(notes=[*table.notes, *failed, *cut]))
     return found
 
 
@@ -689,6 +677,23 @@ def epoch_table(results: dict[str, Any]) -> Table:
 def training_table(results: dict[str, Any]) -> Table:
     rows = [(arm, one["state"], f"{100 * one['error']:.2f}" if "error" in one else "-") for arm, one in results.items()]
     return Table("Training: experiments.py controls, seed 0", ("arm", "state", "test error (%)"), rows)
+
+
+class Part(NamedTuple):
+    """until: the share of the time after which the part is stopped. table: of its results."""
+
+    until: float
+    run: Callable[[Settings, World, Report], None]
+    table: Callable[[dict[str, Any]], Table]
+
+
+PARTS = {
+    "exactness": Part(0.5, exactness, exactness_table),
+    "step": Part(0.65, step, step_table),
+    "operations": Part(0.75, operations, operations_table),
+    "epoch": Part(0.9, epoch, epoch_table),
+    "training": Part(1.0, train, training_table),
+}
 
 
 if __name__ == "__main__":

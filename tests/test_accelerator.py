@@ -37,7 +37,7 @@ def test_every_part_runs_on_the_cpu(tmp_path):
     assert done.returncode == 0, done.stderr
     content = kept_in(tmp_path)
     parts = {part: kept["results"] for part, kept in content["parts"].items()}
-    assert list(parts) == list(accelerator.ENDS)
+    assert list(parts) == list(accelerator.PARTS)
     for side in (32, 224):
         beside = parts["exactness"][f"Pillow, {side}x{side}"]
         assert (beside["differing"], beside["values"]) == ({}, beside["variants"] * 8 * 3 * side * side)
@@ -55,7 +55,8 @@ def test_every_part_runs_on_the_cpu(tmp_path):
     assert set(parts["training"]) <= set(load_experiment("controls", "tiny").arms)
     for table in accelerator.tables(content):
         assert render(table, "markdown") in done.stdout
-    assert all(content["machine"][name] for name in ("torch", "torchvision", "pillow", "processor", "command"))
+    for kept in content["parts"].values():
+        assert all(kept["machine"][name] for name in ("torch", "torchvision", "pillow", "processor", "git_revision"))
 
 
 @pytest.mark.slow
@@ -73,13 +74,14 @@ def test_what_is_killed_leaves_what_it_has_measured(tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_says_where_the_results_are(start_process, tmp_path):
-    process = start_process("benchmarks/accelerator.py", *COMMAND[2:], "--parts", "operations", *places(tmp_path))
+def test_what_is_stopped_says_where_its_results_are(tmp_path):
+    command = [*COMMAND, "--parts", "operations", *places(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert "operations: 32x32" in process.stdout.readline()
-    process.send_signal(signal.SIGINT)
+    process.terminate()
     _, err = process.communicate()
-    assert process.returncode == 130, err
-    assert err.strip().startswith("interrupted; what has been measured is in")
+    assert process.returncode == 143, err
+    assert err.strip().startswith("terminated; what has been measured is in")
     assert "32x32" in kept_in(tmp_path)["parts"]["operations"]["results"]
 
 
@@ -106,25 +108,30 @@ def test_bad_arguments_are_refused_in_a_line(arguments, words, monkeypatch, tmp_
     assert not list(tmp_path.iterdir())
 
 
+HERE = {"device": "cpu x86_64", "processor": "Some CPU (R) 3.2"}
+
+
 def test_a_damaged_file_of_results_is_refused_and_left(tmp_path):
-    path, here = tmp_path / "card.json", {"git_revision": None}
+    path = tmp_path / "some-cpu-r-3-2.json"
     for text in ("{", "[]", '{"parts": 3}'):
         path.write_text(text)
-        with pytest.raises(UserError, match="cannot be used"):
-            accelerator.Kept(path, here)
+        with pytest.raises(UserError, match=r"some-cpu-r-3-2\.json: cannot be used"):
+            accelerator.Kept(tmp_path, HERE)
         assert path.read_text() == text
 
 
 def test_a_part_measured_again_replaces_itself_alone(tmp_path):
-    path, here = tmp_path / "card.json", {"git_revision": "abc"}
     for parts in (("step", "epoch"), ("step",)):
-        kept = accelerator.Kept(path, here)
+        kept = accelerator.Kept(tmp_path, HERE | {"torch": str(len(parts))})
         for part in parts:
             kept.begin(part)
-            kept.add(part, str(len(parts)), {})
+            kept.add(part, f"of {len(parts)}", {})
             kept.end(part, whole=True)
-    content = json.loads(path.read_text())
-    assert {part: list(kept["results"]) for part, kept in content["parts"].items()} == {"step": ["1"], "epoch": ["2"]}
+    parts = json.loads(kept.path.read_text())["parts"]
+    assert {part: (list(of["results"]), of["machine"]["torch"]) for part, of in parts.items()} == {
+        "step": (["of 1"], "1"),
+        "epoch": (["of 2"], "2"),
+    }
 
 
 def test_values_that_differ_from_pillow_are_counted(monkeypatch):
@@ -214,9 +221,13 @@ def test_the_documents_say_what_has_been_measured_on_a_gpu():
     """The tables of every card in results/speed are in docs/speed.md; without one it says so, as does the README."""
     speed, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/speed.md", "README.md"))
     contents = [json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "results" / "speed").glob("*.json")]
-    cards = [content for content in contents if "driver" in content.get("machine", {})]
+    cards = [
+        content
+        for content in contents
+        if any("driver" in part["machine"] for part in content.get("parts", {}).values())
+    ]
     for text in (speed, readme):
         assert ("On a GPU: not measured yet" in text) is (not cards)
-        assert all(content["machine"]["device"] in text for content in cards)
+        assert all(content["device"] in text for content in cards)
     for table in (table for content in cards for table in accelerator.tables(content)):
         assert render(table, "markdown") in speed

@@ -22,10 +22,8 @@ Shape suffixes: N images of a batch, M copies of each, B = N * M.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
-import io
 import json
 import multiprocessing
 import os
@@ -34,46 +32,47 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torchvision.datasets import CIFAR10
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import augment
+from acceleratortables import epoch_table, exactness_table, operations_table, step_table, training_table
 from cost import cost
-from measuring import ROOT, Spread, host_waits, in_words, machine, ratios, take_turns, timed
-from perimage import Operation, run
+from exactness import beside_pillow, is_cifar10, run_marked_tests
+from measuring import (
+    ROOT,
+    Report,
+    Spread,
+    attempt,
+    host_waits,
+    in_words,
+    machine,
+    ratios,
+    report_failure,
+    take_turns,
+    timed,
+)
 from step import Steps, timed_steps
 
 import main as training
-from augmentations import OPS, Op, Plan, apply, apply_op
+from augmentations import apply
 from checkpoint import write_text
 from config import Config, load_config
 from dataloader import CIFAR_STATISTICS, ResidentSplit
 from experimentfile import Run, load_experiment, runs_of
-from imagefiles import IMAGE_SUFFIXES, FitSquare, ImageFiles
 from processes import World, exit_with_status, join
 from resultsfile import read_results
-from shapes import draw_shapes
 from stopping import signals_raise
 from utils import CommandLine, Table, UserError, choose_kernels, duration, in_a_line, keyed_generator, render
 
 SECONDS_TO_STOP = 15  # that a part has to save its work once its time is up; they are kept free at the end
 SECONDS_BETWEEN_LOOKS = 0.5
-LONGEST_REPORT = 3000  # characters of a failure that are kept
-TESTS = ROOT / "tests"
-
-Report = Callable[..., None]
 
 
 class Size(NamedTuple):
@@ -192,10 +191,6 @@ def require_images(settings: Settings) -> None:
         )
 
 
-def is_cifar10(root: Path) -> bool:
-    return (root / "cifar-10-batches-py").is_dir()
-
-
 class Kept:
     """The file of results: whole at any time, and written anew with each result. Raises UserError if it cannot be.
 
@@ -285,118 +280,14 @@ def in_a_process(part: str, settings: Settings, sending: Connection) -> None:
             sys.exit(1)
 
 
-def report_failure(report: Report, name: str, error: Exception) -> None:
-    """In a line, and with the end of its traceback in the file."""
-    reason = in_a_line(error)
-    report(
-        name, f"failed: {reason}", failed=reason, report="".join(traceback.format_exception(error))[-LONGEST_REPORT:]
-    )
-
-
-def attempt(report: Report, name: str, measure: Callable[[], tuple[str, dict[str, Any]]]) -> None:
-    """Report what is measured, or why it cannot be."""
-    began = time.monotonic()
-    try:
-        words, measured = measure()
-    except Exception as error:
-        report_failure(report, name, error)
-    else:
-        report(name, words, **measured, took=round(time.monotonic() - began, 1))
-
-
-# Exactness
+# The parts
 
 
 def exactness(settings: Settings, world: World, report: Report) -> None:
     for side in settings.size.copies:
-        attempt(
-            report, f"Pillow, {side}x{side}", functools.partial(beside_pillow, settings.dataroot, side, world.device)
-        )
-    try:
-        import pytest
-    except ImportError:
-        report("tests", "skipped: pytest is not there (requirements-dev.txt)", failed="pytest is not installed")
-        return
-    files = [str(file) for file in sorted(TESTS.glob("test_*.py")) if "mark.cuda" in file.read_text(encoding="utf-8")]
-    words = ["-m", "cuda", "--device", settings.device, "-q", "-p", "no:cacheprovider", *files]
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        status = pytest.main(words, plugins=[Outcomes(report)])
-    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-        reason = f"pytest ended with status {int(status)}"
-        report("tests", f"failed: {reason}", failed=reason, report=printed.getvalue()[-LONGEST_REPORT:])
-
-
-class Outcomes:
-    """A plugin of pytest's that reports every test as soon as it has ended; those that pass in silence."""
-
-    def __init__(self, report: Report):
-        self.report = report
-
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        if report.when == "call" or report.outcome != "passed":
-            measured = {"outcome": report.outcome, "took": round(report.duration, 1)}
-            if report.outcome == "failed":
-                reasons = re.findall(r"^E +(.+)$", report.longreprtext, re.MULTILINE)
-                measured["failed"] = reasons[0] if reasons else report.longreprtext.splitlines()[-1]
-                measured["report"] = report.longreprtext[-LONGEST_REPORT:]
-            words = "" if report.outcome == "passed" else report.outcome
-            self.report(report.nodeid.removeprefix("tests/"), words, **measured)
-
-
-def beside_pillow(dataroot: Path | None, side: int, device: torch.device) -> tuple[str, dict[str, Any]]:
-    """How many values differ from Pillow's, over all operations, levels and signs, alone and in a plan."""
-    images_BCHW, where = some_images(dataroot, side)
-    differing = {op.name: sum(differences(op, images_BCHW, device)) for op in OPS}
-    variants = sum(len(magnitudes_of(op)) for op in OPS)
-    values, wrong = variants * images_BCHW.numel(), sum(differing.values())
-    measured = {"images": len(images_BCHW), "of": where, "variants": variants, "values": values}
-    return f"{wrong:,} of {values:,} values differ", measured | {"differing": {k: v for k, v in differing.items() if v}}
-
-
-def magnitudes_of(op: Op) -> list[float]:
-    """At every level, with both signs where the operation has them; one where it has none."""
-    levels = [op.magnitude(level) for level in range(10)] if op.low is not None else [0.0]
-    return [sign * magnitude for magnitude in levels for sign in ((1, -1) if op.signed else (1,))]
-
-
-def differences(op: Op, images_BCHW: Tensor, device: torch.device) -> Iterator[int]:
-    """Numbers of values in which the device's results differ from Pillow's, for each magnitude."""
-    B, on_device, pillow_B = len(images_BCHW), images_BCHW.to(device), [augment.to_pillow(one) for one in images_BCHW]
-    partner_B1, centre_B12 = torch.arange(B).roll(1)[:, None], torch.rand(B, 1, 2, generator=keyed_generator("centre"))
-    for magnitude in magnitudes_of(op):
-        magnitude_B1 = torch.full((B, 1), magnitude, dtype=torch.float64)
-        plan = Plan(torch.full((B, 1), OPS.index(op)), magnitude_B1, partner_B1, centre_B12.double())
-        needed = {"partner": on_device.roll(1, 0), "centre": plan.centre_BK2[:, 0]}
-        alone = apply_op(on_device, op.name, magnitude_B1[:, 0], **({op.needs: needed[op.needs]} if op.needs else {}))
-        extra_B = {"partner": pillow_B[-1:] + pillow_B[:-1], "centre": plan.centre_BK2[:, 0].tolist()}.get(op.needs)
-        theirs_B = [
-            run(image, [Operation(op.name, magnitude, extra_B and extra_B[b])]) for b, image in enumerate(pillow_B)
-        ]
-        expected_BCHW = torch.from_numpy(np.stack([np.asarray(image) for image in theirs_B])).permute(0, 3, 1, 2)
-        wrong = (alone.cpu() != expected_BCHW) | (apply(on_device, plan).cpu() != expected_BCHW)
-        yield int(wrong.sum())
-
-
-def some_images(dataroot: Path | None, side: int, count: int = 8) -> tuple[Tensor, str]:
-    """uint8 (count, 3, side, side), and what they are."""
-    if dataroot is None:
-        images_BCHW, where = draw_shapes("test")[0][:count], "embedded shapes"
-    elif is_cifar10(dataroot):
-        images_BCHW = torch.from_numpy(CIFAR10(dataroot, train=False).data[:count]).permute(0, 3, 1, 2)
-        where = "real images"
-    else:
-        files = sorted(path for path in dataroot.glob("train/*/*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        chosen = files[:: max(1, len(files) // count)][:count]
-        if not chosen:
-            raise UserError(f"{dataroot / 'train'}: holds no images in class folders")
-        reading = ImageFiles(chosen, FitSquare(side)).batches([torch.arange(len(chosen))], 0, 0)
-        return next(iter(reading))[0].contiguous(), "real images"
-    if images_BCHW.shape[-1] != side:
-        images_BCHW = F.interpolate(images_BCHW.float(), (side, side), mode="bilinear").to(torch.uint8)
-    return images_BCHW.contiguous(), where
-
-
-# A step
+        beside = functools.partial(beside_pillow, settings.dataroot, side, world.device)
+        attempt(report, f"Pillow, {side}x{side}", beside)
+    run_marked_tests(settings.device, report)
 
 
 def step(settings: Settings, world: World, report: Report) -> None:
@@ -446,9 +337,6 @@ def one_step(config: Config, size: Size, world: World) -> tuple[str, dict[str, A
     return f"{1000 * median:,.1f} ms, {ratio.in_words('.3f')} of a bare step", measured
 
 
-# Operations alone
-
-
 def operations(settings: Settings, world: World, report: Report) -> None:
     size, device = settings.size, world.device
     for side, N in size.copies.items():
@@ -471,9 +359,6 @@ def rates(work: augment.Work, side: int, repeats: int, *, graph: bool = False) -
     measured = {row.way: {"copies_per_second": row.images_per_second, "to_pillow": row.to_pillow} for row in rows}
     words = "; ".join(f"{row.way} {row.images_per_second.median:,.0f}/s" for row in rows)
     return words, {"copies": copies, "ways": measured}
-
-
-# An epoch
 
 
 def epoch(settings: Settings, world: World, report: Report) -> None:
@@ -528,9 +413,6 @@ def beside_plain(config: Config, setting: str, size: Size, world: World) -> tupl
     measured = {"model": config.model, "M": config.M, "N": config.batch_size, "ratio": ratio, "first": first}
     words = f"{ratio.in_words('.3f')} of a plain step; {first:,.1f} s at first"
     return words, measured | {"steps": size.steps_per_turn, "seconds": seconds}
-
-
-# Training
 
 
 def train(settings: Settings, world: World, report: Report) -> None:
@@ -591,9 +473,6 @@ def only_sees(device: torch.device) -> dict[str, str]:
     }
 
 
-# Tables
-
-
 def tables(content: dict[str, Any]) -> list[Table]:
     """What is in a file of results, for people; a part that is not in it has none."""
     found = []
@@ -604,79 +483,6 @@ def tables(content: dict[str, Any]) -> list[Table]:
         cut = [] if whole else ["Cut short: not all was reached."]
         found.append(table._replace(notes=[*table.notes, *failed, *cut]))
     return found
-
-
-def exactness_table(results: dict[str, Any]) -> Table:
-    rows = []
-    for name, one in results.items():
-        if "values" in one:
-            wrong = sum(one["differing"].values())
-            what = f"16 operations, every level and sign, beside {name}, {one['images']} {one['of']}"
-            rows.append((what, f"{wrong:,} of {one['values']:,} values differ"))
-    outcomes: dict[str, Counter[str]] = {}
-    for name, one in results.items():
-        if "outcome" in one:
-            test = re.sub(r"\[.*", "", name.partition("::")[2]).removeprefix("test_").replace("_", " ")
-            outcomes.setdefault(test, Counter())[one["outcome"]] += 1
-    rows += [(test, ", ".join(f"{n} {outcome}" for outcome, n in count.items())) for test, count in outcomes.items()]
-    return Table("Exactness", ("what is checked", "result"), rows)
-
-
-def step_table(results: dict[str, Any]) -> Table:
-    best, steps = results.get("matrix product"), [one for one in results.values() if "model" in one]
-    product, rows = best and best["flops_per_second"], []
-    for one in steps:
-        policies, bare = (Spread.of([1000 * s for s in one["seconds"][way]]).median for way in ("policies", "bare"))
-        peak = one["memory"]
-        rows.append(
-            (
-                f"{one['model']}, {one['precision']}",
-                *(str(one[name]) for name in ("M", "N", "side")),
-                f"{policies:,.1f}",
-                f"{bare:,.1f}",
-                Spread(*one["ratio"]).in_words(".3f"),
-                f"{one['copies_per_second']:,.0f}",
-                f"{one['flops_per_second'] / 1e12:,.3g}",
-                f"{one['flops_per_second'] / product:.1%}" if product else "-",
-                "-" if one["waits"] is None else f"{one['waits']:g}",
-                f"{peak['policies'] / 1e9:.2f} ({peak['policies'] / peak['bare'] - 1:+.1%})" if peak else "-",
-            )
-        )
-    header = ("network", "M", "N", "side", "with policies, ms", "bare, ms", "with policies / bare", "copies/s")
-    header += ("TFLOP/s", "of a matrix product's", "host waits", "peak, GB (to a bare step's)")
-    side = best and f"{best['side']}x{best['side']}"
-    note = [f"A product of {side} matrices in {best['dtype']} reaches {product / 1e12:,.3g} TFLOP/s."] if best else []
-    return Table("A training step, medians (lowest to highest)", header, rows, note)
-
-
-def operations_table(results: dict[str, Any]) -> Table:
-    rows = []
-    for name, one in results.items():
-        for way, measured in one["ways"].items():
-            if "graph" not in name or way == augment.GRAPH:
-                rate, to_pillow = (Spread(*measured[what]) for what in ("copies_per_second", "to_pillow"))
-                side = name.partition(",")[0]
-                rows.append((side, f"{one['copies']:,}", way, rate.in_words(), to_pillow.in_words(".1f")))
-    title = "Two operations per copy, uint8 in and out, medians (lowest to highest)"
-    return Table(title, ("side", "copies at a time", "way", "copies/s", "times Pillow's"), rows)
-
-
-def epoch_table(results: dict[str, Any]) -> Table:
-    rows = []
-    for name, one in results.items():
-        who = f"{one['model']}, M = {one['M']}, N = {one['N']}"
-        if name == "epoch":
-            rate = f"{one['seconds']:,.1f} s ({one['copies_per_second']:,.0f} copies/s)"
-            rows.append((f"{who}: an epoch of {one['images']:,} images", rate))
-        else:
-            ratio = f"{Spread(*one['ratio']).in_words('.3f')} of a plain step's time"
-            rows.append((f"{who}: {name}=true", f"{ratio}; at first {one['first']:,.1f} s for {one['steps']} of them"))
-    return Table("An epoch", ("what", "result"), rows)
-
-
-def training_table(results: dict[str, Any]) -> Table:
-    rows = [(arm, one["state"], f"{100 * one['error']:.2f}" if "error" in one else "-") for arm, one in results.items()]
-    return Table("Training: experiments.py controls, seed 0", ("arm", "state", "test error (%)"), rows)
 
 
 class Part(NamedTuple):

@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,9 +22,13 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from utils import CommandLine, Table, UserError, environment, render  # noqa: E402, found by the line above
+from utils import CommandLine, Table, UserError, environment, in_a_line, render  # noqa: E402, found by the line above
 
 CPU = torch.device("cpu")
+LONGEST_REPORT = 3000  # characters of a failure that are kept
+
+# Called with a name, words to print (none where it is empty), and what was measured, by name.
+Report = Callable[..., None]
 
 
 class Spread(NamedTuple):
@@ -108,6 +113,25 @@ def host_waits(case: Callable[[], Any], device: torch.device) -> int | None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return sum("called a synchronizing" in str(warning.message) for warning in caught)
+
+
+def report_failure(report: Report, name: str, error: Exception) -> None:
+    """In a line, and with the end of its traceback in the file."""
+    reason = in_a_line(error)
+    report(
+        name, f"failed: {reason}", failed=reason, report="".join(traceback.format_exception(error))[-LONGEST_REPORT:]
+    )
+
+
+def attempt(report: Report, name: str, measure: Callable[[], tuple[str, dict[str, Any]]]) -> None:
+    """Report what is measured, or why it cannot be."""
+    began = time.monotonic()
+    try:
+        words, measured = measure()
+    except Exception as error:
+        report_failure(report, name, error)
+    else:
+        report(name, words, **measured, took=round(time.monotonic() - began, 1))
 
 
 def processor() -> str:

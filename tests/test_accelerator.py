@@ -9,6 +9,7 @@ import time
 from types import SimpleNamespace
 
 import accelerator
+import exactness
 import pytest
 import torch
 from conftest import ROOT
@@ -135,23 +136,23 @@ def test_a_part_measured_again_replaces_itself_alone(tmp_path):
 
 
 def test_values_that_differ_from_pillow_are_counted(monkeypatch):
-    images, _ = accelerator.some_images(None, 32)
+    images, _ = exactness.some_images(None, 32)
     assert images.shape == (8, 3, 32, 32)
-    assert sum(sum(accelerator.differences(op, images, CPU)) for op in OPS) == 0
-    original = accelerator.apply_op
+    assert sum(sum(exactness.differences(op, images, CPU)) for op in OPS) == 0
+    original = exactness.apply_op
 
     def off_by_one(images_BCHW, *arguments, **extra):
         result_BCHW = original(images_BCHW, *arguments, **extra)
         result_BCHW[0, 0, 0, 0] ^= 1
         return result_BCHW
 
-    monkeypatch.setattr(accelerator, "apply_op", off_by_one)
+    monkeypatch.setattr(exactness, "apply_op", off_by_one)
     (rotate,) = (op for op in OPS if op.name == "Rotate")
-    assert list(accelerator.differences(rotate, images, CPU)) == [1] * 20, "ten levels, two signs"
+    assert list(exactness.differences(rotate, images, CPU)) == [1] * 20, "ten levels, two signs"
 
 
 def test_real_images_are_taken_where_there_are_some(own_images):
-    images, where = accelerator.some_images(own_images, 24, count=4)
+    images, where = exactness.some_images(own_images, 24, count=4)
     assert (images.shape, where) == ((4, 3, 24, 24), "real images")
     assert len({image.numpy().tobytes() for image in images}) == 4
 

@@ -22,6 +22,8 @@ sys.path.insert(0, str(ROOT))
 
 from config import Config, load_config  # noqa: E402, found by the line above
 from models import build_model  # noqa: E402
+from processes import exit_with_status  # noqa: E402
+from utils import CommandLine  # noqa: E402
 
 GPU, PEAK, SHARE = "A100", 312e12, 0.2  # bfloat16 without sparsity, in FLOP/s
 TRAINING_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "imagenet": 1_281_167}
@@ -68,6 +70,7 @@ def in_words(hours: float) -> str:
 
 
 def main() -> None:
+    CommandLine(prog="benchmarks/cost.py", description=__doc__).parse_args()
     print(f"GPU-hours of one {GPU} at {SHARE:.0%} of {PEAK / 1e12:.0f} TFLOP/s (computed, not measured)\n")
     print(f"{'conf':<40}{'GFLOP/image':>12}{'images':>18}{'GPU-hours':>12}{'activations':>14}")
     for path in published_confs():
@@ -78,4 +81,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_status(main)

@@ -52,12 +52,8 @@ TINY = ("model=wresnet10_1", "train_size=40", "batch_size=10", "M=2", "epochs=3"
 # With main.build_model replaced by little_network, a run that is smaller still: 4 steps an epoch, scored on 10 images.
 LITTLE = ("valid_size=10", "dropout=0.1")
 
-
-# A process started in the background of a shell inherits that SIGINT is ignored; a user's in the foreground does not.
-HEEDING_SIGINT = """import runpy, signal, sys
+# In the background of a shell SIGINT is ignored, also in what is started from there; tests send it as if in front.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")"""
 
 
 class Finished(NamedTuple):
@@ -245,7 +241,7 @@ def start_process():
     processes = []
 
     def start(name, *arguments, **options):
-        command = [sys.executable, "-c", HEEDING_SIGINT, str(ROOT / name), *map(str, arguments)]
+        command = [sys.executable, str(ROOT / name), *map(str, arguments)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         process = subprocess.Popen(command, cwd=ROOT, **pipes, **options)
         processes.append(process)

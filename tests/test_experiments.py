@@ -20,7 +20,6 @@ import evaluate
 import experiments
 import main
 import processes
-from config import load_config
 from experimentfile import FOLDER, SIZES, load_experiment, runs_of
 from resultsfile import read_results
 from summaries import read_records
@@ -346,6 +345,22 @@ def test_a_run_that_fails_is_named_with_what_it_said(mine, in_process, tmp_path,
     assert_refused(done, "source_0: main.py ended with status 2", "use another", "source_0.log")
 
 
+def test_runs_that_have_ended_are_summed_up_though_another_fails(mine, in_process, tmp_path, monkeypatch):
+    original = main.check_support
+
+    def unsupported(config, world):
+        if config.policy == "frozen":
+            raise UserError("no such device")
+        return original(config, world)
+
+    monkeypatch.setattr(main, "check_support", unsupported)
+    done = mine()
+    assert_refused(done, "frozen_0: main.py ended with status 2")
+    assert "summary.md (1 of 2 runs)" in done.out
+    records = read_records(tmp_path / "results" / "mine" / "runs.jsonl")
+    assert [record["arm"] for record in records] == ["source"]
+
+
 def test_what_is_kept_and_damaged_is_not_written_over(mine, in_process, tmp_path):
     kept = tmp_path / "results" / "mine" / "runs.jsonl"
     kept.parent.mkdir(parents=True)
@@ -358,8 +373,11 @@ def test_what_is_kept_and_damaged_is_not_written_over(mine, in_process, tmp_path
 @pytest.mark.slow
 def test_stopped_by_ctrl_c_it_goes_on_to_the_same_end(start_process, tmp_path):
     """Real processes, two at a time, both of which are saved."""
+    arms = {"learned": {"policy": "controller"}, "random": {"policy": "random"}}
+    content = {"question": "?", "arms": arms, "compare": [], "sizes": {"tiny": TINY_SIZE}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
     small = ("--set", "train_size=60", "batch_size=10", "epochs=3", "eval_every=3")
-    command = ("experiments.py", "transfer", "--seeds", 0, "--jobs", 2, *small)
+    command = ("experiments.py", tmp_path / "mine.yaml", "--jobs", 2, *small)
 
     def places(name):
         return ("--logdir", tmp_path / name / "logs", "--results", tmp_path / name / "results")
@@ -367,7 +385,7 @@ def test_stopped_by_ctrl_c_it_goes_on_to_the_same_end(start_process, tmp_path):
     whole = start_process(*command, *places("whole"))
     assert whole.wait() == 0, whole.communicate()
     first = start_process(*command, *places("parts"))
-    log = tmp_path / "parts" / "logs" / "transfer-tiny" / "random_0" / "metrics.jsonl"
+    log = tmp_path / "parts" / "logs" / "mine-tiny" / "random_0" / "metrics.jsonl"
     while not (log.exists() and log.stat().st_size):
         assert first.poll() is None
         time.sleep(0.05)
@@ -378,9 +396,6 @@ def test_stopped_by_ctrl_c_it_goes_on_to_the_same_end(start_process, tmp_path):
     assert "Traceback" not in err
     second = start_process(*command, *places("parts"))
     assert second.wait() == 0, second.communicate()
-    for run in (tmp_path / "whole" / "logs" / "transfer-tiny").iterdir():
-        if run.is_dir():
-            ours = tmp_path / "parts" / "logs" / "transfer-tiny" / run.name
-            # The source's directory is part of the settings; all that is computed is the same.
-            assert files(ours) == files(run), run.name
-            assert load_config(ours / "config.yaml", {}).seed == 0
+    for run in ("learned_0", "random_0"):
+        ours, theirs = (tmp_path / name / "logs" / "mine-tiny" / run for name in ("parts", "whole"))
+        assert files(ours) == files(theirs), run

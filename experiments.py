@@ -47,10 +47,10 @@ def main() -> None:
         try:
             carry_out(runs, args)
         finally:
-            if scored := [run for run in runs if run.is_scored()]:
+            if scored := sum(run.is_scored() for run in runs):
                 folder = args.results / experiment.name
-                sum_up(experiment, scored, folder)
-                unfinished = f" ({len(scored)} of {len(runs)} runs)" if len(scored) < len(runs) else ""
+                sum_up(experiment, runs, folder)
+                unfinished = f" ({scored} of {len(runs)} runs)" if scored < len(runs) else ""
                 print(f"{experiment.name}, {experiment.size}: {folder / 'summary.md'}{unfinished}", flush=True)
 
 

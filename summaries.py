@@ -33,25 +33,41 @@ RECORD = {
 
 
 def sum_up(experiment: Experiment, runs: Sequence[Run], folder: Path) -> None:
-    """Write what is kept of an experiment at one of its sizes. Raises UserError where that cannot be."""
+    """Write what is kept of an experiment at one of its sizes: of the runs that have been scored, and of earlier ones.
+
+    Raises UserError where that cannot be.
+    """
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another place with --results") from None
-    ours = [record_of(run, experiment.size) for run in runs]
+    ours = [record_of(run, experiment.size) for run in runs if run.is_scored()]
     before = read_records(folder / "runs.jsonl")
     others = [one for one in before if one["size"] != experiment.size]
     place = {arm: number for number, arm in enumerate(experiment.arms)}
-    ours = sorted([*_still_true(before, ours), *ours], key=lambda one: (place[one["arm"]], one["seed"]))
+    now = {run.arm: _identity(run, experiment.size) for run in runs}
+    ours = sorted([*_still_true(before, ours, now), *ours], key=lambda one: (place[one["arm"]], one["seed"]))
     write_text(folder / "runs.jsonl", "".join(json.dumps(record) + "\n" for record in [*others, *ours]))
     figures = draw(experiment, ours, folder / "figures") if figure_class() else []
     part = "\n".join((*in_words(experiment, ours), *(f"![{words}](figures/{name})\n" for name, words in figures)))
     write_text(folder / "summary.md", _with_part(folder / "summary.md", experiment, part))
 
 
-def _still_true(before: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Earlier lines of other seeds, whose arms have the settings of now."""
-    now = {one["arm"]: (one["size"], one["conf"], one["settings"]) for one in ours}
+def _identity(run: Run, size: str) -> tuple[str, str, dict[str, Any]]:
+    """Of an arm: the size, its conf file, and its settings but for those of the machine."""
+    conf = run.conf.resolve()
+    own = {name: value for name, value in run.settings.items() if name not in ("seed", "dataroot")}
+    if run.source is not None:
+        own["policy_from"] = f"@{run.source.name.rpartition('_')[0]}"
+    return size, conf.relative_to(SCRIPTS).as_posix() if conf.is_relative_to(SCRIPTS) else conf.name, own
+
+
+def _still_true(
+    before: Sequence[Mapping[str, Any]],
+    ours: Sequence[Mapping[str, Any]],
+    now: Mapping[str, tuple[str, str, dict[str, Any]]],
+) -> list[Mapping[str, Any]]:
+    """Earlier lines of other runs than ours, whose arms are as they are now."""
     done = {(one["arm"], one["seed"]) for one in ours}
     same = [one for one in before if now.get(one["arm"]) == (one["size"], one.get("conf"), one["settings"])]
     there = done | {(one["arm"], one["seed"]) for one in same}
@@ -66,20 +82,17 @@ def _still_true(before: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str,
 
 def record_of(run: Run, size: str) -> dict[str, Any]:
     """What is kept of a run: numbers, settings and versions, and no path of the machine it ran on."""
-    results, conf = read_results(run.directory), run.conf.resolve()
+    results, (_, conf, own) = read_results(run.directory), _identity(run, size)
     (cell,) = results["benchmarks"]["clean"]["cells"]
     metrics, times, policies = (_lines(run.directory / f"{name}.jsonl") for name in ("metrics", "times", "policies"))
     environment = results["benchmarks"]["clean"]["environment"]
-    own = {name: value for name, value in run.settings.items() if name not in ("seed", "dataroot")}
-    if run.source is not None:
-        own["policy_from"] = f"@{run.source.name.rpartition('_')[0]}"
     ended = [one for one in metrics if "entropy" in one]  # the epochs in which an interval ended
     largest = build_policies(run.config).largest_entropy if run.config.policy in UNCERTAIN else 0.0
     return {
         "size": size,
         "arm": run.arm,
         "seed": run.seed,
-        "conf": conf.relative_to(SCRIPTS).as_posix() if conf.is_relative_to(SCRIPTS) else conf.name,
+        "conf": conf,
         "settings": own,
         "policy": run.config.policy,
         "error": cell["error"],

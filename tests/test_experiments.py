@@ -345,7 +345,8 @@ def test_a_run_that_fails_is_named_with_what_it_said(mine, in_process, tmp_path,
     assert_refused(done, "source_0: main.py ended with status 2", "use another", "source_0.log")
 
 
-def test_runs_that_have_ended_are_summed_up_though_another_fails(mine, in_process, tmp_path, monkeypatch):
+@pytest.fixture
+def frozen_fails(monkeypatch):
     original = main.check_support
 
     def unsupported(config, world):
@@ -353,12 +354,28 @@ def test_runs_that_have_ended_are_summed_up_though_another_fails(mine, in_proces
             raise UserError("no such device")
         return original(config, world)
 
-    monkeypatch.setattr(main, "check_support", unsupported)
+    return lambda: monkeypatch.setattr(main, "check_support", unsupported)
+
+
+def test_runs_that_have_ended_are_summed_up_though_another_fails(mine, in_process, tmp_path, frozen_fails):
+    frozen_fails()
     done = mine()
     assert_refused(done, "frozen_0: main.py ended with status 2")
     assert "summary.md (1 of 2 runs)" in done.out
     records = read_records(tmp_path / "results" / "mine" / "runs.jsonl")
     assert [record["arm"] for record in records] == ["source"]
+
+
+def test_earlier_results_outlast_an_interrupted_repetition(mine, in_process, tmp_path, frozen_fails):
+    assert mine("--seeds", 0, 1).status == 0
+    kept = tmp_path / "results" / "mine" / "runs.jsonl"
+    before = read_records(kept)
+    shutil.rmtree(tmp_path / "logs")
+    frozen_fails()
+    assert mine("--seeds", 0).status == 2
+    assert [(one["arm"], one["seed"], one["error"]) for one in read_records(kept)] == [
+        (one["arm"], one["seed"], one["error"]) for one in before
+    ]
 
 
 def test_what_is_kept_and_damaged_is_not_written_over(mine, in_process, tmp_path):

@@ -245,9 +245,10 @@ def test_noise_keeps_the_precision_and_layout_of_what_it_scales():
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize(
-    "name", ["wresnet10_1", "shakeshake8_2x4d", "pyramid11_6", pytest.param("resnet50d", marks=pytest.mark.slow)]
-)
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("shakeshake8_2x4d", "pyramid11_6", "resnet50d")]
+
+
+@pytest.mark.parametrize("name", ["wresnet10_1", *OTHERS])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # the compiler's own
 def test_networks_compile_into_one_graph(name):
     torch.manual_seed(0)

@@ -1,8 +1,8 @@
 """What this project costs on a GPU, and whether it is exact there: one command, all within a few minutes.
 
     python benchmarks/accelerator.py                                    # 8 minutes -> results/speed/<card>.json
-    python benchmarks/accelerator.py --dataroot DIR                     # on real images, and trains on them, too
-    python benchmarks/accelerator.py --dataroot DIR --parts training    # goes on with the training
+    python benchmarks/accelerator.py --dataroot DIR                     # with real images, and training on them
+    python benchmarks/accelerator.py --dataroot DIR --parts training    # continue the training
     python benchmarks/accelerator.py --device cpu --minutes 2           # the same in small sizes -> logs/results
 
 exactness   every operation, level and sign beside Pillow; the tests marked cuda: no step waits for the device, equal
@@ -10,11 +10,11 @@ exactness   every operation, level and sign beside Pillow; the tests marked cuda
 step        training steps with policies, beside the same steps on ready tensors
 operations  two operations per copy, beside torchvision's on the same device and Pillow's on one core
 epoch       an epoch of as many images as CIFAR-10 has; what `deterministic` costs and `compile` gains
-training    experiments.py controls, seed 0, for the time that is left; every call goes on where the last one stopped
+training    experiments.py controls, seed 0, for the time that is left; the next call continues it
 
-A part begins when the one before has ended or has used up its time, in a process of its own: what goes wrong in one
-spoils no other. Every result is in the file as soon as it is there, so that a call that is cut short keeps them. A part
-that is measured again replaces what the file holds of it.
+Each part runs in its own process and is stopped when its time is up, so that a failure in one does not affect the
+others. Every result is written to the file at once: a call that is cut short keeps what it has measured. Measuring a
+part again replaces its results in the file.
 
 DIR holds train/<class>/* and test/<class>/*, or CIFAR-10 as it is distributed.
 
@@ -71,7 +71,7 @@ from resultsfile import read_results
 from stopping import signals_raise
 from utils import CommandLine, Table, UserError, choose_kernels, duration, in_a_line, keyed_generator, render
 
-SECONDS_TO_STOP = 15  # that a part has to save its work once its time is up; they are kept free at the end
+SECONDS_TO_STOP = 15  # for a part to save its work once its time is up; reserved at the end
 SECONDS_BETWEEN_LOOKS = 0.5
 
 
@@ -149,15 +149,15 @@ def main() -> None:
     results = args.results or Path("logs" if device.type == "cpu" else "") / "results"
     settings = Settings(str(device), args.dataroot, results, args.logdir)
     require_images(settings)
-    kept = Kept(results / "speed", here)
+    file = ResultsFile(results / "speed", here)
     seconds = 60 * args.minutes - SECONDS_TO_STOP
     try:
         for part in (part for part in PARTS if part in args.parts):
-            carry_out(part, settings, kept, until=began + PARTS[part].until * seconds, ends=began + seconds)
+            run_part(part, settings, file, until=began + PARTS[part].until * seconds, ends=began + seconds)
     except KeyboardInterrupt as stop:
-        raise type(stop)(f"what has been measured is in {kept.path}") from None
-    print("\n" + "\n\n".join(render(table, "markdown") for table in tables(kept.content)))
-    print(f"\n{in_words(here)}\nwritten to {kept.path}")
+        raise type(stop)(f"the results so far are in {file.path}") from None
+    print("\n" + "\n\n".join(render(table, "markdown") for table in tables(file.content)))
+    print(f"\n{in_words(here)}\nwritten to {file.path}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -166,7 +166,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--device", default="cuda", help="cuda, cuda:1, ..., or cpu (default: %(default)s)")
     add("--minutes", type=minutes, default=8.0, help="for everything together (default: %(default)g)")
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help="default: all of them")
-    add("--dataroot", type=Path, metavar="DIR", help="real images; without them nothing is trained on a GPU")
+    add("--dataroot", type=Path, metavar="DIR", help="real images; without them a GPU trains nothing")
     add("--results", type=Path, metavar="DIR", help="default: ./results, or ./logs/results on the CPU")
     add("--logdir", type=Path, default=Path("logs"), metavar="DIR", help="of the training (default: ./%(default)s)")
     return parser.parse_args()
@@ -191,10 +191,10 @@ def require_images(settings: Settings) -> None:
         )
 
 
-class Kept:
-    """The file of results: whole at any time, and written anew with each result. Raises UserError if it cannot be.
+class ResultsFile:
+    """The file of results, named after the device: rewritten atomically after each result.
 
-    It is named by the device, and says of each part when, where and with which versions it was measured.
+    For each part it holds the date, the machine and the versions. Raises UserError if it cannot be read or written.
     """
 
     def __init__(self, folder: Path, here: dict[str, Any]):
@@ -225,23 +225,23 @@ class Kept:
         write_text(self.path, json.dumps(self.content, indent=1) + "\n")
 
 
-def carry_out(part: str, settings: Settings, kept: Kept, until: float, ends: float) -> None:
-    """Run a part in a process of its own, and stop it in time. until, ends: its end and that of all (monotonic)."""
+def run_part(part: str, settings: Settings, file: ResultsFile, until: float, ends: float) -> None:
+    """Run a part in its own process, and stop it in time. until, ends: its end and that of the call (monotonic)."""
     if time.monotonic() >= until:
-        print(f"{part}: not begun, for no time is left", flush=True)
+        print(f"{part}: not started, no time is left", flush=True)
         return
     context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
     receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=in_a_process, args=(part, settings, sending), name=part)
+    process = context.Process(target=run_in_process, args=(part, settings, sending), name=part)
     deadline, stopped = until, False
-    kept.begin(part)
+    file.begin(part)
     process.start()
     sending.close()
     try:
         while True:
             if receiving.poll(max(0.0, deadline - time.monotonic())):
                 name, words, measured = receiving.recv()  # EOFError once the process has ended
-                kept.add(part, name, measured)
+                file.add(part, name, measured)
                 if words:
                     print(f"{duration(max(0.0, ends - time.monotonic()))} left  {part}: {name}: {words}", flush=True)
             elif stopped:
@@ -258,22 +258,22 @@ def carry_out(part: str, settings: Settings, kept: Kept, until: float, ends: flo
         process.join(SECONDS_TO_STOP)
         process.kill()
     process.join()
-    kept.end(part, whole=not stopped and process.exitcode == 0)
+    file.end(part, whole=not stopped and process.exitcode == 0)
     if stopped:
-        print(f"{part}: stopped, for its time is up", flush=True)
+        print(f"{part}: stopped, its time is up", flush=True)
     elif process.exitcode:
         print(f"{part}: ended with status {process.exitcode}", flush=True)
 
 
-def in_a_process(part: str, settings: Settings, sending: Connection) -> None:
+def run_in_process(part: str, settings: Settings, sending: Connection) -> None:
     def report(name: str, words: str, **measured: Any) -> None:
         sending.send((name, words, measured))
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent as well, which ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which stops this process
     with signals_raise(), join(settings.device) as world:
         try:
             PARTS[part].run(settings, world, report)
-        except (KeyboardInterrupt, BrokenPipeError):  # the time is up, or nobody keeps the results any more
+        except (KeyboardInterrupt, BrokenPipeError):  # the time is up, or the parent was killed
             sys.exit(1)
         except Exception as error:
             report_failure(report, part, error)
@@ -298,7 +298,7 @@ def step(settings: Settings, world: World, report: Report) -> None:
 
 
 def matrix_product(size: Size, device: torch.device) -> tuple[str, dict[str, Any]]:
-    """How fast the device multiplies, in the precision of the steps: what it reaches at best."""
+    """Rate of a large matrix product in the precision of the steps: about the best that the device reaches."""
     n, dtype = size.product, torch.bfloat16 if device.type == "cuda" else torch.float32
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     times = 10 if device.type == "cuda" else 1
@@ -348,7 +348,7 @@ def operations(settings: Settings, world: World, report: Report) -> None:
 
 
 def rates(work: augment.Work, side: int, repeats: int, *, graph: bool = False) -> tuple[str, dict[str, dict[str, Any]]]:
-    """Copies per second in every way there is or, apart from them, in a CUDA graph."""
+    """Copies per second by each way or, with `graph`, by a CUDA graph."""
     ways, copies = augment.operations(work), len(work.copies_BCHW)
     if graph:
         play = augment.as_graph(work.copies_BCHW, work.plan)
@@ -368,8 +368,8 @@ def epoch(settings: Settings, world: World, report: Report) -> None:
         attempt(report, setting, functools.partial(beside_plain, config, setting, settings.size, world))
 
 
-class Unkept:
-    """In the place of what saves and logs a run."""
+class NoKeeper:
+    """Replaces the Keeper of a run: nothing is saved or logged."""
 
     def after_step(self) -> None:
         pass
@@ -384,14 +384,14 @@ def one_epoch(config: Config, images: int, world: World) -> tuple[str, dict[str,
     shape = images, 3, config.image_size, config.image_size
     images_NCHW = torch.randint(256, shape, dtype=torch.uint8, generator=draws).to(world.device)
     split = ResidentSplit(images_NCHW, torch.randint(10, (images,), generator=draws))
-    seconds = timed(lambda: training.train_one_epoch(steps.state, split, Unkept()), world.device)
+    seconds = timed(lambda: training.train_one_epoch(steps.state, split, NoKeeper()), world.device)
     copies = images // config.batch_size * config.batch_size * config.M
     measured = {"model": config.model, "M": config.M, "N": config.batch_size, "images": images, "seconds": seconds}
     return f"{seconds:,.1f} s", measured | {"copies_per_second": copies / seconds}
 
 
 def beside_plain(config: Config, setting: str, size: Size, world: World) -> tuple[str, dict[str, Any]]:
-    """Steps with a setting of true, to the same with false; the first ones, which may compile, are timed apart."""
+    """Steps with a setting of true relative to false; the first steps, which may compile, are timed separately."""
 
     def turns_of(value: bool) -> Callable[[], float]:
         own = dataclasses.replace(config, **{setting: value})
@@ -425,34 +425,34 @@ def train(settings: Settings, world: World, report: Report) -> None:
     words += ["--logdir", str(settings.logdir), "--results", str(settings.results)]
     words += ["--set", *changes] if changes else []
     runs = list(runs_of(load_experiment("controls", size.experiment, [0], changes), settings.logdir))
-    process = subprocess.Popen([sys.executable, str(ROOT / "experiments.py"), *words], env=only_sees(device))
-    told: set[str] = set()
+    process = subprocess.Popen([sys.executable, str(ROOT / "experiments.py"), *words], env=environment_for(device))
+    reported: set[str] = set()
     parent = multiprocessing.parent_process()
     try:
         while process.poll() is None and parent.is_alive():
-            tell(runs, told, report)
+            report_runs(runs, reported, report)
             time.sleep(SECONDS_BETWEEN_LOOKS)
     finally:
         process.terminate()
         process.wait()
-        tell(runs, told, report, unfinished=True)
+        report_runs(runs, reported, report, unfinished=True)
     if process.returncode:
         raise SystemExit(process.returncode)
 
 
-def tell(runs: Sequence[Run], told: set[str], report: Report, *, unfinished: bool = False) -> None:
-    """Report the runs that have been scored since, and at last how far the others are."""
-    for one in (one for one in runs if one.arm not in told):
+def report_runs(runs: Sequence[Run], reported: set[str], report: Report, *, unfinished: bool = False) -> None:
+    """Report the runs that have been scored since the last call and, with `unfinished`, the state of the others."""
+    for one in (one for one in runs if one.arm not in reported):
         if one.is_scored():
             (cell,) = read_results(one.directory)["benchmarks"]["clean"]["cells"]
-            told.add(one.arm)
+            reported.add(one.arm)
             report(one.arm, f"test error {cell['error']:.2%}", state="done", error=cell["error"], images=cell["images"])
         elif unfinished:
             report(one.arm, one.state(), state=one.state())
 
 
 def data_settings(dataroot: Path | None) -> list[str]:
-    """Settings of a run on these images, in the place of CIFAR-10's where they are files."""
+    """Settings that train a CIFAR-10 conf on these images."""
     if dataroot is None:
         return []
     place = f"dataroot={json.dumps(str(dataroot.resolve()))}"
@@ -462,8 +462,8 @@ def data_settings(dataroot: Path | None) -> list[str]:
     return [place, "dataset=folder", "image_size=32", f"mean={mean}", f"std={std}", "workers=8"]
 
 
-def only_sees(device: torch.device) -> dict[str, str]:
-    """The environment of a process that shall use this device alone."""
+def environment_for(device: torch.device) -> dict[str, str]:
+    """The environment for a process that is to use this device only."""
     if device.type == "cpu":
         return os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")

@@ -105,7 +105,7 @@ def run_marked_tests(device: str, report: Report) -> None:
 
 
 class Outcomes:
-    """A plugin of pytest's that reports every test as soon as it has ended; those that pass in silence."""
+    """A pytest plugin that reports every test when it ends; for one that passes nothing is printed."""
 
     def __init__(self, report: Report):
         self.report = report

@@ -82,7 +82,7 @@ def test_what_is_stopped_says_where_its_results_are(tmp_path):
     process.terminate()
     _, err = process.communicate()
     assert process.returncode == 143, err
-    assert err.strip().startswith("terminated; what has been measured is in")
+    assert err.strip().startswith("terminated; the results so far are in")
     assert "32x32" in kept_in(tmp_path)["parts"]["operations"]["results"]
 
 
@@ -117,13 +117,13 @@ def test_a_damaged_file_of_results_is_refused_and_left(tmp_path):
     for text in ("{", "[]", '{"parts": 3}'):
         path.write_text(text)
         with pytest.raises(UserError, match=r"some-cpu-r-3-2\.json: cannot be used"):
-            accelerator.Kept(tmp_path, HERE)
+            accelerator.ResultsFile(tmp_path, HERE)
         assert path.read_text() == text
 
 
 def test_a_part_measured_again_replaces_itself_alone(tmp_path):
     for parts in (("step", "epoch"), ("step",)):
-        kept = accelerator.Kept(tmp_path, HERE | {"torch": str(len(parts))})
+        kept = accelerator.ResultsFile(tmp_path, HERE | {"torch": str(len(parts))})
         for part in parts:
             kept.begin(part)
             kept.add(part, f"of {len(parts)}", {})
@@ -182,17 +182,17 @@ def test_runs_are_reported_once_they_are_scored(monkeypatch):
     def report(name, words, **measured):
         reported.append((name, words))
 
-    accelerator.tell(runs, told, report)
+    accelerator.report_runs(runs, told, report)
     assert reported == []
     scored.add("none")
-    accelerator.tell(runs, told, report)
-    accelerator.tell(runs, told, report, unfinished=True)
+    accelerator.report_runs(runs, told, report)
+    accelerator.report_runs(runs, told, report, unfinished=True)
     assert reported == [("none", "test error 25.00%"), ("random", "missing")]
 
 
 def test_the_training_sees_the_chosen_device_alone(monkeypatch):
     def visible(device):
-        return accelerator.only_sees(torch.device(device))["CUDA_VISIBLE_DEVICES"]
+        return accelerator.environment_for(torch.device(device))["CUDA_VISIBLE_DEVICES"]
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert (visible("cpu"), visible("cuda:1")) == ("", "1")

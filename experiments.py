@@ -31,7 +31,7 @@ import torch
 from experimentfile import FOLDER, SIZES, Experiment, Run, are_seeds, load_experiment, runs_of
 from processes import exit_with_status
 from summaries import sum_up
-from utils import CommandLine, UserError, duration, one_line
+from utils import CommandLine, UserError, duration, one_line, warn
 
 SECONDS_BETWEEN_LOOKS = 0.1
 
@@ -46,12 +46,22 @@ def main() -> None:
             continue
         try:
             carry_out(runs, args)
-        finally:
-            if scored := sum(run.is_scored() for run in runs):
-                folder = args.results / experiment.name
-                sum_up(experiment, runs, folder)
-                unfinished = f" ({scored} of {len(runs)} runs)" if scored < len(runs) else ""
-                print(f"{experiment.name}, {experiment.size}: {folder / 'summary.md'}{unfinished}", flush=True)
+        except BaseException:
+            try:
+                conclude(experiment, runs, args.results)
+            except UserError as error:
+                warn(str(error))
+            raise
+        conclude(experiment, runs, args.results)
+
+
+def conclude(experiment: Experiment, runs: Sequence[Run], results: Path) -> None:
+    """Sum up the runs that have been scored, if there are any, and say where."""
+    if scored := sum(run.is_scored() for run in runs):
+        folder = results / experiment.name
+        sum_up(experiment, runs, folder)
+        unfinished = f" ({scored} of {len(runs)} runs)" if scored < len(runs) else ""
+        print(f"{experiment.name}, {experiment.size}: {folder / 'summary.md'}{unfinished}", flush=True)
 
 
 def listed(experiment: Experiment, runs: Sequence[Run], args: argparse.Namespace) -> str:

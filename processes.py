@@ -1,7 +1,7 @@
 """The processes of a run: how they start, deal out the work, agree, and end.
 
 `torchrun` and `python -m torch.distributed.launch` start one process per device and say in the environment who is who.
-A process that was started without them is a World of one: all that is shared is its own.
+A process that was started without them is a World of one and shares nothing.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ PATIENCE = timedelta(hours=12)
 class World:
     """This process among all of a run. Several `devices`: one process feeds them all, by DataParallel.
 
-    in_group: whether a launcher started it, so that it trains by DistributedDataParallel, be it the only one.
+    in_group: whether a launcher started it, so that it trains by DistributedDataParallel, even if it is the only one.
     """
 
     devices: tuple[torch.device, ...]

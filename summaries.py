@@ -4,6 +4,7 @@ results/NAME/ holds all sizes of an experiment: a line of runs.jsonl says of whi
 each, and figures are named by it. A size that is run again takes the place of what was there of the same seeds.
 """
 
+import dataclasses
 import json
 import shlex
 import statistics
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from checkpoint import write_text
 from comparisons import difference, verdict
+from config import Config
 from experimentfile import SCRIPTS, Experiment, Run
 from pictures import figure_class
 from resultsfile import read_results
@@ -35,7 +37,7 @@ RECORD = {
 def sum_up(experiment: Experiment, runs: Sequence[Run], folder: Path) -> None:
     """Write what is kept of an experiment at one of its sizes: of the runs that have been scored, and of earlier ones.
 
-    Raises UserError where that cannot be.
+    Raises UserError where that cannot be, and where unfinished runs would replace results of other settings.
     """
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
@@ -46,7 +48,11 @@ def sum_up(experiment: Experiment, runs: Sequence[Run], folder: Path) -> None:
     others = [one for one in before if one["size"] != experiment.size]
     place = {arm: number for number, arm in enumerate(experiment.arms)}
     now = {run.arm: _identity(run, experiment.size) for run in runs}
-    ours = sorted([*_still_true(before, ours, now), *ours], key=lambda one: (place[one["arm"]], one["seed"]))
+    kept = _still_true(before, ours, now)
+    replaced = {(one["arm"], one["seed"]) for one in before if one["size"] == experiment.size and one not in kept}
+    if len(ours) < len(runs) and replaced - {(one["arm"], one["seed"]) for one in ours}:
+        raise UserError(f"{folder}: holds results of other settings, which unfinished runs do not replace")
+    ours = sorted([*kept, *ours], key=lambda one: (place[one["arm"]], one["seed"]))
     write_text(folder / "runs.jsonl", "".join(json.dumps(record) + "\n" for record in [*others, *ours]))
     figures = draw(experiment, ours, folder / "figures") if figure_class() else []
     part = "\n".join((*in_words(experiment, ours), *(f"![{words}](figures/{name})\n" for name, words in figures)))
@@ -54,9 +60,10 @@ def sum_up(experiment: Experiment, runs: Sequence[Run], folder: Path) -> None:
 
 
 def _identity(run: Run, size: str) -> tuple[str, str, dict[str, Any]]:
-    """Of an arm: the size, its conf file, and its settings but for those of the machine."""
+    """Of an arm: the size, its conf file, and its settings but for those that do not matter to the result."""
     conf = run.conf.resolve()
-    own = {name: value for name, value in run.settings.items() if name not in ("seed", "dataroot")}
+    free = {field.name for field in dataclasses.fields(Config) if field.metadata["may_change"]}
+    own = {name: value for name, value in run.settings.items() if name not in ("seed", *free)}
     if run.source is not None:
         own["policy_from"] = f"@{run.source.name.rpartition('_')[0]}"
     return size, conf.relative_to(SCRIPTS).as_posix() if conf.is_relative_to(SCRIPTS) else conf.name, own

@@ -224,7 +224,7 @@ def environment(device: torch.device, packages: Iterable[str] = ("torch", "torch
 
 
 def _git_revision() -> str | None:
-    """Revision of the source, with '+' appended if files differ from it; None outside a checkout."""
+    """Revision of the source, with '+' appended if files differ from it; outside a checkout GIT_REVISION, or None."""
     try:
         git = ["git", "-C", str(Path(__file__).parent)]
         revision = subprocess.run(
@@ -235,4 +235,4 @@ def _git_revision() -> str | None:
         ).stdout
         return revision + ("+" if changes.strip() else "")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("GIT_REVISION")

@@ -76,7 +76,10 @@ SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class Size(NamedTuple):
-    """How much is measured. steps, epoch: (conf, M, N). copies: N by the side of the images. product: the matrices'."""
+    """How much is measured.
+
+    steps, epoch: (conf, M, N). copies: side of the images -> N. product: side of the matrices.
+    """
 
     steps: tuple[tuple[str, int, int], ...]
     changes: dict[str, Any]
@@ -131,9 +134,9 @@ class Settings:
         return ON_CPU if torch.device(self.device).type == "cpu" else ON_CUDA
 
     def config(self, conf: str, M: int, N: int) -> Config:
-        """A conf at M policies and N images, with all of a step in one pass."""
+        """A conf at M policies and N images, with all of a step in one pass, and slow to diverge on noise."""
         config = load_config(ROOT / "confs" / f"{conf}.yaml", {})
-        return dataclasses.replace(config, M=M, batch_size=N, accumulate=1, **self.size.changes)
+        return dataclasses.replace(config, M=M, batch_size=N, accumulate=1, lr=0.01, **self.size.changes)
 
 
 def main() -> None:
@@ -148,12 +151,13 @@ def main() -> None:
     here = machine(device)
     results = args.results or Path("logs" if device.type == "cpu" else "") / "results"
     settings = Settings(str(device), args.dataroot, results, args.logdir)
-    require_images(settings)
+    parts = parts_to_run(args.parts, settings)
     file = ResultsFile(results / "speed", here)
     seconds = 60 * args.minutes - SECONDS_TO_STOP
     try:
-        for part in (part for part in PARTS if part in args.parts):
-            run_part(part, settings, file, until=began + PARTS[part].until * seconds, ends=began + seconds)
+        for part in parts:
+            until = 1.0 if part == parts[-1] else PARTS[part].until
+            run_part(part, settings, file, until=began + until * seconds, ends=began + seconds)
     except KeyboardInterrupt as stop:
         raise type(stop)(f"the results so far are in {file.path}") from None
     print("\n" + "\n\n".join(render(table, "markdown") for table in tables(file.content)))
@@ -182,13 +186,20 @@ def minutes(text: str) -> float:
     return number
 
 
-def require_images(settings: Settings) -> None:
-    """Raises UserError for a data root that cannot be trained on."""
+def parts_to_run(names: Sequence[str], settings: Settings) -> list[str]:
+    """In their order. Raises UserError for images that cannot be trained on."""
     root = settings.dataroot
     if root is not None and not (is_cifar10(root) or (root / "train").is_dir()):
         raise UserError(
             f"--dataroot {root}: holds neither train/<class>/* nor cifar-10-batches-py; name another folder"
         )
+    parts = [part for part in PARTS if part in names]
+    if "training" in parts and root is None and settings.size is ON_CUDA:
+        parts.remove("training")
+        if not parts:
+            raise UserError("--parts training: needs real images; say where they are with --dataroot DIR")
+        print("training: skipped, it needs real images (--dataroot DIR)", flush=True)
+    return parts
 
 
 class ResultsFile:
@@ -255,9 +266,11 @@ def run_part(part: str, settings: Settings, file: ResultsFile, until: float, end
         process.terminate()
         raise
     finally:
-        process.join(SECONDS_TO_STOP)
+        process.join(0 if stopped else SECONDS_TO_STOP)
         process.kill()
     process.join()
+    if process.exitcode not in (0, 1) and not stopped:
+        file.add(part, part, {"failed": f"ended with status {process.exitcode}"})
     file.end(part, whole=not stopped and process.exitcode == 0)
     if stopped:
         print(f"{part}: stopped, its time is up", flush=True)
@@ -270,9 +283,10 @@ def run_in_process(part: str, settings: Settings, sending: Connection) -> None:
         sending.send((name, words, measured))
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which stops this process
-    with signals_raise(), join(settings.device) as world:
+    with signals_raise():
         try:
-            PARTS[part].run(settings, world, report)
+            with join(settings.device) as world:
+                PARTS[part].run(settings, world, report)
         except (KeyboardInterrupt, BrokenPipeError):  # the time is up, or the parent was killed
             sys.exit(1)
         except Exception as error:
@@ -316,10 +330,11 @@ def one_step(config: Config, size: Size, world: World) -> tuple[str, dict[str, A
     seconds = {name: [took / size.steps_per_turn for took in taken] for name, taken in turns.items()}
     waits = host_waits(lambda: [steps.take(steps.with_policies()) for _ in range(size.steps_per_turn)], world.device)
     if world.device.type == "cuda":
-        for name, way in ways.items():
+        for name in ("bare", "policies"):
             torch.cuda.reset_peak_memory_stats(world.device)
-            way()
+            ways[name]()
             memory[name] = torch.cuda.max_memory_allocated(world.device)
+            vars(steps).pop("at_hand", None)  # the inputs of bare steps
     median, ratio = Spread.of(seconds["policies"]).median, ratios(seconds["policies"], seconds["bare"])
     measured = {
         "model": config.model,
@@ -338,30 +353,33 @@ def one_step(config: Config, size: Size, world: World) -> tuple[str, dict[str, A
 
 
 def operations(settings: Settings, world: World, report: Report) -> None:
-    size, device = settings.size, world.device
-    for side, N in size.copies.items():
-        work = augment.prepare(augment.build_config(side, size.M), side, N, device)
-        attempt(report, f"{side}x{side}", functools.partial(rates, work, side, size.repeats))
-        if device.type == "cuda":
-            as_graph = functools.partial(rates, work, side, size.repeats, graph=True)
-            attempt(report, f"{side}x{side}, CUDA graph", as_graph)
+    for side, N in settings.size.copies.items():
+        work = augment.prepare(augment.build_config(side, settings.size.M), side, N, world.device)
+        ways = augment.operations(work)
+        others = [way for way in ways if way not in (augment.OURS, augment.PILLOW)]
+        for way in [*others, *([augment.GRAPH] if world.device.type == "cuda" else [])]:
+            beside = functools.partial(rates, work, side, way, settings.size.repeats)
+            attempt(report, f"{side}x{side}, {way}", beside)
 
 
-def rates(work: augment.Work, side: int, repeats: int, *, graph: bool = False) -> tuple[str, dict[str, dict[str, Any]]]:
-    """Copies per second by each way or, with `graph`, by a CUDA graph."""
-    ways, copies = augment.operations(work), len(work.copies_BCHW)
-    if graph:
-        play = augment.as_graph(work.copies_BCHW, work.plan)
-        if not torch.equal(play(), apply(work.copies_BCHW, work.plan)):
+def rates(work: augment.Work, side: int, way: str, repeats: int) -> tuple[str, dict[str, dict[str, Any]]]:
+    """Copies per second by this way, beside the batched operations and Pillow's."""
+    ways = augment.operations(work)
+    if way == augment.GRAPH:
+        ways[way] = augment.as_graph(work.copies_BCHW, work.plan)
+        if not torch.equal(ways[way](), apply(work.copies_BCHW, work.plan)):
             raise RuntimeError("the graph's values differ from those without one")
-        ways = {augment.PILLOW: ways[augment.PILLOW], augment.GRAPH: play}
+    ways = {name: ways[name] for name in (augment.OURS, augment.PILLOW, way)}
+    copies = len(work.copies_BCHW)
     rows = augment.measure(side, "operations", ways, copies, repeats, work.copies_BCHW.device)
     measured = {row.way: {"copies_per_second": row.images_per_second, "to_pillow": row.to_pillow} for row in rows}
     words = "; ".join(f"{row.way} {row.images_per_second.median:,.0f}/s" for row in rows)
-    return words, {"copies": copies, "ways": measured}
+    return words, {"side": side, "copies": copies, "ways": measured}
 
 
 def epoch(settings: Settings, world: World, report: Report) -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for `deterministic`; read once, at the first product
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # so that compiling takes as long as the first time
     config = settings.config(*settings.size.epoch)
     attempt(report, "epoch", functools.partial(one_epoch, config, settings.size.epoch_images, world))
     for setting in ("deterministic", "compile"):
@@ -379,7 +397,7 @@ class NoKeeper:
 
 
 def one_epoch(config: Config, images: int, world: World) -> tuple[str, dict[str, Any]]:
-    steps, draws = Steps(dataclasses.replace(config, lr=0.01), world), keyed_generator("epoch")
+    steps, draws = Steps(config, world), keyed_generator("epoch")
     timed_steps(steps, steps.with_policies, 3)
     shape = images, 3, config.image_size, config.image_size
     images_NCHW = torch.randint(256, shape, dtype=torch.uint8, generator=draws).to(world.device)
@@ -391,35 +409,27 @@ def one_epoch(config: Config, images: int, world: World) -> tuple[str, dict[str,
 
 
 def beside_plain(config: Config, setting: str, size: Size, world: World) -> tuple[str, dict[str, Any]]:
-    """Steps with a setting of true relative to false; the first steps, which may compile, are timed separately."""
+    """Steps with a setting of true relative to false; the first one, which may compile, is timed separately."""
+    configs = {"plain": config, setting: dataclasses.replace(config, **{setting: True})}
+    steps = {name: Steps(own, world) for name, own in configs.items()}
 
-    def turns_of(value: bool) -> Callable[[], float]:
-        own = dataclasses.replace(config, **{setting: value})
-        steps = Steps(own, world)
+    def turn(name: str) -> float:
+        choose_kernels(world.device, configs[name].deterministic, config.tf32)
+        return timed_steps(steps[name], steps[name].with_policies, size.steps_per_turn)
 
-        def turn() -> float:
-            choose_kernels(world.device, own.deterministic, own.tf32)
-            return timed_steps(steps, steps.with_policies, size.steps_per_turn)
-
-        return turn
-
-    ways = {"plain": turns_of(False), setting: turns_of(True)}
+    first = timed(lambda: steps[setting].take(steps[setting].with_policies()), world.device)
     try:
-        first = ways[setting]()
-        seconds = take_turns(ways, size.repeats)
+        seconds = take_turns({name: functools.partial(turn, name) for name in configs}, size.repeats)
     finally:
         choose_kernels(world.device, False, config.tf32)
     ratio = ratios(seconds[setting], seconds["plain"])
     measured = {"model": config.model, "M": config.M, "N": config.batch_size, "ratio": ratio, "first": first}
-    words = f"{ratio.in_words('.3f')} of a plain step; {first:,.1f} s at first"
+    words = f"{ratio.in_words('.3f')} of a plain step; the first one {first:,.1f} s"
     return words, measured | {"steps": size.steps_per_turn, "seconds": seconds}
 
 
 def train(settings: Settings, world: World, report: Report) -> None:
     size, device = settings.size, world.device
-    if settings.dataroot is None and device.type == "cuda":
-        report("controls", "skipped: it needs real images, --dataroot DIR", failed="no --dataroot was given")
-        return
     changes = data_settings(settings.dataroot)
     words = ["controls", "--size", size.experiment, "--seeds", "0", "--jobs", "2" if device.type == "cuda" else "1"]
     words += ["--logdir", str(settings.logdir), "--results", str(settings.results)]
@@ -437,7 +447,7 @@ def train(settings: Settings, world: World, report: Report) -> None:
         process.wait()
         report_runs(runs, reported, report, unfinished=True)
     if process.returncode:
-        raise SystemExit(process.returncode)
+        raise UserError(f"experiments.py ended with status {process.returncode}")
 
 
 def report_runs(runs: Sequence[Run], reported: set[str], report: Report, *, unfinished: bool = False) -> None:
@@ -446,7 +456,8 @@ def report_runs(runs: Sequence[Run], reported: set[str], report: Report, *, unfi
         if one.is_scored():
             (cell,) = read_results(one.directory)["benchmarks"]["clean"]["cells"]
             reported.add(one.arm)
-            report(one.arm, f"test error {cell['error']:.2%}", state="done", error=cell["error"], images=cell["images"])
+            measured = {"dataset": one.config.dataset, "error": cell["error"], "images": cell["images"]}
+            report(one.arm, f"test error {cell['error']:.2%}", state="done", **measured)
         elif unfinished:
             report(one.arm, one.state(), state=one.state())
 
@@ -480,13 +491,13 @@ def tables(content: dict[str, Any]) -> list[Table]:
         whole, results = (content["parts"][part][what] for what in ("whole", "results"))
         table = PARTS[part].table({k: one for k, one in results.items() if "failed" not in one or "outcome" in one})
         failed = [f"{name}: failed ({one['failed']})" for name, one in results.items() if "failed" in one]
-        cut = [] if whole else ["Cut short: not all was reached."]
+        cut = [] if whole else ["Cut short: not everything was measured."]
         found.append(table._replace(notes=[*table.notes, *failed, *cut]))
     return found
 
 
 class Part(NamedTuple):
-    """until: the share of the time after which the part is stopped. table: of its results."""
+    """until: the share of the time after which the part is stopped, unless it is the last. table: of its results."""
 
     until: float
     run: Callable[[Settings, World, Report], None]
@@ -494,10 +505,10 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "exactness": Part(0.5, exactness, exactness_table),
-    "step": Part(0.65, step, step_table),
-    "operations": Part(0.75, operations, operations_table),
-    "epoch": Part(0.9, epoch, epoch_table),
+    "exactness": Part(0.35, exactness, exactness_table),
+    "step": Part(0.5, step, step_table),
+    "operations": Part(0.6, operations, operations_table),
+    "epoch": Part(0.92, epoch, epoch_table),
     "training": Part(1.0, train, training_table),
 }
 

@@ -8,7 +8,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from augment import GRAPH
 from measuring import Spread
 
 from utils import Table
@@ -58,15 +57,14 @@ def step_table(results: dict[str, Any]) -> Table:
 
 
 def operations_table(results: dict[str, Any]) -> Table:
-    rows = []
-    for name, one in results.items():
+    rows = {}
+    for one in results.values():
         for way, measured in one["ways"].items():
-            if "graph" not in name or way == GRAPH:
-                rate, to_pillow = (Spread(*measured[what]) for what in ("copies_per_second", "to_pillow"))
-                side = name.partition(",")[0]
-                rows.append((side, f"{one['copies']:,}", way, rate.in_words(), to_pillow.in_words(".1f")))
+            rate, to_pillow = (Spread(*measured[what]) for what in ("copies_per_second", "to_pillow"))
+            side, numbers = f"{one['side']}x{one['side']}", (rate.in_words(), to_pillow.in_words(".1f"))
+            rows.setdefault((side, way), (side, f"{one['copies']:,}", way, *numbers))
     title = "Two operations per copy, uint8 in and out, medians (lowest to highest)"
-    return Table(title, ("side", "copies at a time", "way", "copies/s", "times Pillow's"), rows)
+    return Table(title, ("side", "copies at a time", "way", "copies/s", "times Pillow's"), list(rows.values()))
 
 
 def epoch_table(results: dict[str, Any]) -> Table:
@@ -78,10 +76,14 @@ def epoch_table(results: dict[str, Any]) -> Table:
             rows.append((f"{who}: an epoch of {one['images']:,} images", rate))
         else:
             ratio = f"{Spread(*one['ratio']).in_words('.3f')} of a plain step's time"
-            rows.append((f"{who}: {name}=true", f"{ratio}; at first {one['first']:,.1f} s for {one['steps']} of them"))
+            rows.append((f"{who}: {name}=true", f"{ratio}; the first step takes {one['first']:,.1f} s"))
     return Table("An epoch", ("what", "result"), rows)
 
 
 def training_table(results: dict[str, Any]) -> Table:
-    rows = [(arm, one["state"], f"{100 * one['error']:.2f}" if "error" in one else "-") for arm, one in results.items()]
-    return Table("Training: experiments.py controls, seed 0", ("arm", "state", "test error (%)"), rows)
+    rows = []
+    for arm, one in results.items():
+        scores = (f"{100 * one['error']:.2f}", f"{one['images']:,}, {one['dataset']}") if "error" in one else ("-", "-")
+        rows.append((arm, one["state"], *scores))
+    header = ("arm", "state", "test error (%)", "test images")
+    return Table("Training: experiments.py controls, seed 0", header, rows)

@@ -93,12 +93,15 @@ def run_marked_tests(device: str, report: Report) -> None:
     try:
         import pytest
     except ImportError:
-        report("tests", "skipped: pytest is not there (requirements-dev.txt)", failed="pytest is not installed")
+        report("tests", "skipped, pytest is not installed (requirements-dev.txt)", failed="pytest is not installed")
         return
     files = [str(file) for file in sorted(TESTS.glob("test_*.py")) if "mark.cuda" in file.read_text(encoding="utf-8")]
-    words = ["-m", "cuda", "--device", device, "-q", "-p", "no:cacheprovider", *files]
+    # A warning of another version, or a file that cannot be imported there, must not cost the other tests.
+    words = ["-m", "cuda", "--device", device, "-W", "default", "--continue-on-collection-errors", *files]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        status = pytest.main(words, plugins=[Outcomes(report)])
+        status = pytest.main(["-q", "-p", "no:cacheprovider", *words], plugins=[Outcomes(report)])
+    if status == pytest.ExitCode.INTERRUPTED:
+        raise KeyboardInterrupt
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         reason = f"pytest ended with status {int(status)}"
         report("tests", f"failed: {reason}", failed=reason, report=printed.getvalue()[-LONGEST_REPORT:])
@@ -112,10 +115,16 @@ class Outcomes:
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when == "call" or report.outcome != "passed":
-            measured = {"outcome": report.outcome, "took": round(report.duration, 1)}
-            if report.outcome == "failed":
-                reasons = re.findall(r"^E +(.+)$", report.longreprtext, re.MULTILINE)
-                measured["failed"] = reasons[0] if reasons else report.longreprtext.splitlines()[-1]
-                measured["report"] = report.longreprtext[-LONGEST_REPORT:]
-            words = "" if report.outcome == "passed" else report.outcome
-            self.report(report.nodeid.removeprefix("tests/"), words, **measured)
+            self._tell(report, took=round(report.duration, 1))
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.outcome == "failed":
+            self._tell(report)
+
+    def _tell(self, report: Any, **measured: Any) -> None:
+        if report.outcome == "failed":
+            reasons = re.findall(r"^E +(.+)$", report.longreprtext, re.MULTILINE)
+            measured["failed"] = reasons[0] if reasons else report.longreprtext.splitlines()[-1]
+            measured["report"] = report.longreprtext[-LONGEST_REPORT:]
+        words = "" if report.outcome == "passed" else report.outcome
+        self.report(report.nodeid.removeprefix("tests/"), words, outcome=report.outcome, **measured)

@@ -244,7 +244,9 @@ def test_no_step_waits_for_the_device(settings, device, policies_from):
 
 
 DEMANDING = ("dropout=0.1", "policy_interval=3", "controller_lr=0.05")
-TORCHRUN = (*LAUNCHERS["torchrun"], "--nproc_per_node=1", "--standalone")
+# The machine's own name may not be known to the network that it is in.
+TORCHRUN = (*LAUNCHERS["torchrun"], "--nproc_per_node=1", "--standalone", "--local-addr=127.0.0.1")
+HANGS_AFTER = 300  # seconds: none of these runs takes more than a fraction of them
 # By name: what starts main.py, settings, and the flags of each start.
 RUNS = {
     "whole": ((sys.executable,), DEMANDING, [()]),
@@ -269,8 +271,10 @@ def run(device, tmp_path_factory):
         for flags in starts:
             words = [*starter, str(ROOT / "main.py"), "--device", own, "--logdir", str(logdir), "--name", name, *flags]
             words += ["--set", *TINY, "deterministic=true", *settings]
-            processes.append(process := subprocess.Popen(words, cwd=ROOT, stdout=DEVNULL, stderr=PIPE, text=True))
-            _, said = process.communicate()
+            one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+            process = subprocess.Popen(words, cwd=ROOT, env=one_thread, stdout=DEVNULL, stderr=PIPE, text=True)
+            processes.append(process)
+            _, said = process.communicate(timeout=HANGS_AFTER)
             assert process.returncode == 0, said
         return logdir / name
 
@@ -308,5 +312,6 @@ def test_a_compiled_network_learns_as_an_uncompiled_one(run):
 def test_float16_learns_as_float32(run, device):
     if device.type != "cuda":
         pytest.skip("float16 needs CUDA")
-    assert losses(run("scaled")) == pytest.approx(losses(run("plain")), rel=5e-2)
-    assert final_state(run("scaled"))["scaler"]["scale"] > 0
+    skipped = sum(line["skipped_steps"] for line in lines(run("scaled") / "metrics.jsonl"))
+    assert skipped <= 3, "of 12, until the scale fits"
+    assert losses(run("scaled")) == pytest.approx(losses(run("plain")), rel=5e-2 if skipped else 5e-3)

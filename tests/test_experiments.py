@@ -378,6 +378,20 @@ def test_earlier_results_outlast_an_interrupted_repetition(mine, in_process, tmp
     ]
 
 
+def test_unfinished_runs_do_not_replace_results_of_other_settings(mine, in_process, tmp_path, frozen_fails):
+    assert mine("--seeds", 0, 1).status == 0
+    kept = tmp_path / "results" / "mine" / "runs.jsonl"
+    before = kept.read_bytes()
+    shutil.rmtree(tmp_path / "logs")
+    frozen_fails()
+    done = mine("--seeds", 0, "--set", "lr=0.05")
+    assert done.status == 2
+    assert "warning: " in done.err
+    assert "holds results of other settings, which unfinished runs do not replace" in done.err
+    assert "frozen_0: main.py ended with status 2" in done.err
+    assert kept.read_bytes() == before
+
+
 def test_what_is_kept_and_damaged_is_not_written_over(mine, in_process, tmp_path):
     kept = tmp_path / "results" / "mine" / "runs.jsonl"
     kept.parent.mkdir(parents=True)

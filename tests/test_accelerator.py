@@ -124,7 +124,7 @@ def test_what_is_stopped_says_where_its_results_are(tmp_path):
     _, err = process.communicate()
     assert process.returncode == 143, err
     assert err.strip().startswith("terminated; the results so far are in")
-    assert "32x32" in kept_in(tmp_path)["parts"]["operations"]["results"]
+    assert f"32x32, {augment.TORCHVISION}" in kept_in(tmp_path)["parts"]["operations"]["results"]
 
 
 @pytest.mark.parametrize(

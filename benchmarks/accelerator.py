@@ -362,7 +362,7 @@ def operations(settings: Settings, world: World, report: Report) -> None:
             attempt(report, f"{side}x{side}, {way}", beside)
 
 
-def rates(work: augment.Work, side: int, way: str, repeats: int) -> tuple[str, dict[str, dict[str, Any]]]:
+def rates(work: augment.Work, side: int, way: str, repeats: int) -> tuple[str, dict[str, Any]]:
     """Copies per second by this way, beside the batched operations and Pillow's."""
     ways = augment.operations(work)
     if way == augment.GRAPH:

@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 from augmentations import gather_rows, piece_size, upload
 from config import Config
-from download import Downloads, Missing, Remote, unpack
-from imagefiles import IMAGE_SUFFIXES, CentreCrop, FileCheck, FitSquare, ImageFiles, RandomCrop
-from shapes import CLASSES as SHAPE_CLASSES
-from shapes import draw_shapes
-from stopping import leave_signals_to_the_parent
+from datasets.download import Downloads, Missing, Remote, unpack
+from datasets.imagefiles import IMAGE_SUFFIXES, CentreCrop, FileCheck, FitSquare, ImageFiles, RandomCrop
+from datasets.shapes import CLASSES as SHAPE_CLASSES
+from datasets.shapes import draw_shapes
+from training.signals import leave_signals_to_the_parent
 from utils import UserError, keyed_generator, shown, warn
 
 # Mean and standard deviation of red, green and blue. CIFAR's are those that the paper's line of work uses.

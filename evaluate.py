@@ -15,7 +15,7 @@ counts classes.
 """
 
 if __name__ == "__main__":
-    from stopping import begin
+    from training.signals import begin
 
     begin()  # before all that takes its time to import
 
@@ -33,7 +33,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import load_hashed
 from config import (
     DEFAULT_CONF,
     Config,
@@ -45,16 +44,17 @@ from config import (
     stays_below,
 )
 from dataloader import Normalise, Readable
-from download import Downloads, Missing
-from locks import sole_writer
-from metrics import Predictions, Scores, measure
+from datasets.download import Downloads, Missing
+from evaluation.benchmarks import BENCHMARKS, Benchmark, Cell, Entry, LookOnly, Wanted, fits, named
+from evaluation.metrics import Predictions, Scores, measure
+from evaluation.plots import draw_pictures
+from evaluation.results import Results
+from evaluation.tables import FORMATS, compare, report
 from models import build_model
-from pictures import draw_pictures
-from processes import World, exit_with_status, join
-from resultsfile import Results
-from robustness import BENCHMARKS, Benchmark, Cell, Entry, LookOnly, Wanted, fits, named
-from runlog import ImageProgress
-from tables import FORMATS, compare, report
+from training.checkpoint import load_hashed
+from training.distributed import World, exit_with_status, join
+from training.lock import sole_writer
+from training.log import ImageProgress
 from utils import CommandLine, UserError, environment, full_float32, has_shape, one_line, warn
 
 BATCH = 256  # images in a forward pass; of no influence on the counts

@@ -13,7 +13,7 @@ A setting "policy_from: @ARM" means the run of that arm with the same seed.
 """
 
 if __name__ == "__main__":
-    from stopping import begin
+    from training.signals import begin
 
     begin()  # before all that takes its time to import
 
@@ -28,9 +28,9 @@ from subprocess import Popen
 
 import torch
 
-from experimentfile import FOLDER, SIZES, Experiment, Run, are_seeds, load_experiment, runs_of
-from processes import exit_with_status
-from summaries import sum_up
+from analysis.specs import FOLDER, SIZES, Experiment, Run, are_seeds, load_experiment, runs_of
+from analysis.summaries import sum_up
+from training.distributed import exit_with_status
 from utils import CommandLine, UserError, duration, one_line, warn
 
 SECONDS_BETWEEN_LOOKS = 0.1

@@ -17,7 +17,7 @@ n * M + m); C, H, W as usual, but for logits_BC, where C counts classes.
 """
 
 if __name__ == "__main__":
-    from stopping import begin
+    from training.signals import begin
 
     begin()  # before all that takes its time to import
 
@@ -37,7 +37,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from augmentations import Plan, apply, portion
-from checkpoint import save_tensors
 from config import (
     DEFAULT_CONF,
     Config,
@@ -59,16 +58,17 @@ from dataloader import (
     load_data,
     make_copies,
 )
-from download import Downloads
+from datasets.download import Downloads
 from evaluate import score
-from keeper import Keeper
 from models import build_model
-from processes import World, each_waits_for_the_last, exit_with_status, join
-from published import augmix_loss, mix
-from rundirectory import check_run_directory, held, write_run_directory
-from sources import build_policies
-from stopping import Stopped, Terminated
-from trainingstate import TrainingState
+from policies.files import build_policies
+from policies.published import augmix_loss, mix
+from training.checkpoint import save_tensors
+from training.distributed import World, each_waits_for_the_last, exit_with_status, join
+from training.manager import Keeper
+from training.rundirectory import check_run_directory, held, write_run_directory
+from training.signals import Stopped, Terminated
+from training.state import TrainingState
 from utils import CommandLine, UserError, choose_kernels, duration, seed_default_generators
 
 RESUMING = ("--overwrite", "--resume", "--resume-elastic", "--resume_elastic")  # what a command to go on begins without

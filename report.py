@@ -9,7 +9,7 @@ Shape suffixes: N images, P policies, Q sub-policies, K operations of one; H, W,
 """
 
 if __name__ == "__main__":
-    from stopping import begin
+    from training.signals import begin
 
     begin()  # before all that takes its time to import
 
@@ -25,17 +25,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import reportfigures as figures
+from analysis import figures
+from analysis.page import Part, Picture, html_table, levels_table, neutral_level, write_page
 from augmentations import OPS, apply, apply_op, row_of
 from config import Config, load_config, plain_values
 from controller import Controller
 from dataloader import balanced_order, load_data
-from download import Downloads
-from pictures import figure_class
-from policies import RecordedPolicies
-from processes import exit_with_status
-from reportpage import Part, Picture, html_table, levels_table, neutral_level, write_page
-from sources import read_controller, recorded
+from datasets.download import Downloads
+from evaluation.plots import figure_class
+from policies.files import read_controller, recorded
+from policies.sources import RecordedPolicies
+from training.distributed import exit_with_status
 from utils import CommandLine, UserError, duration, has_shape, keyed_generator, one_line, warn
 
 SAMPLED = 2000  # policies of the controller, for what it believes

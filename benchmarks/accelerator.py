@@ -61,14 +61,14 @@ from measuring import (
 from step import Steps, timed_steps
 
 import main as training
+from analysis.specs import Run, load_experiment, runs_of
 from augmentations import apply
-from checkpoint import write_text
 from config import Config, load_config
 from dataloader import CIFAR_STATISTICS, ResidentSplit
-from experimentfile import Run, load_experiment, runs_of
-from processes import World, exit_with_status, join
-from resultsfile import read_results
-from stopping import signals_raise
+from evaluation.results import read_results
+from training.checkpoint import write_text
+from training.distributed import World, exit_with_status, join
+from training.signals import signals_raise
 from utils import CommandLine, Table, UserError, choose_kernels, duration, in_a_line, keyed_generator, render
 
 SECONDS_TO_STOP = 15  # for a part to save its work once its time is up; reserved at the end

@@ -34,10 +34,10 @@ from torchvision.transforms import functional as on_pillow
 from augmentations import OPS, Plan, apply, apply_op, family_settings, through_families
 from config import ALL_OPS, Config
 from dataloader import Normalise, cutout_mask, draw_centres, draw_crops, make_copies
-from policies import PolicySource
-from processes import exit_with_status, join
-from shapes import COUNTS, draw_shapes
-from sources import build_policies
+from datasets.shapes import COUNTS, draw_shapes
+from policies.files import build_policies
+from policies.sources import PolicySource
+from training.distributed import exit_with_status, join
 from utils import Table, UserError, keyed_generator
 
 OURS, PILLOW, TORCHVISION, KORNIA = "batched, here", "per image, Pillow", "groups, torchvision", "batched, kornia"

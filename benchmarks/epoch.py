@@ -38,10 +38,10 @@ from measuring import ROOT, Spread, count, in_turn, parse, parser, publish, rati
 import main as training
 from config import DEFAULT_CONF, Config, add_setting_arguments, load_config, overrides_from, plain_values
 from dataloader import ResidentSplit, StreamedSplit
-from keeper import Keeper
-from policies import PolicySource
-from processes import World, exit_with_status, join
-from runlog import Progress, RunLog
+from policies.sources import PolicySource
+from training.distributed import World, exit_with_status, join
+from training.log import Progress, RunLog
+from training.manager import Keeper
 from utils import Table, UserError
 
 # The functions of each part, by who holds them: main's own names, and the classes whose objects it calls.

@@ -24,8 +24,8 @@ from measuring import LONGEST_REPORT, ROOT, Report
 from perimage import Operation, run
 
 from augmentations import OPS, Op, Plan, apply, apply_op
-from imagefiles import IMAGE_SUFFIXES, FitSquare, ImageFiles
-from shapes import draw_shapes
+from datasets.imagefiles import IMAGE_SUFFIXES, FitSquare, ImageFiles
+from datasets.shapes import draw_shapes
 from utils import UserError, keyed_generator
 
 TESTS = ROOT / "tests"

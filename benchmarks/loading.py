@@ -30,8 +30,8 @@ from measuring import Spread, cores, count, count_or_none, in_turn, parse, parse
 
 from config import Config
 from dataloader import class_folders
-from imagefiles import ImageFiles, RandomCrop
-from processes import exit_with_status, join
+from datasets.imagefiles import ImageFiles, RandomCrop
+from training.distributed import exit_with_status, join
 from utils import Table, UserError
 
 DRAWN = ((500, 375), (375, 500), (500, 333), (640, 480))  # width and height, around ImageNet's usual ones

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from augmentations import OPS, Op, row_of
 from config import Config
 from dataloader import Normalise
-from policies import PolicySource
+from policies.sources import PolicySource
 
 
 class Operation(NamedTuple):

@@ -22,7 +22,7 @@ from config import Config
 from dataloader import MappedSplit, Normalise, ResidentSplit
 from evaluate import predict
 from models import build_model
-from processes import exit_with_status, join
+from training.distributed import exit_with_status, join
 from utils import Table
 
 

@@ -47,8 +47,8 @@ import main as training
 from config import DEFAULT_CONF, Config, add_setting_arguments, load_config, overrides_from, plain_values
 from dataloader import ResidentSplit
 from models import build_model
-from processes import World, exit_with_status, join
-from trainingstate import TrainingState
+from training.distributed import World, exit_with_status, join
+from training.state import TrainingState
 from utils import Table, UserError, choose_kernels, keyed_generator, keyed_seed, seed_default_generators
 
 WAYS = ("policies", "limit", "per image")

@@ -23,18 +23,18 @@ from hypothesis import settings
 from PIL import Image
 from torch import nn
 
+import analysis.figures as reportfigures
+import analysis.summaries as summaries
 import dataloader
 import evaluate
+import evaluation.benchmarks as robustness
+import evaluation.plots as pictures
 import experiments
 import main
-import pictures
-import processes
 import report
-import reportfigures
-import robustness
-import summaries
-from checkpoint import Checkpoints
-from processes import World, exit_with_status, join
+import training.distributed as processes
+from training.checkpoint import Checkpoints
+from training.distributed import World, exit_with_status, join
 
 settings.register_profile("project", deadline=None, derandomize=True, database=None)
 settings.load_profile("project")

@@ -18,10 +18,10 @@ import pytest
 import torch
 from conftest import ALONE, ROOT
 
+from analysis.specs import load_experiment, runs_of
 from augmentations import OPS
 from config import Config
-from experimentfile import load_experiment, runs_of
-from processes import exit_with_status
+from training.distributed import exit_with_status
 from utils import UserError, render
 
 CPU = torch.device("cpu")

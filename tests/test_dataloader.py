@@ -18,7 +18,7 @@ import torchvision.transforms as T
 from PIL import Image
 from test_download import killed_before_step, serving, start_forked, wait_until
 
-import download
+import datasets.download as download
 from config import Config
 from dataloader import (
     Normalise,
@@ -34,8 +34,8 @@ from dataloader import (
     load_test,
     make_copies,
 )
-from download import Downloads
-from shapes import CLASSES, draw_shapes
+from datasets.download import Downloads
+from datasets.shapes import CLASSES, draw_shapes
 from utils import UserError
 
 CPU = torch.device("cpu")

@@ -23,14 +23,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import main
-import trainingstate
-from checkpoint import save_tensors
+import training.state as trainingstate
 from config import POLICIES, Config, plain_values
 from dataloader import Normalise, ResidentSplit
 from evaluate import predict
 from models import build_model
-from processes import World
-from sources import fresh_controller
+from policies.files import fresh_controller
+from training.checkpoint import save_tensors
+from training.distributed import World
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 N, STEPS = 8, 2

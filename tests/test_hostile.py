@@ -35,15 +35,15 @@ from test_download import MALICIOUS, names, pack
 from torch.package import PackageExporter
 
 import config
-import robustness
-from checkpoint import load_tensors
+import evaluation.benchmarks as robustness
 from config import LONGEST_CONF, Config, load_config, overrides_from, plain_values, run_directory, stays_below
-from corruptions import STANDARD
 from dataloader import load_data
-from download import Missing, Remote, unpack
-from imagefiles import CentreCrop, FileCheck, FitSquare, ImageFiles, RandomCrop
+from datasets.download import Missing, Remote, unpack
+from datasets.imagefiles import CentreCrop, FileCheck, FitSquare, ImageFiles, RandomCrop
+from evaluation.benchmarks import LookOnly
+from evaluation.corruptions import STANDARD
 from models import build_model
-from robustness import LookOnly
+from training.checkpoint import load_tensors
 from utils import UserError, has_shape, shown
 
 CPU = torch.device("cpu")

@@ -9,13 +9,13 @@ import torch
 from conftest import assert_refused
 from test_hostile import PACKED, assert_in_words, calls, names, refusal, repacked, saved_by_torch
 
-from checkpoint import load_tensors
 from config import Config, plain_values
 from dataloader import load_data
-from download import Ledger, unpack
-from generated import read_manifest
+from datasets.download import Ledger, unpack
+from evaluation.generated import read_manifest
+from evaluation.results import read_results
 from models import build_model
-from resultsfile import read_results
+from training.checkpoint import load_tensors
 
 
 def model_pt(path, **other):

@@ -12,15 +12,15 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
-import rundirectory
-import trainingstate
+import training.rundirectory as rundirectory
+import training.state as trainingstate
 from augmentations import OPS, row_of
-from checkpoint import Checkpoints, load_tensors
 from config import Config, load_config
 from dataloader import Normalise, ResidentSplit, epoch_batches
 from evaluate import score
 from models import build_model
-from policies import RandomPolicies
+from policies.sources import RandomPolicies
+from training.checkpoint import Checkpoints, load_tensors
 from utils import choose_kernels, environment, full_float32, keyed_generator
 
 # Noise in the network, and intervals that end in the middle of epochs (4 steps each): state that is easily lost.

@@ -1,0 +1,1 @@
+"""Comparing runs: experiment files, summaries, statistics, figures and the report's page."""

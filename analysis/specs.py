@@ -1,0 +1,207 @@
+"""An experiment as a file: its arms and sizes, checked, and the runs that they stand for.
+
+question: Do learned policies beat random ones at the same cost?
+arms:                                       # by name, the settings in which they differ
+  random: {policy: random}
+  advaa: {policy: controller}
+  transfer: {policy: frozen, policy_from: "@advaa"}       # the run of that arm with the same seed
+words: {advaa: as the paper has it}         # of arms, for the summary; optional
+compare: [[advaa, random]]
+sizes:
+  tiny:
+    conf: confs/demo.yaml                   # an arm may name another
+    seeds: [0, 1, 2]
+    set: {epochs: 6}                        # settings of all arms
+    arms: {random: {M: 1}}                  # settings of an arm at this size alone
+    note: Embedded shapes.                  # what the numbers can be compared with
+    ranks: false                            # too small to say which arm is better
+"""
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from config import Config, can_be_a_path, changed_settings, load_config, read_yaml, said_by_set
+from evaluation.results import read_results
+from utils import UserError, did_you_mean, has_shape, shown
+
+SCRIPTS = Path(__file__).resolve().parent.parent
+FOLDER = SCRIPTS / "confs" / "experiments"
+SIZES = ("tiny", "small", "full")
+SHAPE = {"question": str, "arms": dict, "compare": [list], "sizes": dict}
+SIZE_SHAPE = {"conf": str, "seeds": [int], "note": str}
+MAY_HAVE, MAY_BE = {"set": {}, "arms": {}, "ranks": True}, {"set": dict, "arms": dict, "ranks": bool}
+KEYS, SIZE_KEYS = {*SHAPE, "words"}, {*SIZE_SHAPE, "set", "arms", "ranks"}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment at one of its sizes.
+
+    arms: by name, the settings in which it differs. compare: pairs of arms. note: what its numbers can be compared
+    with. ranks: False where it is too small to say which arm is better, however many seeds there are. said: settings of
+    all arms, "setting=value", over the file's.
+    """
+
+    name: str
+    question: str
+    size: str
+    conf: str
+    seeds: tuple[int, ...]
+    settings: dict[str, Any]
+    arms: dict[str, dict[str, Any]]
+    words: dict[str, str]
+    compare: tuple[tuple[str, str], ...]
+    note: str
+    ranks: bool
+    said: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm with one seed. source: the run whose policies it takes, if any."""
+
+    arm: str
+    seed: int
+    conf: Path
+    settings: dict[str, Any]
+    config: Config
+    directory: Path
+    source: Path | None
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+    def epochs_done(self) -> int:
+        log = self.directory / "metrics.jsonl"
+        return log.read_bytes().count(b"\n") if log.exists() else 0
+
+    def is_trained(self) -> bool:
+        """Whether there is the checkpoint that is written last of all."""
+        return any(self.directory.glob(f"checkpoints/epoch-{self.config.epochs:04d}-step-000000-*.pt"))
+
+    def is_scored(self) -> bool:
+        """Whether results.json holds the test error of the trained network."""
+        if not (self.directory / "results.json").exists():
+            return False
+        results = read_results(self.directory)
+        return results["epoch"] == self.config.epochs and bool(results["benchmarks"].get("clean", {}).get("summary"))
+
+    def state(self) -> str:
+        if self.is_scored():
+            return "done"
+        if self.is_trained():
+            return "trained, not scored"
+        started = (self.directory / "config.yaml").exists()
+        return f"stopped after {self.epochs_done()} of {self.config.epochs} epochs" if started else "missing"
+
+    def commands(self, launcher: Sequence[str], options: Sequence[str]) -> list[list[str]]:
+        """What is still to be done, as command lines."""
+        folder = ("--logdir", str(self.directory.parent), "--name", self.name)
+        train = [*launcher, str(SCRIPTS / "main.py"), "--load_conf", str(self.conf), *folder, "--seed", str(self.seed)]
+        if (self.directory / "config.yaml").exists():
+            train.append("--resume")
+        changes = [f"{name}={json.dumps(value)}" for name, value in self.settings.items() if name != "seed"]
+        train += [*options, *(["--set", *changes] if changes else [])]
+        score = [sys.executable, str(SCRIPTS / "evaluate.py"), "--checkpoint", str(self.directory / "model.pt")]
+        score += [*options, *(("--dataroot", self.config.dataroot) if self.config.dataroot != "./data" else ())]
+        return [score] if self.is_trained() else [train, score]
+
+
+def load_experiment(name: str, size: str, seeds: Sequence[int] | None = None, said: Sequence[str] = ()) -> Experiment:
+    """experiments/NAME.yaml, or the file of that name, at one of its sizes. Raises UserError."""
+    path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
+    if not path.exists():
+        known = sorted(file.stem for file in FOLDER.glob("*.yaml"))
+        raise UserError(f"{shown(name)}: there is no such experiment{did_you_mean(name, known)} ({', '.join(known)})")
+    content = read_yaml(path)
+    if not has_shape(content, SHAPE) or not content["arms"]:
+        raise UserError(f"{path}: lacks one of {', '.join(SHAPE)}; look at another file beside it")
+    if unknown := sorted(map(str, set(content) - KEYS)):
+        raise UserError(f"{path}: unknown entry {shown(unknown[0])}{did_you_mean(unknown[0], KEYS)}")
+    if size not in content["sizes"]:
+        raise UserError(f"{path}: has no size {size}; it has {', '.join(map(str, content['sizes']))}")
+    of_size = content["sizes"][size]
+    if not has_shape(of_size, SIZE_SHAPE) or set(of_size) - SIZE_KEYS or not has_shape({**MAY_HAVE, **of_size}, MAY_BE):
+        raise UserError(f"{path}: size {size}: needs {', '.join(SIZE_SHAPE)}, and may have set, arms and ranks")
+    if not are_seeds(of_size["seeds"]):
+        raise UserError(
+            f"{path}: size {size}: seeds: {shown(of_size['seeds'])} are not different numbers, none below 0"
+        )
+    if not has_shape(content.get("words", {}), dict):
+        raise UserError(f"{path}: words: is no mapping of arms to texts")
+    arms, own = content["arms"], of_size.get("arms", {})
+    for arm, settings in (*arms.items(), *own.items()):
+        if not isinstance(arm, str) or not re.fullmatch(r"\w{1,60}", arm) or not has_shape(settings, dict):
+            raise UserError(f"{path}: arm {shown(arm)}: needs a plain name, a text, and settings in a mapping")
+        if arm not in arms:
+            raise UserError(f"{path}: size {size}: there is no arm {shown(arm)}{did_you_mean(arm, arms)}")
+    compare = [tuple(pair) for pair in content["compare"]]
+    if not all(len(pair) == 2 and has_shape(list(pair), [str]) and set(pair) <= set(arms) for pair in compare):
+        raise UserError(f"{path}: compare: every entry is a pair of arms")
+    return Experiment(
+        path.stem,
+        content["question"],
+        size,
+        of_size["conf"],
+        tuple(seeds or of_size["seeds"]),
+        dict(of_size.get("set", {})),
+        {arm: {**settings, **own.get(arm, {})} for arm, settings in arms.items()},
+        {str(arm): str(words) for arm, words in content.get("words", {}).items()},
+        tuple(compare),
+        of_size["note"],
+        of_size.get("ranks", True),
+        tuple(said),
+    )
+
+
+def find_conf(conf: Any, where: str) -> Path:
+    """A conf file named in an experiment: from the working directory or, if it is not there, beside the scripts."""
+    if not isinstance(conf, str) or not can_be_a_path(conf) or len(conf) > 250:
+        raise UserError(f"{where}: conf: {shown(conf)} cannot be the name of a file")
+    return Path(conf) if Path(conf).exists() else SCRIPTS / conf
+
+
+def are_seeds(seeds: Sequence[int]) -> bool:
+    """Whether these are one or more different numbers, none below 0."""
+    return bool(seeds) and all(type(seed) is int and seed >= 0 for seed in seeds) and len({*seeds}) == len(seeds)
+
+
+def runs_of(experiment: Experiment, logdir: Path) -> Iterator[Run]:
+    """The runs of an experiment, those of one seed together, with all their settings checked.
+
+    Raises UserError for settings that cannot be, and where a directory holds a run with others.
+    """
+    folder = logdir / f"{experiment.name}-{experiment.size}"
+    said = {field: value for field, (_, value) in said_by_set(experiment.said).items()}
+    for seed in experiment.seeds:
+        for number, (arm, own) in enumerate(experiment.arms.items()):
+            settings = {**experiment.settings, **own, **said}
+            where = f"experiment {experiment.name}, {experiment.size}, arm {arm}"
+            conf = find_conf(settings.pop("conf", experiment.conf), where)
+            source = None
+            if str(settings.get("policy_from")).startswith("@"):
+                name = settings["policy_from"][1:]
+                if name not in list(experiment.arms)[:number]:
+                    raise UserError(f"{where}: @{name} is no arm before it")
+                source = folder / f"{name}_{seed}"
+                settings["policy_from"] = str(source)
+            settings["seed"] = seed
+            config = load_config(conf, {field: (where, value) for field, value in settings.items()})
+            run = Run(arm, seed, conf, settings, config, folder / f"{arm}_{seed}", source)
+            before = run.directory / "config.yaml"
+            old = load_config(before, {}) if before.exists() else config
+            changes = changed_settings(old, config)
+            if source is not None and old.policy_from != config.policy_from:
+                changes.append(f"policy_from: {old.policy_from} -> {config.policy_from}")
+            if changes:
+                raise UserError(
+                    f"{run.directory}: holds a run with other settings ({'; '.join(changes)})\n"
+                    "move it away, or choose another --logdir"
+                )
+            yield run

@@ -1,0 +1,1 @@
+"""Images and labels from arrays, class folders and downloads."""

@@ -1,0 +1,185 @@
+"""Image files: found whole or damaged, decoded by worker processes, cropped as they are read."""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import functional as on_pillow
+
+from training.signals import leave_signals_to_the_parent
+from utils import in_a_line, keyed_seed, one_line, require_file
+
+IMAGE_SUFFIXES = frozenset(IMG_EXTENSIONS)
+# What these suffixes stand for, whichever a file has. Pillow knows others, and hands some to programs that run code.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
+
+
+class Reader(Protocol):
+    """Reads the image file at a path as uint8 (3, size, size); what is drawn for it follows from `seed`."""
+
+    size: int
+
+    def __call__(self, path: Path, seed: int) -> Tensor: ...
+
+
+@dataclass
+class ImageFiles(Dataset):
+    """Image files to be read by (epoch, position): the image, its position, and why it could not be read, if so.
+
+    substitute: the next file takes the place of an unreadable one, position and all. An image that cannot be had is
+    black, at position -1.
+    """
+
+    paths: Sequence[Path]
+    read: Reader
+    seed: int = 0
+    substitute: bool = False
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, str | None]:
+        epoch, wanted = key
+        draws, reason = keyed_seed(self.seed, "crop", epoch, wanted), None
+        for position in (wanted, (wanted + 1) % len(self)) if self.substitute else (wanted,):
+            try:
+                return self.read(self.paths[position], draws), position, reason
+            except Exception as error:  # a decoder meets damage in its own way: OSError, SyntaxError, struct.error, ...
+                reason = reason or _unreadable(self.paths[position], error)
+        return torch.zeros(3, self.read.size, self.read.size, dtype=torch.uint8), -1, reason
+
+    def batches(
+        self, indices: Sequence[Tensor], epoch: int, workers: int, *, pinned: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor, list[str | None]]]:
+        """(images (N, 3, size, size), positions (N,), reasons) for each index tensor in turn; pinned for a GPU."""
+        yield from DataLoader(
+            self,
+            batch_sampler=[[(epoch, position) for position in index.tolist()] for index in indices],
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=pinned,
+            worker_init_fn=leave_signals_to_the_parent,
+            generator=torch.Generator(),  # otherwise the loader draws from the default generator
+        )
+
+
+@dataclass
+class FileCheck(Dataset):
+    """A quick look at each file, at its header and whether its end is there: why it cannot be read, if so.
+
+    What the look leaves open is decoded.
+    """
+
+    paths: Sequence[Path]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, position: int) -> str | None:
+        path = self.paths[position]
+        try:
+            with open_image(path) as image:
+                mark = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(image.format)
+                if mark:
+                    image.fp.seek(-min(64, path.stat().st_size), os.SEEK_END)
+                if mark is None or mark not in image.fp.read():
+                    read_rgb(path)
+        except Exception as error:
+            return _unreadable(path, error)
+        return None
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """The usual crop for training on ImageNet: 8 to 100 % of the area, 3:4 to 4:3, scaled (bicubic); flipped or not."""
+
+    size: int
+    flip: bool
+
+    def __call__(self, path: Path, seed: int) -> Tensor:
+        image = read_rgb(path)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            top, left, height, width = RandomResizedCrop.get_params(image, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
+            flipped = self.flip and torch.rand(()) < 0.5
+        size = [self.size, self.size]
+        image = on_pillow.resized_crop(image, top, left, height, width, size, InterpolationMode.BICUBIC)
+        return on_pillow.pil_to_tensor(on_pillow.hflip(image) if flipped else image)
+
+
+@dataclass(frozen=True)
+class CentreCrop:
+    """The usual view for evaluation on ImageNet: the shorter side scaled to `resize` (bicubic), cut at the centre."""
+
+    resize: int
+    size: int
+
+    def __call__(self, path: Path, seed: int) -> Tensor:
+        image = on_pillow.resize(read_rgb(path), self.resize, InterpolationMode.BICUBIC)
+        return on_pillow.pil_to_tensor(on_pillow.center_crop(image, self.size))
+
+
+@dataclass(frozen=True)
+class FitSquare:
+    """Upright, scaled (bicubic) until it covers the square, cut at the centre; for training and evaluation alike."""
+
+    size: int
+
+    def __call__(self, path: Path, seed: int) -> Tensor:
+        with open_image(path) as image:
+            upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):  # 16 bits a channel: convert() would clip at 255
+            upright = Image.fromarray((np.asarray(upright) / 257).round().clip(0, 255).astype(np.uint8))
+        if upright.mode == "F":
+            raise ValueError("floating-point values without a known range")
+        upright = upright.convert("RGB")
+        if upright.size != (self.size, self.size):
+            upright = ImageOps.fit(upright, (self.size, self.size), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
+
+
+@contextlib.contextmanager
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """An image file, not decoded yet.
+
+    Raises OSError for what is no file, DecompressionBombWarning from 89 million pixels on, where Pillow would print it,
+    ValueError for a strip, and whatever Pillow raises.
+    """
+    require_file(path)
+    with warnings.catch_warnings():
+        # However small the file, what Pillow warns of would take each worker a quarter of a GB and more.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = Image.open(path, formats=FORMATS)
+    with image:
+        if max(image.size) > 1000 * min(image.size):  # scaled to a shorter side of 256, 1 by 100,000 would take 26 GB
+            raise ValueError(f"is too narrow: {image.width} by {image.height} pixels")
+        yield image
+
+
+def read_rgb(path: Path) -> Image.Image:
+    """Decode to RGB, whatever the file's own colours are: grey, CMYK, a palette."""
+    with open_image(path) as image:
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy what is RGB already
+
+
+def _collate(results: list[tuple[Tensor, int, str | None]]) -> tuple[Tensor, Tensor, list[str | None]]:
+    images, positions, reasons = zip(*results, strict=True)
+    # Stacked as Pillow has them, pixel by pixel: ten times as fast. Whoever gets them puts the channels apart.
+    images_NHWC = torch.stack([image.permute(1, 2, 0) for image in images])
+    return images_NHWC.permute(0, 3, 1, 2), torch.tensor(positions), list(reasons)
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    return f"{one_line(str(path), 1000)} ({in_a_line(error)})"

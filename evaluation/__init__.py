@@ -1,0 +1,1 @@
+"""Scoring: predictions, benchmarks, corruptions, metrics, results files, tables and plots."""

@@ -1,0 +1,320 @@
+"""Scores in words: of one checkpoint, of several, and of recorded runs beside the published numbers.
+
+Numbers are per cent, means over runs with their sample standard deviation.
+"""
+
+import csv
+import dataclasses
+import io
+import itertools
+import json
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from config import FROM_A_FILE, PER_IMAGE, Config
+from evaluation.corruptions import SEVERITIES, STANDARD
+from evaluation.results import read_results
+from utils import Table, UserError, one_line, render
+
+FORMATS = ("table", "markdown", "json", "csv")
+Result = Mapping[str, Any]  # the content of a results.json
+
+# Operations of policies that resemble corruptions of the benchmark, so that it is not unseen by such policies.
+RESEMBLING = ("Posterize", "Contrast", "Color", "Brightness", "Sharpness")
+
+
+class Published(NamedTuple):
+    """Test errors (%): of the paper, of the re-implementation (best epoch on the test set), and of other methods."""
+
+    paper: str = "-"
+    reimplementation: str = "-"
+    others: str = "-"
+
+
+PUBLISHED = {  # by benchmark, data set trained on, and network
+    ("clean", "cifar10", "wresnet28_10"): Published("1.90 +- 0.15", "2.35"),
+    ("clean", "cifar10", "shakeshake26_2x32d"): Published("2.36 +- 0.10", "2.51"),
+    ("clean", "cifar10", "shakeshake26_2x96d"): Published("1.85 +- 0.12", "2.43"),
+    ("clean", "cifar10", "shakeshake26_2x112d"): Published("1.78 +- 0.05"),
+    ("clean", "cifar10", "pyramid272_200"): Published("1.36 +- 0.06"),
+    ("clean", "cifar100", "wresnet28_10"): Published("15.49 +- 0.18"),
+    ("clean", "cifar100", "shakeshake26_2x96d"): Published("14.10 +- 0.15"),
+    ("clean", "cifar100", "pyramid272_200"): Published("10.42 +- 0.20"),
+    ("clean", "imagenet", "resnet50"): Published("20.60 +- 0.15"),
+    ("clean", "imagenet", "resnet50d"): Published("20.00 +- 0.12"),
+    ("clean", "imagenet", "resnet200"): Published("18.68 +- 0.18"),
+    ("cifar10-c", "cifar10", "wresnet28_10"): Published("-", "10.41", "no augmentation 26.54"),
+    ("cifar10-c", "cifar10", "shakeshake26_2x32d"): Published("-", "16.69"),
+    ("cifar10-c", "cifar10", "wresnet40_2"): Published("-", "-", "AugMix with JSD 11.2"),
+    ("imagenet-c", "imagenet", "resnet50"): Published("-", "-", "mCE: none 76.7, AugMix 65.3"),
+}
+TRANSFERRED = {  # likewise, under the policies that ResNet-50 has learned on ImageNet
+    ("clean", "cifar10", "wresnet28_10"): Published("2.45 +- 0.13"),
+    ("clean", "cifar100", "wresnet28_10"): Published("16.48 +- 0.15"),
+    ("clean", "imagenet", "resnet50d"): Published("20.20 +- 0.05"),
+    ("clean", "imagenet", "resnet200"): Published("19.05 +- 0.10"),
+}
+# Of the paper's method: the policies' sources, and settings that must be as they are by default.
+PAPERS_SOURCES = ("controller", *FROM_A_FILE)
+PAPERS_SETTINGS = ("reward", "reward_ema", "divide_by_std", "logit_bound", "clean_share", "entropy_bonus", "optimizer")
+
+
+def report(results: Sequence[Result], form: str) -> str:
+    """Scores of one checkpoint in full, or of several side by side with mean and standard deviation."""
+    if form == "json":
+        return json.dumps(results[0] if len(results) == 1 else list(results), indent=2)
+    if form == "csv":
+        return _csv(*_all_cells(results))
+    tables = _in_full(results[0]) if len(results) == 1 else [_side_by_side(results)]
+    return "\n\n".join(render(table, form) for table in tables)
+
+
+def compare(paths: Iterable[Path], form: str) -> str:
+    """Recorded results as rows of the README's table: runs that differ in nothing but the seed are one row.
+
+    Published numbers stand beside what they are comparable with alone, see `_comparable`. Raises UserError for a file
+    that is no results.json.
+    """
+    different = {  # a copy of a result is no other run
+        (_row_key(result, name, noted), result["sha256"]): (result, name, noted)
+        for result in map(read_results, paths)
+        for name, noted in result["benchmarks"].items()
+        if noted["summary"]
+    }
+    entries = [(key, *found) for (key, _), found in different.items()]
+    if not entries:
+        raise UserError("--compare: none of the files holds a finished benchmark")
+    rows, notes = [], {}
+    for _, same in itertools.groupby(sorted(entries, key=lambda entry: entry[0]), key=lambda entry: entry[0]):
+        _, results, names, noted = zip(*same, strict=True)
+        rows.append(_row(results, names[0], noted))
+        notes |= dict.fromkeys(_remarks(results[0], names[0], noted[0]))
+    header = ("benchmark, network", "run", "policies", "images", "paper", "re-implementation", "others", "here", "runs")
+    table = Table("Per cent; several runs: mean and standard deviation", header, rows, list(notes))
+    if form == "json":
+        return json.dumps([dict(zip(header, row, strict=True)) for row in rows], indent=2)
+    return _csv(header, rows) if form == "csv" else render(table, form)
+
+
+def headline(summary: Mapping[str, Any]) -> tuple[str, float]:
+    """The one number that a benchmark is quoted by, in 0..1, and its name."""
+    for key, name in (
+        ("mce", "mCE"),
+        ("mean_corruption_error", "mean corruption error"),
+        ("mean_flip_probability", "mean flip probability"),
+    ):
+        if key in summary:
+            return name, summary[key]
+    return "error", summary["error"]
+
+
+def _in_full(result: Result) -> list[Table]:
+    trained = f", after epoch {result['epoch']} of {result['config']['epochs']}" if result["config"] else ""
+    title = f"{result['checkpoint']}: {result['model']}{trained}, scored in {result['precision']}"
+    rows, tables = [], []
+    for name, noted in result["benchmarks"].items():
+        if noted["kind"] == "test set":
+            (cell,) = noted["cells"]
+            top5 = "-" if cell["top5"] is None else _percent(cell["top5"])
+            numbers = (_percent(cell["error"]), _percent(cell["top1"]), top5, f"{cell['loss']:.4f}")
+            rows.append((name, _origin(noted), f"{cell['images']:,}", *numbers, _percent(cell["calibration_error"])))
+            tables.append(_by_class(result, name, noted))
+        else:
+            tables.append(_by_severity(name, noted) if noted["kind"] == "corruptions" else _by_sequence(name, noted))
+    if rows:
+        header = ("test set", "data", "images", "error", "top-1", "top-5", "loss", "calibration error")
+        tables.insert(0, Table(title, header, rows))
+    else:
+        tables[0] = tables[0]._replace(title=f"{title}\n\n{tables[0].title}")
+    tables[-1] = tables[-1]._replace(notes=[*tables[-1].notes, *_all_remarks(result)])
+    return tables
+
+
+def _by_class(result: Result, name: str, noted: Mapping[str, Any]) -> Table:
+    """Top-1 by class; of more than twenty classes the ten with the most errors."""
+    (cell,) = noted["cells"]
+    names = noted["classes"] or result["classes"] or [f"class {i}" for i in range(len(cell["class_images"]))]
+    rows = [
+        (correct / images, class_name, images)
+        for class_name, images, correct in zip(names, cell["class_images"], cell["class_correct"], strict=True)
+        if images
+    ]
+    title = f"{name}, by class"
+    if len(rows) > 20:
+        title = f"{name}, the ten weakest of {len(rows)} classes"
+        rows = sorted(rows)[:10]
+    return Table(title, ("class", "top-1", "images"), [(c, _percent(share), f"{n:,}") for share, c, n in rows])
+
+
+def _by_severity(name: str, noted: Mapping[str, Any]) -> Table:
+    cells = {(cell["part"], cell["severity"]): cell["error"] for cell in noted["cells"]}
+    summary, images = noted["summary"], noted["cells"][0]["images"]
+    rows = [
+        (part, *(_percent(cells[part, severity]) for severity in SEVERITIES), _percent(mean))
+        for part, mean in summary["error"].items()
+    ]
+    counted = [row for row in rows if row[0] in STANDARD]
+    means = [
+        sum(cells[part, severity] for part in summary["error"] if part in STANDARD) / len(STANDARD)
+        for severity in SEVERITIES
+    ]
+    mean_row = ("mean of the fifteen", *map(_percent, means), _percent(summary["mean_corruption_error"]))
+    extra = [(f"({row[0]})", *row[1:]) for row in rows if row[0] not in STANDARD]
+    notes = ["In brackets: extra corruptions, not in the mean."] if extra else []
+    notes.append(f"Mean calibration error {_percent(summary['mean_calibration_error'])}.")
+    if "mce" in summary:
+        notes.append(f"mCE, normalised by AlexNet: {_percent(summary['mce'])}.")
+    title = f"{name}: error (%) by severity, {len(noted['cells'])} x {images:,} images, {_origin(noted)}"
+    return Table(title, ("corruption", *map(str, SEVERITIES), "mean"), [*counted, mean_row, *extra], notes)
+
+
+def _by_sequence(name: str, noted: Mapping[str, Any]) -> Table:
+    rows = [
+        (cell["part"], f"{cell['sequences']:,}", str(cell["frames"]), _percent(cell["flip_probability"]))
+        for cell in noted["cells"]
+    ]
+    mean = ("mean", "", "", _percent(noted["summary"]["mean_flip_probability"]))
+    header = ("perturbation", "sequences", "frames", "flip probability")
+    return Table(f"{name}: flip probability (%), {_origin(noted)}", header, [*rows, mean])
+
+
+def _origin(noted: Mapping[str, Any]) -> str:
+    return f"{noted['source']} (checked by {noted['checked_by']})"
+
+
+def _side_by_side(results: Sequence[Result]) -> Table:
+    """A column for each checkpoint. Numbers of other images stand in other rows: they have no common mean."""
+    quantities = [_quantities(result) for result in results]
+    rows = []
+    for key in dict.fromkeys(key for of_run in quantities for key in of_run):
+        values = [of_run[key] for of_run in quantities if key in of_run]
+        of_runs = (_percent(of_run[key]) if key in of_run else "-" for of_run in quantities)
+        rows.append((key[0], *of_runs, _over_runs(values)))
+    notes = [f"run {i}: {result['checkpoint']}" for i, result in enumerate(results, start=1)]
+    notes += dict.fromkeys(itertools.chain.from_iterable(map(_all_remarks, results)))
+    header = ("per cent", *(f"run {i}" for i in range(1, len(results) + 1)), "mean +- std")
+    return Table(f"{len(results)} checkpoints, scored in {results[0]['precision']}", header, rows, notes)
+
+
+def _quantities(result: Result) -> dict[tuple[str, str], float]:
+    """(name with the source of its images, fingerprint of the images) -> share."""
+    quantities = {}
+    for name, noted in result["benchmarks"].items():
+        prefix = f"{name} ({noted['source']})"
+        for key, value in noted["summary"].items():
+            if isinstance(value, dict):
+                quantities |= {(f"{prefix} {part}", noted["fingerprint"]): share for part, share in value.items()}
+            elif value is not None and key not in ("top1", "loss"):
+                quantities[f"{prefix} {key.replace('_', ' ')}", noted["fingerprint"]] = value
+    return quantities
+
+
+def _over_runs(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return _percent(values[0])
+    return f"{_percent(statistics.mean(values))} +- {_percent(statistics.stdev(values))}"
+
+
+def _row_key(result: Result, name: str, noted: Mapping[str, Any]) -> tuple[str, ...]:
+    """Equal for results that may be averaged: of the same images, and runs that differ in the seed alone."""
+    if result["config"] is None:
+        trained = result["sha256"]
+    else:
+        own = {field.name for field in dataclasses.fields(Config) if field.metadata["may_change"]} | {"seed"}
+        settings = {key: value for key, value in result["config"].items() if key not in own}
+        trained = json.dumps([settings, result["epoch"]])
+    scored = json.dumps([result["scored_with"], result["precision"], noted["source"], noted["fingerprint"]])
+    return name, result["scored_with"]["dataset"], result["model"], trained, scored
+
+
+def _comparable(result: Result, noted: Mapping[str, Any]) -> bool:
+    """Whether the paper's number is of the same: its policies, all training images, to the end, official data."""
+    config = result["config"]
+    return (
+        noted["source"] == "official"
+        and config is not None
+        and result["epoch"] == config["epochs"]
+        and config["policy"] in PAPERS_SOURCES
+        and not (config["policy_from"] or "").endswith((".json", ".yaml", ".yml"))  # somebody's own
+        and all(config[name] == getattr(Config, name) for name in PAPERS_SETTINGS)
+        and (config["train_size"], config["valid_size"], config["skip_unreadable"]) == (None, 0, False)
+        and config["dataset"] == result["scored_with"]["dataset"]
+    )
+
+
+def _row(results: Sequence[Result], name: str, noted: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    result, config = results[0], results[0]["config"]
+    trained_on = config["dataset"] if config else result["scored_with"]["dataset"]
+    table = TRANSFERRED if config and config["policy"] in FROM_A_FILE else PUBLISHED
+    published = table.get((name, trained_on, result["model"]), Published())
+    if noted[0]["source"] != "official":
+        published = Published()
+    elif not _comparable(result, noted[0]):
+        published = Published(others=published.others)
+    quantity, _ = headline(noted[0]["summary"])
+    return (
+        f"{name} ({trained_on}), {result['model']}: {quantity}",
+        re.sub(r"_\d+$", "", Path(result["checkpoint"]).parent.name) if config else result["checkpoint"],
+        _policies_in_words(config) if config else "-",
+        f"{noted[0]['source']}, {noted[0]['cells'][0]['images']:,}",
+        *published,
+        _over_runs([headline(of_run["summary"])[1] for of_run in noted]),
+        str(len(results)),
+    )
+
+
+def _policies_in_words(config: Mapping[str, Any]) -> str:
+    words = "learned" if config["policy"] == "controller" else config["policy"]
+    origin = f" from {one_line(config['policy_from'], 60)}" if config["policy_from"] else ""
+    return f"{words}{origin}, M = {config['M']}"
+
+
+def _all_remarks(result: Result) -> list[str]:
+    remarks = (_remarks(result, name, noted) for name, noted in result["benchmarks"].items())
+    return list(dict.fromkeys(itertools.chain.from_iterable(remarks)))
+
+
+def _remarks(result: Result, name: str, noted: Mapping[str, Any]) -> list[str]:
+    """What must be said beside a number."""
+    remarks = [f"{name}: {noted['note']}."] if noted.get("note") else []
+    config = result["config"]
+    overlap = [op for op in RESEMBLING if op in _operations(config)] if config else []
+    if noted["kind"] == "corruptions" and overlap:
+        remarks.append(
+            f"{name}: the policies hold {', '.join(overlap)}, which resemble corruptions; AugMix leaves out contrast, "
+            "colour, brightness and sharpness. Train without them (ops) for a comparison."
+        )
+    return remarks
+
+
+def _operations(config: Mapping[str, Any]) -> Sequence[str]:
+    """Those that the policies may hold, as far as they can resemble corruptions. AugMix leaves four of these out."""
+    if config["policy"] in PER_IMAGE:
+        return ("Posterize",) if config["policy"] == "augmix" else RESEMBLING
+    return () if config["policy"] == "none" else config["ops"]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f}"
+
+
+def _all_cells(results: Sequence[Result]) -> tuple[list[str], list[list[Any]]]:
+    """Header and rows: a row for each cell, a column for each plain number."""
+    cells = [
+        {"checkpoint": result["checkpoint"], "benchmark": name, "source": noted["source"], **cell}
+        for result in results
+        for name, noted in result["benchmarks"].items()
+        for cell in noted["cells"]
+    ]
+    plain = (key for cell in cells for key, value in cell.items() if not isinstance(value, (list, dict)))
+    header = list(dict.fromkeys(plain))
+    return header, [[cell.get(name, "") for name in header] for cell in cells]
+
+
+def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    return text.getvalue().rstrip("\n")

@@ -1,0 +1,1 @@
+"""Who decides what is applied to each image: learned, random, recorded, frozen and published sources."""

@@ -1,0 +1,212 @@
+"""Image files: the views that ImageNet is used with against torchvision's, and damage found, named and survived."""
+
+import io
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms as T
+from conftest import TINY, assert_refused
+from PIL import Image
+
+import datasets.imagefiles as imagefiles
+from config import Config
+from dataloader import ResidentSplit, StreamedSplit, load_data, load_test
+from datasets.imagefiles import CentreCrop, FileCheck, ImageFiles, RandomCrop
+from utils import UserError, keyed_seed
+
+CPU = torch.device("cpu")
+
+
+def photograph(path, width=90, height=70, seed=0, **options):
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    coarse.resize((width, height), Image.Resampling.BICUBIC).save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize(("resize", "size"), [(256, 224), (320, 320), (48, 40)])
+@pytest.mark.parametrize(("width", "height"), [(90, 70), (50, 333), (500, 375)])
+def test_the_view_for_evaluation_is_torchvisions(tmp_path, resize, size, width, height):
+    path = photograph(tmp_path / "a.jpg", width, height)
+    theirs = T.Compose([T.Resize(resize, T.InterpolationMode.BICUBIC), T.CenterCrop(size), T.PILToTensor()])
+    assert torch.equal(CentreCrop(resize, size)(path, seed=0), theirs(Image.open(path).convert("RGB")))
+
+
+def test_the_crop_for_training_is_torchvisions(tmp_path):
+    path = photograph(tmp_path / "a.jpg", 120, 80)
+    crop = T.RandomResizedCrop(32, interpolation=T.InterpolationMode.BICUBIC)
+    theirs = T.Compose([crop, T.RandomHorizontalFlip(), T.PILToTensor()])
+    seen = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        expected = theirs(Image.open(path).convert("RGB"))
+        state = torch.get_rng_state()
+        seen.append(RandomCrop(32, flip=True)(path, seed))
+        assert torch.equal(seen[-1], expected)
+        assert torch.equal(torch.get_rng_state(), state), "others' draws are not disturbed"
+    assert len({image.numpy().tobytes() for image in seen}) == 20
+
+
+def test_a_crop_depends_on_seed_epoch_and_image_alone(tmp_path):
+    paths = [photograph(tmp_path / f"{i}.jpg", seed=i) for i in range(6)]
+    files = ImageFiles(paths, RandomCrop(16, flip=True), seed=3)
+    alone = [files[2, i][0] for i in range(6)]
+    assert torch.equal(alone[4], RandomCrop(16, flip=True)(paths[4], keyed_seed(3, "crop", 2, 4)))
+    for workers, indices in ((0, [[0, 1, 2], [3, 4, 5]]), (2, [[5], [4, 0], [1, 2, 3]])):
+        batches = list(files.batches([torch.tensor(index) for index in indices], 2, workers))
+        for index, (images, positions, reasons) in zip(indices, batches, strict=True):
+            assert positions.tolist() == index
+            assert reasons == [None] * len(index)
+            assert torch.equal(images, torch.stack([alone[i] for i in index]))
+    assert not torch.equal(files[1, 4][0], alone[4]), "another epoch, another crop"
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA", "1"])
+def test_other_colours_are_converted(tmp_path, mode):
+    image = Image.open(photograph(tmp_path / "rgb.png")).convert(mode)
+    path = tmp_path / ("odd.jpg" if mode in ("L", "CMYK") else "odd.png")
+    image.save(path)
+    assert FileCheck([path])[0] is None
+    expected = T.functional.pil_to_tensor(T.functional.center_crop(Image.open(path).convert("RGB"), 64))
+    assert torch.equal(CentreCrop(70, 64)(path, seed=0), expected)
+
+
+def test_the_quick_look_names_damage_and_decodes_only_what_it_cannot_tell(tmp_path, monkeypatch):
+    whole = photograph(tmp_path / "whole.jpg")
+    content = whole.read_bytes()
+    cases = {
+        "whole.jpg": (content, None),
+        "trailing.jpg": (content + b"\0" * 500, None),
+        "cut.jpg": (content[: len(content) // 2], "truncated"),
+        "text.jpg": (b"no image", "cannot identify"),
+        "empty.jpg": (b"", "cannot identify"),
+        "wholly.png": (photograph(tmp_path / "b.png").read_bytes(), None),
+        "cut.png": ((tmp_path / "b.png").read_bytes()[:-300], "truncated"),
+        "other.bmp": (photograph(tmp_path / "c.bmp").read_bytes(), None),
+    }
+    for name, (data, _) in cases.items():
+        (tmp_path / name).write_bytes(data)
+    decoded, decode = [], imagefiles.read_rgb
+    monkeypatch.setattr(imagefiles, "read_rgb", lambda path: (decoded.append(path.name), decode(path))[1])
+    paths = [tmp_path / name for name in [*cases, "missing.jpg"]]
+    check = FileCheck(paths)
+    for path, reason in zip(paths, [check[i] for i in range(len(check))], strict=True):
+        expected = cases.get(path.name, (None, "No such file"))[1]
+        assert (reason is None) if expected is None else (str(path) in reason and expected in reason), (path, reason)
+    assert decoded == ["trailing.jpg", "cut.jpg", "cut.png", "other.bmp"]
+
+
+# The data set
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Two classes with eight images each for training, three each for validation."""
+    for split, count in (("train", 8), ("val", 3)):
+        for c, i in itertools.product(range(2), range(count)):
+            photograph(tmp_path / "data" / split / f"n0{c}" / f"{i}.JPEG", 40 + i, 50, seed=10 * c + i)
+    return tmp_path / "data"
+
+
+def imagenet(tree, **settings):
+    plain = {"dataset": "imagenet", "dataroot": str(tree), "image_size": 24, "eval_view": (28, 24), "crop_padding": 0}
+    return Config(**plain | {"batch_size": 4, "workers": 0} | settings)
+
+
+def test_training_images_are_cropped_at_random_and_others_at_the_centre(tree):
+    data = load_data(imagenet(tree, valid_size=4), CPU)
+    assert isinstance(data.train, StreamedSplit)
+    assert data.classes == ("n00", "n01")
+    assert [len(split.labels) for split in (data.train, data.valid, data.test)] == [12, 4, 6]
+    index = [torch.arange(4)]
+    for split, epochs_agree in ((data.train, False), (data.valid, True), (data.test, True)):
+        (first,), (second,) = (list(split.batches(index, epoch)) for epoch in (0, 1))
+        assert first[0].shape == (4, 3, 24, 24)
+        assert first[0].dtype == torch.uint8
+        assert torch.equal(first[0], second[0]) is epochs_agree
+    ((images, labels),) = data.test.batches([torch.tensor([5, 0])])
+    assert labels.tolist() == [1, 0]
+    assert torch.equal(images[0], CentreCrop(28, 24)(tree / "val" / "n01" / "2.JPEG", seed=0))
+
+
+def test_damaged_files_are_named_before_training_or_left_out(tree, capsys):
+    damaged = tree / "train" / "n01" / "3.JPEG"
+    damaged.write_bytes(damaged.read_bytes()[:400])
+    with pytest.raises(
+        UserError, match=r"1 of 16 images cannot be read, first .*n01.3\.JPEG .*\n.*skip_unreadable=true"
+    ):
+        load_data(imagenet(tree), CPU)
+    data = load_data(imagenet(tree, skip_unreadable=True), CPU)
+    assert data.train.labels.tolist() == [0] * 8 + [1] * 7
+    assert "warning: left out 1 of 16 images, first " in capsys.readouterr().err
+
+
+def test_without_the_look_a_damaged_training_image_is_replaced_by_the_next(tree, capsys):
+    damaged = tree / "train" / "n00" / "7.JPEG"  # the last of its class: the next one is of the other
+    damaged.write_bytes(damaged.read_bytes()[:400])
+    data = load_data(imagenet(tree, check_files=False), CPU)
+    ((images, labels),) = data.train.batches([torch.tensor([6, 7])], epoch=1)
+    assert labels.tolist() == [0, 1], "the label goes with the image"
+    draws = keyed_seed(0, "crop", 1, 7)
+    assert torch.equal(images[1], RandomCrop(24, flip=True)(tree / "train" / "n01" / "0.JPEG", draws))
+    assert "warning: an image cannot be read, the next one takes its place: " in capsys.readouterr().err
+    (tree / "train" / "n01" / "0.JPEG").write_bytes(b"")
+    with pytest.raises(UserError, match=r"an image cannot be read: .*n00.7\.JPEG"):
+        list(data.train.batches([torch.tensor([6, 7])]))
+
+
+def test_test_images_are_never_replaced(tree):
+    split, _ = load_test(imagenet(tree, check_files=False), CPU)
+    (tree / "val" / "n00" / "1.JPEG").write_bytes(b"")
+    with pytest.raises(UserError, match=r"an image cannot be read: .*n00.1\.JPEG"):
+        list(split.batches([torch.arange(6)]))
+
+
+def test_folders_too_large_to_keep_go_on_without_an_image_that_is_lost_later(tree, capsys):
+    config = Config(dataset="folder", dataroot=str(tree), image_size=24, batch_size=4, workers=0, resident_gb=1e-9)
+    data = load_data(config, CPU)
+    assert not isinstance(data.train, ResidentSplit)
+    (tree / "train" / "n00" / "2.JPEG").write_bytes(b"")
+    ((images, labels),) = data.train.batches([torch.tensor([2, 3])])
+    assert labels.tolist() == [0, 0]
+    assert torch.equal(images[0], images[1])
+    assert "the next one takes its place" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # torch's own forks
+def test_an_imagenet_run_trains_resumes_exactly_and_is_scored_at_two_sizes(script, tree, tmp_path):
+    settings = ("dataset=imagenet", "image_size=32", "eval_view=[36,32]", "crop_padding=0", "cutout=0", "workers=2")
+    said = ("--dataroot", tree, "--logdir", tmp_path, "--set", *TINY, "train_size=16", "batch_size=8", *settings)
+    for name, *flags in (["whole"], ["parts", "--stop_epoch", 1], ["parts", "--resume"]):
+        done = script("main.py", "--name", name, *flags, *said)
+        assert done.status == 0, done.err
+    for file in ("metrics.jsonl", "policies.jsonl"):
+        assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    model = tmp_path / "whole" / "model.pt"
+    last = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert script("evaluate.py", "--checkpoint", model).status == 0
+    results = json.loads((tmp_path / "whole" / "results.json").read_text())
+    (cell,) = results["benchmarks"]["clean"]["cells"]
+    assert (cell["images"], cell["top1"], cell["loss"]) == (6, last["test_top1"], last["test_loss"])
+    larger = script("evaluate.py", "--checkpoint", model, "--set", "eval_view=[64,64]", "--overwrite")
+    assert larger.status == 0
+    other = json.loads((tmp_path / "whole" / "results.json").read_text())
+    assert other["scored_with"]["eval_view"] == [64, 64]
+    assert other["benchmarks"]["clean"]["summary"]["loss"] != cell["loss"]
+
+
+def test_padding_is_not_for_imagenet(script, tree, tmp_path):
+    done = script("main.py", "--dataroot", tree, "--logdir", tmp_path / "logs", "--set", "dataset=imagenet")
+    assert_refused(done, "crop_padding: 4 is for small images", "set it to 0")
+
+
+def test_reading_gives_the_files_content_and_leaves_the_file_as_it_is(tmp_path):
+    path = photograph(tmp_path / "a.jpg")
+    before = path.read_bytes()
+    image = imagefiles.read_rgb(path)
+    assert np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(before)).convert("RGB")))
+    assert path.read_bytes() == before

@@ -1,0 +1,162 @@
+"""The teacher: an average of the network, its say in the reward, and the collapse that it prevents."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from conftest import ALONE, LITTLE, Unkept, files, final_state, lines, little_network, same, scripts_on_ranks
+from torch import nn
+
+import main
+from config import Config
+from dataloader import ResidentSplit
+from policies.sources import RandomPolicies, Reward
+from training.state import TrainingState
+from training.teacher import Teacher
+
+
+def network():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2))
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.999])
+def test_it_is_the_moving_average_of_weights_and_statistics(rate):
+    torch.manual_seed(0)
+    model = network()
+    teacher, expected = Teacher(model, rate, ALONE), copy.deepcopy(model.state_dict())
+    for step in range(1, 30):
+        with torch.no_grad():
+            for value in model.state_dict().values():
+                value.add_(torch.randn_like(value)) if value.is_floating_point() else value.add_(1)
+        teacher.follow(model)
+        keep = min(rate, (1 + step) / (10 + step))
+        for name, value in model.state_dict().items():
+            now = keep * expected[name] + (1 - keep) * value
+            expected[name] = now if value.is_floating_point() else value.clone()
+    torch.testing.assert_close(teacher.model.state_dict(), expected, rtol=1e-4, atol=1e-5)
+    assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+    assert not teacher.model.training
+
+
+def test_the_reward_is_the_networks_loss_less_lambda_times_the_teachers():
+    source = RandomPolicies(3, 1, 1, ("Rotate",), reward=Reward(teacher_weight=0.5))
+    source.resample(torch.Generator())
+    loss_NM, teacher_NM = torch.rand(2, 10, 3, generator=torch.Generator().manual_seed(0))
+    for half in (slice(0, 4), slice(4, 10)):
+        source.observe(loss_NM[half], teacher_NM[half])
+    record = source.update()
+    reward_M = (loss_NM - 0.5 * teacher_NM).double().mean(0)
+    expected = (reward_M - reward_M.mean()) / (reward_M.std() + 1e-5)
+    assert record["advantages"] == pytest.approx(expected.tolist(), rel=1e-5)
+    assert record["losses"] == pytest.approx(loss_NM.mean(0).tolist())
+    assert record["teacher_losses"] == pytest.approx(teacher_NM.mean(0).tolist())
+
+
+def test_in_a_run_both_losses_are_of_the_same_copies(monkeypatch):
+    """With a teacher that is the network itself, in its mode, the two are equal, and the reward is nothing."""
+    config = Config(model="wresnet10_1", reward="teacher", M=3, batch_size=8, epochs=1, cutout=0)
+    state = TrainingState.start(config, ALONE, network_for(8))
+    state.teacher.model = state.model
+    state.teacher._called = state.model
+    monkeypatch.setattr(state.teacher, "follow", lambda _: None)
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (32, 3, 8, 8), dtype=torch.uint8, generator=g)
+    main.train_one_epoch(state, ResidentSplit(images, torch.arange(32) % 2), keeper := Unkept())
+    (record,) = keeper.intervals
+    assert record["teacher_losses"] == pytest.approx(record["losses"], rel=1e-6)
+    assert record["advantages"] == pytest.approx([0, 0, 0], abs=0.2)
+    assert record["loss_spread"] > 1e-4
+
+
+def network_for(side):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.AvgPool2d(side), nn.Flatten(), nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def test_a_resumed_run_with_a_teacher_is_the_uninterrupted_one(train, monkeypatch):
+    monkeypatch.setattr(main, "build_model", little_network)
+    demanding = ("reward=teacher", "policy_interval=3", "controller_lr=0.05", "reward_ema=0.9", *LITTLE)
+    whole = train("whole", *demanding)
+    train("parts", *demanding, "--stop_epoch=1")
+    parts = train("parts", *demanding, "--resume")
+    assert files(parts) == files(whole)
+    assert same(final_state(parts), final_state(whole))
+    assert all(len(line["teacher_losses"]) == 2 for line in lines(whole / "policies.jsonl"))
+    plain = train("plain", *demanding[1:])
+    assert "teacher_losses" not in lines(plain / "policies.jsonl")[0]
+    assert files(plain, "policies.jsonl") != files(whole, "policies.jsonl")
+
+
+def test_two_processes_with_a_teacher_stay_equal_and_are_resumed_exactly(tmp_path, monkeypatch):
+    monkeypatch.setattr(main, "build_model", little_network)
+    said = ("reward=teacher", "policy_interval=2", "controller_lr=0.05", "M=4", "epochs=2", "eval_every=2", *LITTLE)
+
+    def train(name, *flags):
+        told = ("--logdir", tmp_path, "--name", name, "--device", "cpu", *flags)
+        small = ("model=wresnet10_1", "train_size=40", "batch_size=10", "workers=0")
+        ranks = scripts_on_ranks(2, "main.py", *told, "--set", *small, *said)
+        assert [rank.status for rank in ranks] == [0, 0], ranks[0].err + ranks[1].err
+        return tmp_path / name
+
+    whole = train("whole")
+    train("parts", "--stop_epoch=1")
+    parts = train("parts", "--resume")
+    assert files(parts) == files(whole)
+    assert same(final_state(parts), final_state(whole))
+    own = [rank["teacher_buffers"] for rank in final_state(whole)["ranks"]]
+    assert own[0].keys() == own[1].keys()
+    assert not same(*own), "statistics are each process's own; that the averages are equal is checked at every save"
+
+
+OPERATIONS = ("ShearX", "TranslateX", "Rotate", "Sharpness", "AutoContrast")
+
+
+def train_on_brightness(seed=0, **settings):
+    """A problem with one operation that destroys the label, learned by a small network -> state, keeper, images.
+
+    The two classes are dark and bright; AutoContrast stretches every image to the full range, and the network sees
+    nothing but mean colours: what is left to learn after it is nothing. The other operations hardly matter.
+    """
+    policies = {"M": 4, "Q": 1, "K": 1, "levels": 4, "policy_interval": 2, "controller_lr": 0.003, "ops": OPERATIONS}
+    plain = {"cutout": 0, "crop_padding": 0, "flip": False, "batch_size": 64, "epochs": 150, "teacher_rate": 0.98}
+    config = Config(model="wresnet10_1", seed=seed, **policies | plain | settings)
+    labels, g = torch.arange(256) % 2, torch.Generator().manual_seed(0)
+    noise = torch.randint(-40, 41, (256, 3, 8, 8), generator=g)
+    split = ResidentSplit((70 + 110 * labels[:, None, None, None] + noise).to(torch.uint8), labels)
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    state, keeper = TrainingState.start(config, ALONE, model), Unkept()
+    for _ in range(config.epochs):
+        main.train_one_epoch(state, split, keeper)
+        state.end_epoch()
+    return state, keeper, split
+
+
+def last_operations(reward, seed):
+    """Shares of operations in the last 40 intervals, and the last losses."""
+    _, keeper, _ = train_on_brightness(seed, reward=reward)
+    in_use = (policy for record in keeper.intervals[-40:] for policy in record["policies"])
+    drawn = Counter(name for policy in in_use for ((name, _),) in policy)
+    return {name: drawn[name] / drawn.total() for name in OPERATIONS}, keeper.intervals[-1]["losses"]
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+def test_the_papers_reward_collapses_on_what_destroys_the_label_and_the_teachers_does_not(seed):
+    papers, losses = last_operations("loss", seed)
+    assert papers["AutoContrast"] > 0.95
+    assert min(losses) > 0.6, "the network is left with guessing between two classes, ln 2 = 0.69"
+    teachers, losses = last_operations("teacher", seed)
+    assert teachers["AutoContrast"] < 0.5
+    assert min(losses) < 0.1
+
+
+def test_clean_copies_teach_what_a_policy_that_destroys_the_label_cannot():
+    right = {}
+    for share in (0.0, 0.25):
+        settings = {"policy": "random", "ops": ("AutoContrast",), "epochs": 20, "lr": 0.05}
+        state, _, split = train_on_brightness(clean_share=share, **settings)
+        images = state.normalise(split.images)
+        right[share] = (state.model(images).argmax(1) == split.labels).double().mean().item()
+    assert right[0.0] < 0.8
+    assert right[0.25] > 0.95

@@ -1,0 +1,1 @@
+"""What a run needs besides the science: its state, saving and resuming, processes, signals, logs."""

@@ -1,0 +1,188 @@
+"""Everything that changes during training, as one thing to save and restore."""
+
+import itertools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from config import Config
+from dataloader import Normalise
+from policies.files import build_policies
+from policies.sources import PolicySource, Tally
+from training.distributed import World, digest
+from training.health import Collapse, Numbers
+from training.teacher import Teacher
+from utils import UserError, in_a_line, keyed_generator, random_state, seed_default_generators, set_random_state
+
+
+@dataclass
+class EpochSoFar:
+    """What an epoch under way has seen in this process."""
+
+    loss_and_correct: Tensor  # sum of all losses, and number of right answers, float64 on the device
+    copies: int = 0  # that those are of
+    adversary: dict[str, float] = field(default_factory=dict)  # what the last interval says of the policies
+    seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "other": 0.0})  # of the clock
+
+
+@dataclass
+class TrainingState:
+    """Everything that changes during training, as one thing to save and restore."""
+
+    config: Config
+    world: World
+    model: nn.Module
+    trained: nn.Module  # the same model, as it is called in training: on all devices of the run
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    policies: PolicySource
+    teacher: Teacher | None
+    normalise: Normalise
+    numbers: Numbers
+    so_far: EpochSoFar
+    epoch: int = 0  # finished epochs
+    step: int = 0  # finished steps of the next one
+    best: float = 0.0  # best top-1 seen on the split that is scored during training; nothing is chosen by it
+    collapse: Collapse = field(default_factory=Collapse)
+    rewinds: int = 0  # times that the run went back to a checkpoint
+
+    @classmethod
+    def start(cls, config: Config, world: World, model: nn.Module) -> "TrainingState":
+        optimizer = build_optimizer(model, config, fused=world.device.type != "cpu")
+        amp_dtype = getattr(torch, config.amp_dtype)
+        teacher = Teacher(model, config.teacher_rate, world, amp_dtype) if config.has_teacher else None
+        scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp and config.amp_dtype == "float16")
+        policies, normalise = build_policies(config), Normalise(config, world.device)
+        trained = world.wrap(model, amp_dtype, config.image_size)
+        if config.compile:
+            model.compile()  # in place: the state dict's keys stay as they are
+        nothing = EpochSoFar(torch.zeros(2, dtype=torch.float64, device=world.device))
+        numbers = Numbers(world.device)
+        return cls(config, world, model, trained, optimizer, scaler, policies, teacher, normalise, numbers, nothing)
+
+    def precision(self) -> torch.autocast:
+        """In which networks are to be called in training: mixed, or float32."""
+        amp_dtype = getattr(torch, self.config.amp_dtype)
+        return torch.autocast(self.world.device.type, amp_dtype, enabled=self.config.amp)
+
+    def end_epoch(self) -> None:
+        self.epoch, self.step = self.epoch + 1, 0
+        self.so_far = EpochSoFar(torch.zeros_like(self.so_far.loss_and_correct))
+        self.numbers.reset()
+
+    def require_finite(self) -> None:
+        """Raises NotFinite, in all processes, if a number of this epoch was not finite, or the network is not."""
+        weights = itertools.chain(self.model.parameters(), self.model.buffers())
+        self.numbers.require_finite(self.world, weights, max(0, self.step - 1))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What all processes share, and under "ranks" what each has of its own. To be called by all of them.
+
+        Raises NotFinite for what must not be saved, and UserError where the processes have ceased to be equal.
+        """
+        self.require_finite()
+        where = f"after epoch {self.epoch}, step {self.step}"
+        self.world.require_equal(f"{where}: the weights", lambda: digest(list(self.model.parameters())))
+        if self.teacher:
+            averages = list(self.teacher.model.parameters())
+            self.world.require_equal(f"{where}: the teacher", lambda: digest(averages))
+        self.world.require_equal(f"{where}: the policies", lambda: digest(self.policies.state_dict()))
+        tally = self.policies.tally
+        own = {
+            "devices": len(self.world.devices),
+            "random": random_state(self.world.devices),
+            "loss_sum_M": tally.loss_sum_M.cpu(),
+            "teacher_sum_M": tally.teacher_sum_M.cpu(),
+            "images": tally.images,
+            "teacher_buffers": self.teacher.buffers() if self.teacher else {},
+            "loss_and_correct": self.so_far.loss_and_correct.cpu(),
+            "copies": self.so_far.copies,
+            "skipped": int(self.numbers.skipped),
+            "buffers": {name: buffer.cpu() for name, buffer in self.model.named_buffers()},
+        }
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "best": self.best,
+            "collapse": list(self.collapse),
+            "rewinds": self.rewinds,
+            "so_far": {"adversary": self.so_far.adversary, "seconds": self.so_far.seconds},
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "policies": self.policies.state_dict(),
+            "teacher": self.teacher and self.teacher.state_dict(),
+            "ranks": self.world.gather(own),
+        }
+
+    def fits(self, saved: dict[str, Any]) -> bool:
+        """Whether a state is of as many processes and devices: only then it is restored exactly."""
+        shape = len(saved["ranks"]), saved["ranks"][0]["devices"]
+        return shape == (self.world.size, len(self.world.devices))
+
+    def load_state_dict(self, saved: dict[str, Any], run: Path) -> None:
+        """Raises UserError when the checkpoint of `run` is of another network or settings."""
+        fused = self.optimizer.param_groups[0]["fused"]
+        try:
+            own = saved["ranks"][self.world.rank] if self.fits(saved) else self._share_of(saved)
+            self.epoch, self.step, self.best = saved["epoch"], saved["step"], saved["best"]
+            self.collapse, self.rewinds = Collapse(*saved["collapse"]), int(saved["rewinds"])
+            self.model.load_state_dict(saved["model"] | own["buffers"])
+            # Which kernels step belongs to the device, not to the run, and says where AdamW's count of steps lies.
+            groups = [group | {"fused": fused} for group in saved["optimizer"]["param_groups"]]
+            self.optimizer.load_state_dict(saved["optimizer"] | {"param_groups": groups})
+            self.scaler.load_state_dict(saved["scaler"])
+            self.policies.load_state_dict(saved["policies"])
+            self.policies.tally = Tally(own["loss_sum_M"], own["teacher_sum_M"], own["images"])
+            of_teacher = saved["teacher"], own["teacher_buffers"]
+            if self.teacher:
+                self.teacher.load_state_dict(*of_teacher)
+            sums = own["loss_and_correct"].to(self.world.device)
+            self.so_far = EpochSoFar(sums, own["copies"], **saved["so_far"])
+            self.numbers.reset(own["skipped"])
+            if own["random"]:
+                set_random_state(own["random"], self.world.devices)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of anything that is of another form than was saved
+            reason = in_a_line(error)
+            raise UserError(f"{run}: its checkpoint does not fit the settings in its config.yaml ({reason})") from None
+
+    def _share_of(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """What a process has of its own in a state that others have written between two epochs.
+
+        The tally, of an interval that may be under way, is dealt out; noise in the network begins anew.
+        """
+        seed_default_generators(self.world.devices, self.config.seed, "noise", self.world.rank, saved["epoch"])
+        ranks, size = saved["ranks"], self.world.size
+        return {
+            "loss_sum_M": sum(rank["loss_sum_M"] for rank in ranks) / size,
+            "teacher_sum_M": sum(rank["teacher_sum_M"] for rank in ranks) / size,
+            "images": sum(rank["images"] for rank in ranks) / size,
+            "teacher_buffers": {},
+            "loss_and_correct": torch.zeros(2, dtype=torch.float64),
+            "copies": 0,
+            "skipped": 0,
+            "buffers": {},
+            "random": {},
+        }
+
+    def keyed(self, *key: Any) -> torch.Generator:
+        """The generator of a step's draws. After a second fault they are others: with the same ones it may recur."""
+        again = ("again", self.rewinds) if self.rewinds > 1 else ()
+        return keyed_generator(self.config.seed, *key, *again)
+
+
+def build_optimizer(model: nn.Module, config: Config, *, fused: bool) -> torch.optim.Optimizer:
+    """SGD or AdamW as the config says. fused: all parameters in one kernel, no wait for float16's scaler; for CUDA."""
+    common = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": fused or None}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), **common)
+    optimizer = torch.optim.SGD(model.parameters(), momentum=config.momentum, nesterov=config.nesterov, **common)
+    if fused and config.momentum:
+        for parameter in model.parameters():  # a first step that the scaler skips would leave it whatever was there
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer

@@ -19,7 +19,7 @@ import yaml
 
 from augmentations import OPS
 from models import check_model
-from utils import UserError, did_you_mean, in_a_line, one_line, require_file, shown
+from utils import UserError, did_you_mean, first_line, printable, require_file, short_repr
 
 ALL_OPS = tuple(op.name for op in OPS)
 DEFAULT_CONF = Path(__file__).parent / "confs" / "demo.yaml"
@@ -155,7 +155,7 @@ class Config:
     def __post_init__(self):
         def require(ok: bool, field: str, what: str) -> None:
             if not ok:
-                raise ConfigError(field, f"{field}: {shown(getattr(self, field))} {what}")
+                raise ConfigError(field, f"{field}: {short_repr(getattr(self, field))} {what}")
 
         def one_of(field: str, *choices: str) -> None:
             require(getattr(self, field) in choices, field, f"is not one of {', '.join(choices)}")
@@ -248,12 +248,14 @@ class Config:
         require(bool(self.ops), "ops", "must name at least one operation; for none at all, set policy: none")
         require(len(set(self.ops)) == len(self.ops), "ops", "names an operation twice")
         for name in self.ops:
-            require(name in ALL_OPS, "ops", f"names an unknown operation {shown(name)}{did_you_mean(name, ALL_OPS)}")
+            require(
+                name in ALL_OPS, "ops", f"names an unknown operation {short_repr(name)}{did_you_mean(name, ALL_OPS)}"
+            )
         require(len(self.model) <= 60, "model", "is too long for the name of a network")
         try:
             check_model(self.model, **self.model_options())
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # the last two: too large to exist
-            raise ConfigError("model", f"model: {in_a_line(error)}") from None
+            raise ConfigError("model", f"model: {first_line(error)}") from None
 
     @property
     def cropped_when_read(self) -> bool:
@@ -296,11 +298,11 @@ def load_config(conf_file: Path | None, overrides: dict[str, tuple[str, Any]]) -
     values = {}
     for field, (where, value) in said.items():
         if field not in types_:
-            raise UserError(f"{where}: unknown setting {shown(field)}{did_you_mean(field, types_)}")
+            raise UserError(f"{where}: unknown setting {short_repr(field)}{did_you_mean(field, types_)}")
         try:
             values[field] = _convert(value, types_[field])
         except ValueError as error:
-            raise UserError(f"{where}: {field}: {shown(value)} is not {error}") from None
+            raise UserError(f"{where}: {field}: {short_repr(value)} is not {error}") from None
     try:
         return Config(**values)
     except ConfigError as error:
@@ -337,7 +339,7 @@ def overrides_from(args: argparse.Namespace) -> dict[str, tuple[str, Any]]:
     Raises UserError for a malformed --set. A conf may be somebody else's: unless the command line says where data lie,
     or are to be put, raises UserError for one that names a place outside the working directory, too.
     """
-    said = said_by_set(args.set)
+    said = parse_overrides(args.set)
     for field in ("M", "seed", "amp", "dataroot"):
         value = getattr(args, field, None)
         if value not in (None, False):
@@ -346,23 +348,23 @@ def overrides_from(args: argparse.Namespace) -> dict[str, tuple[str, Any]]:
         dataroot = read_yaml(args.load_conf).get("dataroot")
         if isinstance(dataroot, str) and not stays_below(dataroot):
             raise UserError(
-                f"{args.load_conf}: dataroot: {shown(dataroot)} leads out of the working directory\n"
+                f"{args.load_conf}: dataroot: {short_repr(dataroot)} leads out of the working directory\n"
                 "data may be put there only if the command line says so: --dataroot DIR"
             )
     return said
 
 
-def said_by_set(words: Sequence[str]) -> dict[str, tuple[str, Any]]:
+def parse_overrides(words: Sequence[str]) -> dict[str, tuple[str, Any]]:
     """What `--set setting=value ...` says: field -> ("--set", value). Raises UserError for a malformed word."""
     said = {}
     for word in words:
         field, equals, text = word.partition("=")
         if not equals:
-            raise UserError(f"--set {one_line(word)}: write it as setting=value")
+            raise UserError(f"--set {printable(word)}: write it as setting=value")
         try:
             said[field] = ("--set", yaml.load(text, _Loader))
         except Exception:  # PyYAML's constructors raise more than YAMLError
-            raise UserError(f"--set {one_line(word)}: the value cannot be read") from None
+            raise UserError(f"--set {printable(word)}: the value cannot be read") from None
     return said
 
 
@@ -387,7 +389,7 @@ def run_directory(args: argparse.Namespace, config: Config) -> Path:
     if args.name is None:
         return args.logdir / f"{(args.load_conf or DEFAULT_CONF).stem}_{config.seed}"
     if not stays_below(args.name) or os.path.normpath(args.name) == os.curdir:
-        raise UserError(f"--name {shown(args.name)}: names no directory below {args.logdir}; choose a plain name")
+        raise UserError(f"--name {short_repr(args.name)}: names no directory below {args.logdir}; choose a plain name")
     return args.logdir / args.name
 
 
@@ -404,7 +406,7 @@ def plain_values(config: Config) -> dict[str, Any]:
 def changed_settings(old: Config, new: Config) -> list[str]:
     """Settings in which two configs differ and that a resumed run must share, as 'name: old -> new'."""
     return [
-        f"{field.name}: {one_line(str(getattr(old, field.name)))} -> {one_line(str(getattr(new, field.name)))}"
+        f"{field.name}: {printable(str(getattr(old, field.name)))} -> {printable(str(getattr(new, field.name)))}"
         for field in dataclasses.fields(Config)
         if getattr(old, field.name) != getattr(new, field.name) and not field.metadata["may_change"]
     ]
@@ -427,7 +429,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 continue
             if key.value in lines:
-                problem = f"{shown(key.value)} has been said on line {lines[key.value]} already"
+                problem = f"{short_repr(key.value)} has been said on line {lines[key.value]} already"
                 raise _Refused(None, None, problem, key.start_mark)
             lines[key.value] = key.start_mark.line + 1
 
@@ -448,13 +450,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such conf file; those that exist are under confs/") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a conf file ({in_a_line(error)})") from None
+        raise UserError(f"{path}: cannot be read as a conf file ({first_line(error)})") from None
     try:
         content = yaml.load(text, _Loader)
     except Exception as error:  # YAMLError, and what PyYAML's constructors raise: ValueError, RecursionError, ...
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        problem = one_line(str(getattr(error, "problem", None) or in_a_line(error)))
+        problem = printable(str(getattr(error, "problem", None) or first_line(error)))
         problem = problem if isinstance(error, _Refused) else f"is not YAML ({problem})"
         raise UserError(f"{path}{line}: {problem}") from None
     if content is None:

@@ -43,19 +43,19 @@ from config import (
     run_directory,
     stays_below,
 )
-from dataloader import Normalise, Readable
+from dataloader import Normalise
 from datasets.download import Downloads, Missing
-from evaluation.benchmarks import BENCHMARKS, Benchmark, Cell, Entry, LookOnly, Wanted, fits, named
+from datasets.splits import Readable
+from evaluation.benchmarks import BENCHMARKS, Benchmark, BenchmarkSpec, EvalRequest, LookOnly, Subset, fits, named
 from evaluation.metrics import Predictions, Scores, measure
 from evaluation.plots import draw_pictures
 from evaluation.results import Results
 from evaluation.tables import FORMATS, compare, report
 from models import build_model
-from training.checkpoint import load_hashed
 from training.distributed import World, exit_with_status, join
 from training.lock import sole_writer
 from training.log import ImageProgress
-from utils import CommandLine, UserError, environment, full_float32, has_shape, one_line, warn
+from utils import CommandLine, UserError, environment, full_float32, has_shape, load_hashed, printable, warn
 
 BATCH = 256  # images in a forward pass; of no influence on the counts
 # The settings that scores depend on; all others are those of the training, whatever is said when it is scored.
@@ -90,14 +90,14 @@ def main() -> None:
     with join(args.device) as world:
         subjects = [plain_state_dict(one) if one.weights else trained_here(one) for one in one_by_one(args)]
         results = [evaluate(subject, args, world) for subject in subjects]
-        if world.leads:
+        if world.is_main:
             print(report(results, args.format or "table"))
 
 
 def evaluate(subject: Subject, args: argparse.Namespace, world: World) -> dict[str, Any]:
     """Score one checkpoint on the benchmarks asked for; returns what its results.json says of them."""
     file = results_file(subject, args)
-    with sole_writer(file, "name another file with --output") if world.leads else nullcontext():
+    with sole_writer(file, "name another file with --output") if world.is_main else nullcontext():
         return score_benchmarks(subject, args, world, file)
 
 
@@ -110,27 +110,27 @@ def score_benchmarks(subject: Subject, args: argparse.Namespace, world: World, f
     model.load_state_dict(subject.weights)
     model = model.to(world.device, memory_format=torch.channels_last)
     how = LookOnly if subject.look_only else Downloads
-    downloads = how(args.data_url, not args.no_download, quiet=not world.leads)
-    with world.one_first(config.fetches_data or args.benchmarks != ["clean"]):
-        wanted = Wanted(config, subject.classes, num_classes, world.device, downloads)
+    downloads = how(args.data_url, not args.no_download, quiet=not world.is_main)
+    with world.main_process_first(config.fetches_data or args.benchmarks != ["clean"]):
+        wanted = EvalRequest(config, subject.classes, num_classes, world.device, downloads)
         benchmarks = open_benchmarks(args.benchmarks, wanted)
     world.require_equal("the images", lambda: [(benchmark.name, benchmark.fingerprint) for benchmark in benchmarks])
 
     results = begin_results(subject, args, benchmarks, world, file)
     normalise = Normalise(config, world.device)
-    progress = ImageProgress(sum(c.images for b in benchmarks for c in results.lacking(b)), shown=world.leads)
+    progress = ImageProgress(sum(c.images for b in benchmarks for c in results.lacking(b)), shown=world.is_main)
     try:
         for benchmark in benchmarks:
             lacking = results.lacking(benchmark)
             for cell in lacking:
-                progress.begin(in_words(benchmark, cell))
+                progress.begin(describe(benchmark, cell))
                 started = time.perf_counter()
                 how = {"batch": args.batch_size, "bfloat16": args.bfloat16, "progress": progress}
                 predictions = predict(model, cell.open(), normalise, world, **how)
                 seconds = time.perf_counter() - started
                 check(predictions, benchmark, cell)
                 results.add(benchmark, measure(benchmark, cell, predictions, num_classes), seconds)
-            if world.leads and (lacking or not any(results.pictures.glob(f"{benchmark.name}_*.png"))):
+            if world.is_main and (lacking or not any(results.pictures.glob(f"{benchmark.name}_*.png"))):
                 draw_pictures(results.pictures, benchmark, results.of(benchmark), subject.classes)
     except KeyboardInterrupt as stop:
         without = " without --overwrite" if args.overwrite else ""
@@ -140,7 +140,7 @@ def score_benchmarks(subject: Subject, args: argparse.Namespace, world: World, f
     return results.head | {"benchmarks": {benchmark.name: results.of(benchmark) for benchmark in benchmarks}}
 
 
-def open_benchmarks(names: list[str], wanted: Wanted) -> list[Benchmark]:
+def open_benchmarks(names: list[str], wanted: EvalRequest) -> list[Benchmark]:
     """The named benchmarks, checked. "all": those that fit the classifier and can be had; the others are named.
 
     Raises UserError for one that does not fit, is missing, or is not what it should be.
@@ -162,7 +162,7 @@ def open_benchmarks(names: list[str], wanted: Wanted) -> list[Benchmark]:
     return [entry.open(entry, wanted) for entry in entries]
 
 
-def _open_if_there(entry: Entry, wanted: Wanted) -> Benchmark | None:
+def _open_if_there(entry: BenchmarkSpec, wanted: EvalRequest) -> Benchmark | None:
     try:
         return entry.open(entry, wanted)
     except Missing as error:
@@ -194,23 +194,23 @@ def begin_results(
         "scored_with": {name: plain_values(subject.config)[name] for name in SCORING},
         "config": trained_with and plain_values(trained_with),
     }
-    results = Results(file, head, environment(world.device), writes=world.leads)
-    if world.leads:
+    results = Results(file, head, environment(world.device), writes=world.is_main)
+    if world.is_main:
         results.take_over(benchmarks, overwrite=args.overwrite, replace=args.output is None)
-    results.share(world.from_leader(results.benchmarks), benchmarks)
+    results.share(world.broadcast(results.benchmarks), benchmarks)
     return results
 
 
-def in_words(benchmark: Benchmark, cell: Cell) -> str:
+def describe(benchmark: Benchmark, cell: Subset) -> str:
     return " ".join(map(str, filter(None, (benchmark.name, cell.part, cell.severity))))
 
 
-def check(predictions: Predictions, benchmark: Benchmark, cell: Cell) -> None:
+def check(predictions: Predictions, benchmark: Benchmark, cell: Subset) -> None:
     """Raises UserError unless there is one finite prediction for each image of the cell."""
     if len(predictions.label_I) != cell.images:
-        raise UserError(f"{in_words(benchmark, cell)}: {len(predictions.label_I)} images instead of {cell.images}")
+        raise UserError(f"{describe(benchmark, cell)}: {len(predictions.label_I)} images instead of {cell.images}")
     if not predictions.confidence_I.isfinite().all():
-        raise UserError(f"{in_words(benchmark, cell)}: the network gives values that are not finite numbers")
+        raise UserError(f"{describe(benchmark, cell)}: the network gives values that are not finite numbers")
 
 
 def score(
@@ -359,7 +359,7 @@ def check_weights(model: nn.Module, subject: Subject) -> None:
     """Raises UserError that names the first tensors that do not fit."""
     own, weights = model.state_dict(), subject.weights
     problems = [f"{name} is missing" for name in own if name not in weights]
-    problems += [f"{one_line(name, 80)} is unknown" for name in weights if name not in own]
+    problems += [f"{printable(name, 80)} is unknown" for name in weights if name not in own]
     problems += [
         f"{name} is {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
         for name in own

@@ -31,7 +31,7 @@ import torch
 from analysis.specs import FOLDER, SIZES, Experiment, Run, are_seeds, load_experiment, runs_of
 from analysis.summaries import sum_up
 from training.distributed import exit_with_status
-from utils import CommandLine, UserError, duration, one_line, warn
+from utils import CommandLine, UserError, duration, printable, warn
 
 SECONDS_BETWEEN_LOOKS = 0.1
 
@@ -114,7 +114,7 @@ class Job:
             said = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             script = next(Path(word).name for word in self._doing if word.endswith(".py"))
             raise UserError(
-                f"{self.run.name}: {script} ended with status {status}: {one_line(said[-1])}\n"
+                f"{self.run.name}: {script} ended with status {status}: {printable(said[-1])}\n"
                 f"all that it said is in {self.log}; mend it, and the same command goes on"
             )
         if self._commands:

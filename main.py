@@ -46,30 +46,20 @@ from config import (
     plain_values,
     run_directory,
 )
-from dataloader import (
-    Crops,
-    Data,
-    Split,
-    balanced_order,
-    cutout_mask,
-    draw_centres,
-    draw_crops,
-    epoch_batches,
-    load_data,
-    make_copies,
-)
+from dataloader import Crops, cutout_mask, draw_centres, draw_crops, epoch_batches, make_copies
 from datasets.download import Downloads
+from datasets.loading import Data, balanced_order, load_data
+from datasets.splits import Split
 from evaluate import score
 from models import build_model
 from policies.files import build_policies
 from policies.published import augmix_loss, mix
-from training.checkpoint import save_tensors
 from training.distributed import World, each_waits_for_the_last, exit_with_status, join
-from training.manager import Keeper
+from training.manager import RunManager
 from training.rundirectory import check_run_directory, held, write_run_directory
 from training.signals import Stopped, Terminated
 from training.state import TrainingState
-from utils import CommandLine, UserError, choose_kernels, duration, seed_default_generators
+from utils import CommandLine, UserError, choose_kernels, duration, save_tensors, seed_default_generators
 
 RESUMING = ("--overwrite", "--resume", "--resume-elastic", "--resume_elastic")  # what a command to go on begins without
 
@@ -84,11 +74,11 @@ def main() -> None:
 def train(config: Config, args: argparse.Namespace, world: World) -> None:
     check_support(config, world)
     run = run_directory(args, config)
-    if world.leads:
+    if world.is_main:
         check_run_directory(run, config, args)
 
-    with world.one_first(config.fetches_data):
-        data = load_data(config, world.device, Downloads(args.data_url, not args.no_download, quiet=not world.leads))
+    with world.main_process_first(config.fetches_data):
+        data = load_data(config, world.device, Downloads(args.data_url, not args.no_download, quiet=not world.is_main))
     fingerprint = data.fingerprint()
     world.require_equal("the images", lambda: fingerprint)
     choose_kernels(world.device, config.deterministic, config.tf32)
@@ -97,55 +87,55 @@ def train(config: Config, args: argparse.Namespace, world: World) -> None:
     seed_default_generators(world.devices, config.seed, "noise", world.rank)
     state = TrainingState.start(config, world, model.to(world.device, memory_format=torch.channels_last))
 
-    keeper = Keeper(run, state, len(data.train.labels) // config.batch_size, fingerprint)
-    with held(run, config, args) if world.leads else nullcontext():
+    manager = RunManager(run, state, len(data.train.labels) // config.batch_size, fingerprint)
+    with held(run, config, args) if world.is_main else nullcontext():
         if args.resume:
-            keeper.load(elastic=args.resume_elastic)
-        if world.leads:
+            manager.load(elastic=args.resume_elastic)
+        if world.is_main:
             write_run_directory(run, config, world.device, afresh=args.overwrite)
         try:
-            with keeper:
+            with manager:
                 while state.epoch < min(config.epochs, args.stop_epoch or config.epochs):
                     try:
-                        run_epoch(state, data, keeper)
+                        run_epoch(state, data, manager)
                     except FloatingPointError as error:
-                        keeper.go_back(error)
-                keeper.progress.say(closing_words(run, state))
+                        manager.go_back(error)
+                manager.progress.say(closing_words(run, state))
         except Stopped as stop:
             interruption = Terminated if stop.signum == signal.SIGTERM else KeyboardInterrupt
             raise interruption(f"{where(state)} is saved; go on with: {resume_command(world)}") from None
 
 
-def run_epoch(state: TrainingState, data: Data, keeper: Keeper) -> None:
-    """Train for an epoch, or for what is left of it; score, log and save. Raises what the keeper raises."""
-    config, world, steps = state.config, state.world, keeper.steps
-    keeper.lap("other")
-    metrics = train_one_epoch(state, data.train, keeper)
-    world.even_out(state.model)
-    keeper.lap("train")
+def run_epoch(state: TrainingState, data: Data, manager: RunManager) -> None:
+    """Train for an epoch, or for what is left of it; score, log and save. Raises what the manager raises."""
+    config, world, steps = state.config, state.world, manager.steps
+    manager.lap("other")
+    metrics = train_one_epoch(state, data.train, manager)
+    world.average_batchnorm(state.model)
+    manager.lap("train")
     if (state.epoch + 1) % config.eval_every == 0 or state.epoch + 1 == config.epochs:
-        metrics |= score_for_the_log(state, data, keeper)
-    keeper.lap("other")
-    times = {f"{doing}_seconds": seconds for doing, seconds in state.so_far.seconds.items()}
+        metrics |= score_for_the_log(state, data, manager)
+    manager.lap("other")
+    times = {f"{doing}_seconds": seconds for doing, seconds in state.epoch_totals.seconds.items()}
     times["images_per_second"] = steps * config.batch_size * config.M / times["train_seconds"]
     state.end_epoch()
-    keeper.log.epoch(state.epoch, state.epoch * steps, metrics, times)
-    if world.leads and state.epoch in preview_epochs(config.epochs):
-        keeper.log.policy_images(*preview(state, data.train), step=state.epoch * steps)
-    if world.leads:
-        save_model(keeper.run / "model.pt", state, data.classes)
-    keeper.save()
-    keeper.progress.say(epoch_line(state, metrics, times))
-    keeper.heed()
+    manager.log.epoch(state.epoch, state.epoch * steps, metrics, times)
+    if world.is_main and state.epoch in preview_epochs(config.epochs):
+        manager.log.policy_images(*preview(state, data.train), step=state.epoch * steps)
+    if world.is_main:
+        save_model(manager.run / "model.pt", state, data.classes)
+    manager.save()
+    manager.progress.say(epoch_line(state, metrics, times))
+    manager.stop_if_requested()
 
 
-def train_one_epoch(state: TrainingState, split: Split, keeper: Keeper) -> dict[str, float]:
+def train_one_epoch(state: TrainingState, split: Split, manager: RunManager) -> dict[str, float]:
     """Algorithm 1, one epoch, or what is left of it. Returns learning rate, loss and accuracy over all copies, and
     what the last interval that it ended says of the policies.
 
     Raises FloatingPointError, in all processes, when a loss or a gradient is no longer finite.
     """
-    config, world, policies, so_far = state.config, state.world, state.policies, state.so_far
+    config, world, policies, epoch_totals = state.config, state.world, state.policies, state.epoch_totals
     batches = epoch_batches(len(split.labels), config.batch_size, config.seed, state.epoch)
     N, micro_batches = config.batch_size, world.deal(config.batch_size, config.accumulate)
     at_hand = range(N) if split.resident else range(micro_batches[0].start, micro_batches[-1].stop)
@@ -158,22 +148,22 @@ def train_one_epoch(state: TrainingState, split: Split, keeper: Keeper) -> dict[
             policies.resample(state.keyed("policies", step // interval), progress)
         draws = draw(state, images_NCHW, "train", step, N=N, groups=N // len(at_hand))
         inputs = (make_inputs(state, images_NCHW, labels_N, at_hand, draws, micro) for micro in micro_batches)
-        so_far.loss_and_correct += take_step(
+        epoch_totals.loss_and_correct += take_step(
             state, inputs, len(micro_batches), learning_rate(config, step, len(batches))
         )
-        so_far.copies += len(micro_batches) * len(micro_batches[0]) * config.M
+        epoch_totals.copies += len(micro_batches) * len(micro_batches[0]) * config.M
         state.step += 1
         if (step + 1) % interval == 0 or step + 1 == config.epochs * len(batches):
             state.require_finite()
             record = {"interval": step // interval, "step": step + 1, **policies.update(world.mean)}
-            so_far.adversary = {name: record[name] for name in ("entropy", "loss_spread")}
-            keeper.after_interval(record)
-        keeper.after_step()
+            epoch_totals.adversary = {name: record[name] for name in ("entropy", "loss_spread")}
+            manager.after_interval(record)
+        manager.after_step()
     state.require_finite()
-    loss, correct = world.mean(so_far.loss_and_correct / so_far.copies).tolist()
-    skipped = {"skipped_steps": int(state.numbers.skipped)} if state.scaler.is_enabled() else {}
+    loss, correct = world.mean(epoch_totals.loss_and_correct / epoch_totals.copies).tolist()
+    skipped = {"skipped_steps": int(state.monitor.skipped)} if state.scaler.is_enabled() else {}
     lr = state.optimizer.param_groups[0]["lr"]
-    return {"lr": lr, "train_loss": loss, "train_top1": correct, **skipped, **so_far.adversary}
+    return {"lr": lr, "train_loss": loss, "train_top1": correct, **skipped, **epoch_totals.adversary}
 
 
 class Draws(NamedTuple):
@@ -246,8 +236,8 @@ def take_step(state: TrainingState, inputs: Iterable[tuple[Tensor, Tensor]], mic
     gradient_norm = descend(state, lr)
     if state.teacher:
         state.teacher.follow(state.model)
-    loss_sum_M = state.policies.tally.loss_sum_M
-    state.numbers.observe(state.step, loss_sum_M, gradient_norm, scaled=state.scaler.is_enabled())
+    loss_sum_M = state.policies.loss_sums.loss_sum_M
+    state.monitor.observe(state.step, loss_sum_M, gradient_norm, scaled=state.scaler.is_enabled())
     return loss_and_correct
 
 
@@ -295,12 +285,12 @@ def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def score_for_the_log(state: TrainingState, data: Data, keeper: Keeper) -> dict[str, float]:
+def score_for_the_log(state: TrainingState, data: Data, manager: RunManager) -> dict[str, float]:
     """Loss and accuracy on the held-out part or, without one, on the test set. Nothing is chosen by them."""
     name, split = ("test", data.test) if data.valid is None else ("valid", data.valid)
-    stopped = lambda: bool(keeper.wish.signum)  # noqa: E731
+    stopped = lambda: bool(manager.stop_request.signum)  # noqa: E731
     scores = score(state.model, split, len(data.classes), state.normalise, state.world, stopped)
-    keeper.heed()
+    manager.stop_if_requested()
     state.best = max(state.best, scores.top1)
     return {f"{name}_loss": scores.loss, f"{name}_top1": scores.top1, f"{name}_top1_best_seen": state.best}
 
@@ -317,7 +307,7 @@ def preview(state: TrainingState, split: Split) -> tuple[Tensor, list[str]]:
     every = range(len(images_NCHW))
     draws = draw(state, images_NCHW, "preview", state.epoch, N=len(every))
     copies_BCHW = augment(state, images_NCHW, every, draws, every).round().to(torch.uint8)
-    return copies_BCHW.unflatten(0, (-1, state.config.M)).transpose(0, 1), state.policies.in_words()
+    return copies_BCHW.unflatten(0, (-1, state.config.M)).transpose(0, 1), state.policies.describe()
 
 
 def parse_arguments() -> argparse.Namespace:

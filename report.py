@@ -30,13 +30,13 @@ from analysis.page import Part, Picture, html_table, levels_table, neutral_level
 from augmentations import OPS, apply, apply_op, row_of
 from config import Config, load_config, plain_values
 from controller import Controller
-from dataloader import balanced_order, load_data
 from datasets.download import Downloads
+from datasets.loading import balanced_order, load_data
 from evaluation.plots import figure_class
 from policies.files import read_controller, recorded
 from policies.sources import RecordedPolicies
 from training.distributed import exit_with_status
-from utils import CommandLine, UserError, duration, has_shape, keyed_generator, one_line, warn
+from utils import CommandLine, UserError, duration, has_shape, keyed_generator, printable, warn
 
 SAMPLED = 2000  # policies of the controller, for what it believes
 RECENT = 20  # intervals that stand for the present where there is no controller
@@ -65,7 +65,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        return one_line(self.directory.resolve().name, 80)
+        return printable(self.directory.resolve().name, 80)
 
     @property
     def steps_per_epoch(self) -> float:
@@ -262,7 +262,7 @@ def extremes(run: Run, dataroot: str | None) -> Picture:
     plan = source.plan(len(images_NCHW), images_NCHW.shape[-2:], keyed_generator("report", "plan"))
     copies_BCHW = apply(images_NCHW.repeat_interleave(len(chosen), 0), plan)
     rows = [("as they are", images_NCHW)]
-    for place, (policy, words) in enumerate(zip(chosen, source.in_words(), strict=True)):
+    for place, (policy, words) in enumerate(zip(chosen, source.describe(), strict=True)):
         rank = "hardest" if place < count else "easiest"
         rows.append((f"{rank}, loss {losses[policy]:.3f}: {words}", copies_BCHW[place :: len(chosen)]))
     words = (
@@ -326,7 +326,7 @@ def learned(run: Run) -> tuple[Controller, tuple[str, ...], int] | None:
 def names_of(runs: Sequence[Run]) -> list[str]:
     """Of their directories, with the folder above where two have the same."""
     names = [run.name for run in runs]
-    above = [one_line(run.directory.resolve().parent.name, 80) for run in runs]
+    above = [printable(run.directory.resolve().parent.name, 80) for run in runs]
     return [f"{a}/{name}" if names.count(name) > 1 else name for a, name in zip(above, names, strict=True)]
 
 
@@ -353,7 +353,7 @@ def about_all(runs: Sequence[Run]) -> str:
 def settings_that_differ(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     values = [plain_values(run.config) for run in runs]
     return [
-        (name, *(one_line(str(of_run[name]), 100) for of_run in values))
+        (name, *(printable(str(of_run[name]), 100) for of_run in values))
         for name in values[0]
         if any(of_run[name] != values[0][name] for of_run in values)
     ]

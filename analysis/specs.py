@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import Config, can_be_a_path, changed_settings, load_config, read_yaml, said_by_set
+from config import Config, can_be_a_path, changed_settings, load_config, parse_overrides, read_yaml
 from evaluation.results import read_results
-from utils import UserError, did_you_mean, has_shape, shown
+from utils import UserError, did_you_mean, has_shape, short_repr
 
 SCRIPTS = Path(__file__).resolve().parent.parent
 FOLDER = SCRIPTS / "confs" / "experiments"
@@ -118,12 +118,14 @@ def load_experiment(name: str, size: str, seeds: Sequence[int] | None = None, sa
     path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
     if not path.exists():
         known = sorted(file.stem for file in FOLDER.glob("*.yaml"))
-        raise UserError(f"{shown(name)}: there is no such experiment{did_you_mean(name, known)} ({', '.join(known)})")
+        raise UserError(
+            f"{short_repr(name)}: there is no such experiment{did_you_mean(name, known)} ({', '.join(known)})"
+        )
     content = read_yaml(path)
     if not has_shape(content, SHAPE) or not content["arms"]:
         raise UserError(f"{path}: lacks one of {', '.join(SHAPE)}; look at another file beside it")
     if unknown := sorted(map(str, set(content) - KEYS)):
-        raise UserError(f"{path}: unknown entry {shown(unknown[0])}{did_you_mean(unknown[0], KEYS)}")
+        raise UserError(f"{path}: unknown entry {short_repr(unknown[0])}{did_you_mean(unknown[0], KEYS)}")
     if size not in content["sizes"]:
         raise UserError(f"{path}: has no size {size}; it has {', '.join(map(str, content['sizes']))}")
     of_size = content["sizes"][size]
@@ -131,16 +133,16 @@ def load_experiment(name: str, size: str, seeds: Sequence[int] | None = None, sa
         raise UserError(f"{path}: size {size}: needs {', '.join(SIZE_SHAPE)}, and may have set, arms and ranks")
     if not are_seeds(of_size["seeds"]):
         raise UserError(
-            f"{path}: size {size}: seeds: {shown(of_size['seeds'])} are not different numbers, none below 0"
+            f"{path}: size {size}: seeds: {short_repr(of_size['seeds'])} are not different numbers, none below 0"
         )
     if not has_shape(content.get("words", {}), dict):
         raise UserError(f"{path}: words: is no mapping of arms to texts")
     arms, own = content["arms"], of_size.get("arms", {})
     for arm, settings in (*arms.items(), *own.items()):
         if not isinstance(arm, str) or not re.fullmatch(r"\w{1,60}", arm) or not has_shape(settings, dict):
-            raise UserError(f"{path}: arm {shown(arm)}: needs a plain name, a text, and settings in a mapping")
+            raise UserError(f"{path}: arm {short_repr(arm)}: needs a plain name, a text, and settings in a mapping")
         if arm not in arms:
-            raise UserError(f"{path}: size {size}: there is no arm {shown(arm)}{did_you_mean(arm, arms)}")
+            raise UserError(f"{path}: size {size}: there is no arm {short_repr(arm)}{did_you_mean(arm, arms)}")
     compare = [tuple(pair) for pair in content["compare"]]
     if not all(len(pair) == 2 and has_shape(list(pair), [str]) and set(pair) <= set(arms) for pair in compare):
         raise UserError(f"{path}: compare: every entry is a pair of arms")
@@ -163,7 +165,7 @@ def load_experiment(name: str, size: str, seeds: Sequence[int] | None = None, sa
 def find_conf(conf: Any, where: str) -> Path:
     """A conf file named in an experiment: from the working directory or, if it is not there, beside the scripts."""
     if not isinstance(conf, str) or not can_be_a_path(conf) or len(conf) > 250:
-        raise UserError(f"{where}: conf: {shown(conf)} cannot be the name of a file")
+        raise UserError(f"{where}: conf: {short_repr(conf)} cannot be the name of a file")
     return Path(conf) if Path(conf).exists() else SCRIPTS / conf
 
 
@@ -178,7 +180,7 @@ def runs_of(experiment: Experiment, logdir: Path) -> Iterator[Run]:
     Raises UserError for settings that cannot be, and where a directory holds a run with others.
     """
     folder = logdir / f"{experiment.name}-{experiment.size}"
-    said = {field: value for field, (_, value) in said_by_set(experiment.said).items()}
+    said = {field: value for field, (_, value) in parse_overrides(experiment.said).items()}
     for seed in experiment.seeds:
         for number, (arm, own) in enumerate(experiment.arms.items()):
             settings = {**experiment.settings, **own, **said}

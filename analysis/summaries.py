@@ -18,8 +18,7 @@ from config import Config
 from evaluation.plots import figure_class
 from evaluation.results import read_results
 from policies.files import build_policies
-from training.checkpoint import write_text
-from utils import Table, UserError, has_shape, in_a_line, render
+from utils import Table, UserError, first_line, has_shape, render, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,7 +54,7 @@ def sum_up(experiment: Experiment, runs: Sequence[Run], folder: Path) -> None:
     ours = sorted([*kept, *ours], key=lambda one: (place[one["arm"]], one["seed"]))
     write_text(folder / "runs.jsonl", "".join(json.dumps(record) + "\n" for record in [*others, *ours]))
     figures = draw(experiment, ours, folder / "figures") if figure_class() else []
-    part = "\n".join((*in_words(experiment, ours), *(f"![{words}](figures/{name})\n" for name, words in figures)))
+    part = "\n".join((*describe(experiment, ours), *(f"![{words}](figures/{name})\n" for name, words in figures)))
     write_text(folder / "summary.md", _with_part(folder / "summary.md", experiment, part))
 
 
@@ -126,13 +125,13 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     try:
         records = _lines(path)
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({in_a_line(error)}); put a copy back, or move it away") from None
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); put a copy back, or move it away") from None
     if not has_shape(records, [RECORD]):
         raise UserError(f"{path}: holds lines of another kind; move it away")
     return records
 
 
-def in_words(experiment: Experiment, records: Sequence[Mapping[str, Any]]) -> list[str]:
+def describe(experiment: Experiment, records: Sequence[Mapping[str, Any]]) -> list[str]:
     """The part of summary.md about one size: what was run, each arm's errors, and the differences seed by seed."""
     first, by_arm = records[0], _by_arm(records)
     others = [f"`{conf}` ({', '.join(arms)})" for conf, arms in _arms_by_conf(records).items() if conf != first["conf"]]

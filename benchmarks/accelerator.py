@@ -50,8 +50,8 @@ from measuring import (
     Report,
     Spread,
     attempt,
+    describe,
     host_waits,
-    in_words,
     machine,
     ratios,
     report_failure,
@@ -64,12 +64,22 @@ import main as training
 from analysis.specs import Run, load_experiment, runs_of
 from augmentations import apply
 from config import Config, load_config
-from dataloader import CIFAR_STATISTICS, ResidentSplit
+from dataloader import CIFAR_STATISTICS
+from datasets.splits import ResidentSplit
 from evaluation.results import read_results
-from training.checkpoint import write_text
 from training.distributed import World, exit_with_status, join
 from training.signals import signals_raise
-from utils import CommandLine, Table, UserError, choose_kernels, duration, in_a_line, keyed_generator, render
+from utils import (
+    CommandLine,
+    Table,
+    UserError,
+    choose_kernels,
+    duration,
+    first_line,
+    keyed_generator,
+    render,
+    write_text,
+)
 
 SECONDS_TO_STOP = 15  # for a part to save its work once its time is up; reserved at the end
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -161,7 +171,7 @@ def main() -> None:
     except KeyboardInterrupt as stop:
         raise type(stop)(f"the results so far are in {file.path}") from None
     print("\n" + "\n\n".join(render(table, "markdown") for table in tables(file.content)))
-    print(f"\n{in_words(here)}\nwritten to {file.path}")
+    print(f"\n{describe(here)}\nwritten to {file.path}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -217,7 +227,7 @@ class ResultsFile:
                 self.content["parts"] = dict(json.loads(self.path.read_text(encoding="utf-8"))["parts"])
             folder.mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{self.path}: cannot be used ({in_a_line(error)}); move it away") from None
+            raise UserError(f"{self.path}: cannot be used ({first_line(error)}); move it away") from None
         self._write()
 
     def begin(self, part: str) -> None:
@@ -349,7 +359,7 @@ def one_step(config: Config, size: Size, world: World) -> tuple[str, dict[str, A
         "waits": None if waits is None else waits / size.steps_per_turn,
         "memory": memory,
     }
-    return f"{1000 * median:,.1f} ms, {ratio.in_words('.3f')} of a bare step", measured
+    return f"{1000 * median:,.1f} ms, {ratio.describe('.3f')} of a bare step", measured
 
 
 def operations(settings: Settings, world: World, report: Report) -> None:
@@ -387,7 +397,7 @@ def epoch(settings: Settings, world: World, report: Report) -> None:
 
 
 class NoKeeper:
-    """Replaces the Keeper of a run: nothing is saved or logged."""
+    """Replaces the RunManager of a run: nothing is saved or logged."""
 
     def after_step(self) -> None:
         pass
@@ -424,7 +434,7 @@ def beside_plain(config: Config, setting: str, size: Size, world: World) -> tupl
         choose_kernels(world.device, False, config.tf32)
     ratio = ratios(seconds[setting], seconds["plain"])
     measured = {"model": config.model, "M": config.M, "N": config.batch_size, "ratio": ratio, "first": first}
-    words = f"{ratio.in_words('.3f')} of a plain step; the first one {first:,.1f} s"
+    words = f"{ratio.describe('.3f')} of a plain step; the first one {first:,.1f} s"
     return words, measured | {"steps": size.steps_per_turn, "seconds": seconds}
 
 

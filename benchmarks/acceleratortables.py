@@ -41,7 +41,7 @@ def step_table(results: dict[str, Any]) -> Table:
                 *(str(one[name]) for name in ("M", "N", "side")),
                 f"{policies:,.1f}",
                 f"{bare:,.1f}",
-                Spread(*one["ratio"]).in_words(".3f"),
+                Spread(*one["ratio"]).describe(".3f"),
                 f"{one['copies_per_second']:,.0f}",
                 f"{one['flops_per_second'] / 1e12:,.3g}",
                 f"{one['flops_per_second'] / product:.1%}" if product else "-",
@@ -61,7 +61,7 @@ def operations_table(results: dict[str, Any]) -> Table:
     for one in results.values():
         for way, measured in one["ways"].items():
             rate, to_pillow = (Spread(*measured[what]) for what in ("copies_per_second", "to_pillow"))
-            side, numbers = f"{one['side']}x{one['side']}", (rate.in_words(), to_pillow.in_words(".1f"))
+            side, numbers = f"{one['side']}x{one['side']}", (rate.describe(), to_pillow.describe(".1f"))
             rows.setdefault((side, way), (side, f"{one['copies']:,}", way, *numbers))
     title = "Two operations per copy, uint8 in and out, medians (lowest to highest)"
     return Table(title, ("side", "copies at a time", "way", "copies/s", "times Pillow's"), list(rows.values()))
@@ -75,7 +75,7 @@ def epoch_table(results: dict[str, Any]) -> Table:
             rate = f"{one['seconds']:,.1f} s ({one['copies_per_second']:,.0f} copies/s)"
             rows.append((f"{who}: an epoch of {one['images']:,} images", rate))
         else:
-            ratio = f"{Spread(*one['ratio']).in_words('.3f')} of a plain step's time"
+            ratio = f"{Spread(*one['ratio']).describe('.3f')} of a plain step's time"
             rows.append((f"{who}: {name}=true", f"{ratio}; the first step takes {one['first']:,.1f} s"))
     return Table("An epoch", ("what", "result"), rows)
 

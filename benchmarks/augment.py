@@ -22,11 +22,11 @@ import argparse
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import libraries
 import torch
 import torch.nn.functional as F
 from measuring import Spread, count, in_turn, parse, parser, publish, ratios
-from perimage import Operation, PerImage, run
+from others import libraries
+from others.perimage import Operation, PerImage, run
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as on_pillow
@@ -270,7 +270,7 @@ def works_table(size: int, N: int, M: int, rows: list[Row]) -> Table:
     cells = []
     for _, work, way, rate, to_pillow in rows:
         microseconds = f"{1e6 / rate.median:,.1f}"
-        cells.append((work, way, rate.in_words(), microseconds, to_pillow.in_words(".2f")))
+        cells.append((work, way, rate.describe(), microseconds, to_pillow.describe(".2f")))
     title = f"{size}x{size}, N = {N} images, M = {M}: copies per second; medians (lowest to highest)"
     return Table(title, ("work", "way", "images/s", "us/image", "times Pillow's"), cells)
 

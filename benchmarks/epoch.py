@@ -37,11 +37,11 @@ from measuring import ROOT, Spread, count, in_turn, parse, parser, publish, rati
 
 import main as training
 from config import DEFAULT_CONF, Config, add_setting_arguments, load_config, overrides_from, plain_values
-from dataloader import ResidentSplit, StreamedSplit
+from datasets.splits import ResidentSplit, StreamedSplit
 from policies.sources import PolicySource
 from training.distributed import World, exit_with_status, join
 from training.log import Progress, RunLog
-from training.manager import Keeper
+from training.manager import RunManager
 from utils import Table, UserError
 
 # The functions of each part, by who holds them: main's own names, and the classes whose objects it calls.
@@ -55,7 +55,7 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
         *((Progress, name) for name in ("step", "say")),
         (training, "preview"),
     ],
-    "checkpoints": [(training, "save_model"), (Keeper, "save")],
+    "checkpoints": [(training, "save_model"), (RunManager, "save")],
     "scoring": [(training, "score_for_the_log")],
 }
 OVERHEAD = ("controller", "logging", "checkpoints")
@@ -85,7 +85,7 @@ def main() -> None:
     with join(args.device) as world:
         alone = [epoch.seconds for epoch in run(config, args, world, {})]
         epochs = run(config, args, world, PARTS)
-        if world.leads:
+        if world.is_main:
             starts = {} if args.no_starts else measure_starts(args.repeats)
             tables = [table_of_parts(alone, epochs, args), *([table_of_starts(starts)] if starts else [])]
             medians = f"{len(alone)} epochs" + (f", {args.repeats} starts" if starts else "")
@@ -204,11 +204,11 @@ def overhead(epochs: list[Epoch]) -> float:
 def table_of_parts(alone: list[float], epochs: list[Epoch], args: argparse.Namespace) -> Table:
     seconds = [epoch.seconds for epoch in epochs]
     rows = [
-        [part, Spread.of(taken).in_words(".3f"), f"{100 * sum(taken) / sum(seconds):.1f}"]
+        [part, Spread.of(taken).describe(".3f"), f"{100 * sum(taken) / sum(seconds):.1f}"]
         for part, taken in (parts_of(epochs) | {"all": seconds}).items()
     ]
     notes = [
-        f"An epoch takes {Spread.of(alone).in_words('.3f')} s when its parts are not measured.",
+        f"An epoch takes {Spread.of(alone).describe('.3f')} s when its parts are not measured.",
         f"Overhead of {', '.join(OVERHEAD)}: {overhead(epochs):.1%} of an epoch without scoring.",
     ]
     conf = (args.load_conf or DEFAULT_CONF).stem
@@ -217,7 +217,7 @@ def table_of_parts(alone: list[float], epochs: list[Epoch], args: argparse.Names
 
 def table_of_starts(starts: dict[str, list[float]]) -> Table:
     rows = [
-        [name, Spread.of(seconds).in_words(".2f"), ratios(seconds, starts["import torch"]).in_words(".2f")]
+        [name, Spread.of(seconds).describe(".2f"), ratios(seconds, starts["import torch"]).describe(".2f")]
         for name, seconds in starts.items()
     ]
     return Table("Starting, median (lowest to highest)", ["", "seconds", "/ import torch"], rows)

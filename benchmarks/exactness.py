@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from augment import to_pillow
 from measuring import LONGEST_REPORT, ROOT, Report
-from perimage import Operation, run
+from others.perimage import Operation, run
 
 from augmentations import OPS, Op, Plan, apply, apply_op
 from datasets.imagefiles import IMAGE_SUFFIXES, FitSquare, ImageFiles

@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from measuring import Spread, cores, count, count_or_none, in_turn, parse, parser, publish, ratios
 
 from config import Config
-from dataloader import class_folders
 from datasets.imagefiles import ImageFiles, RandomCrop
+from datasets.loading import class_folders
 from training.distributed import exit_with_status, join
 from utils import Table, UserError
 
@@ -112,9 +112,9 @@ def table(files: int, rows: list[dict[str, Any]], args: argparse.Namespace) -> T
         busy = min(max(1, row["workers"]), cores())
         for name, seconds in row["seconds"].items():
             speed = Spread.of(seconds).per_second(args.reads)
-            faster = row["ratio"].in_words(".3f") if name == "ours" else ""
+            faster = row["ratio"].describe(".3f") if name == "ours" else ""
             each = f"{speed.median / busy:,.0f}"
-            cells.append([str(row["workers"]), name, speed.in_words(), each, faster])
+            cells.append([str(row["workers"]), name, speed.describe(), each, faster])
         fastest = max(fastest, Spread.of(row["seconds"]["ours"]).per_second(args.reads).median)
     return Table(
         f"Reading {args.reads:,} images ({files:,} files) as crops of {args.size}x{args.size}",

@@ -22,7 +22,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from utils import CommandLine, Table, UserError, environment, in_a_line, render  # noqa: E402, found by the line above
+from utils import CommandLine, Table, UserError, environment, first_line, render  # noqa: E402, found by the line above
 
 CPU = torch.device("cpu")
 LONGEST_REPORT = 3000  # characters of a failure that are kept
@@ -46,7 +46,7 @@ class Spread(NamedTuple):
         """Of seconds that so many things took: how many a second."""
         return Spread(things / self.median, things / self.high, things / self.low)
 
-    def in_words(self, form: str = ",.0f") -> str:
+    def describe(self, form: str = ",.0f") -> str:
         return f"{self.median:{form}} ({self.low:{form}} to {self.high:{form}})"
 
 
@@ -117,7 +117,7 @@ def host_waits(case: Callable[[], Any], device: torch.device) -> int | None:
 
 def report_failure(report: Report, name: str, error: Exception) -> None:
     """In a line, and with the end of its traceback in the file."""
-    reason = in_a_line(error)
+    reason = first_line(error)
     report(
         name, f"failed: {reason}", failed=reason, report="".join(traceback.format_exception(error))[-LONGEST_REPORT:]
     )
@@ -158,7 +158,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     return here
 
 
-def in_words(here: Mapping[str, Any]) -> str:
+def describe(here: Mapping[str, Any]) -> str:
     """A `machine` in a line."""
     device = here["processor"] if here["device"].startswith("cpu") else here["device"]
     names = {"torch": "torch", "torchvision": "torchvision", "pillow": "Pillow", "cuda": "CUDA", "driver": "driver"}
@@ -228,5 +228,5 @@ def publish(
     content = {"date": time.strftime("%Y-%m-%d"), "environment": here, "repeats": args.repeats, "measured": measured}
     args.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print("\n\n".join(render(table) for table in tables))
-    print(f"\n{in_words(here)}; medians of {medians_of or args.repeats}")
+    print(f"\n{describe(here)}; medians of {medians_of or args.repeats}")
     print(f"written to {args.output}")

@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from measuring import Spread, count, in_turn, parse, parser, peak_memory, publish, ratios
 
 from config import Config
-from dataloader import MappedSplit, Normalise, ResidentSplit
+from dataloader import Normalise
+from datasets.splits import MappedSplit, ResidentSplit
 from evaluate import predict
 from models import build_model
 from training.distributed import exit_with_status, join
@@ -48,7 +49,7 @@ def main() -> None:
         }
         seconds = in_turn(cases, args.repeats, world.device)
         above = peak_memory() - before
-    rows = [[name, Spread.of(seconds[name]).per_second(args.images).in_words()] for name in cases]
+    rows = [[name, Spread.of(seconds[name]).per_second(args.images).describe()] for name in cases]
     ratio = ratios(seconds["mapped"], seconds["at hand"]).median
     notes = [f"reading adds {ratio - 1:.1%}; peak memory {above / 1e6:,.0f} MB above the model's"]
     table = Table(f"Scoring {args.model}, {args.images:,} images at a time", ["", "images/s"], rows, notes)

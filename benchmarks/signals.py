@@ -41,7 +41,7 @@ def main() -> None:
             name: [took / args.steps for took in turns] for name, turns in take_turns(cases, args.repeats).items()
         }
     to = {name: ratios(values, seconds[LEARNED]) for name, values in seconds.items()}
-    rows = [(name, f"{1000 * Spread.of(seconds[name]).median:,.0f}", to[name].in_words(".3f")) for name in cases]
+    rows = [(name, f"{1000 * Spread.of(seconds[name]).median:,.0f}", to[name].describe(".3f")) for name in cases]
     title = f"A step of {base.model}, N = {base.batch_size}, M = {base.M}"
     measured = {"model": base.model, "N": base.batch_size, "M": base.M, "seconds": seconds, "ratios": to}
     publish(args, [Table(title, ["policies", "ms", f"beside {LEARNED}'s"], rows)], measured)

@@ -41,11 +41,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from cost import CLASSES
 from measuring import Spread, cores, count, host_waits, parse, parser, peak_memory, publish, ratios, take_turns, timed
-from perimage import PerImage
+from others.perimage import PerImage
 
 import main as training
 from config import DEFAULT_CONF, Config, add_setting_arguments, load_config, overrides_from, plain_values
-from dataloader import ResidentSplit
+from datasets.splits import ResidentSplit
 from models import build_model
 from training.distributed import World, exit_with_status, join
 from training.state import TrainingState
@@ -78,7 +78,7 @@ def main() -> None:
             raise UserError("--memory: measures one process; start it without torchrun")
         args.workers = args.workers or max(1, cores() // world.size)
         rows = [measure(config, args, world) for config in configs]
-        if world.leads:
+        if world.is_main:
             conf = (args.load_conf or DEFAULT_CONF).stem
             publish(args, [table(conf, rows, args)], as_measured(rows, args))
 
@@ -257,9 +257,9 @@ def cells(row: Row) -> list[str]:
     config = row.config
     words = [str(number) for number in (config.M, config.batch_size, config.image_size)]
     for way in WAYS:
-        words.append(Spread.of([1000 * s for s in row.seconds[way]]).in_words(".1f"))
+        words.append(Spread.of([1000 * s for s in row.seconds[way]]).describe(".1f"))
     for way in ("policies", "per image"):
-        words.append(row.ratio(way).in_words(".3f"))
+        words.append(row.ratio(way).describe(".3f"))
     words.append("-" if row.waits is None else f"{row.waits:g}")
     if row.memory:
         peak, limit = (row.memory[way] / 1e6 for way in ("policies", "limit"))

@@ -22,8 +22,7 @@ from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
-from training.checkpoint import write_atomically
-from utils import UserError, warn
+from utils import UserError, warn, write_atomically
 
 try:
     import fcntl

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as on_pillow
 
-from training.signals import leave_signals_to_the_parent
-from utils import in_a_line, keyed_seed, one_line, require_file
+from utils import first_line, keyed_seed, printable, require_file
 
 IMAGE_SUFFIXES = frozenset(IMG_EXTENSIONS)
 # What these suffixes stand for, whichever a file has. Pillow knows others, and hands some to programs that run code.
@@ -182,4 +182,13 @@ def _collate(results: list[tuple[Tensor, int, str | None]]) -> tuple[Tensor, Ten
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    return f"{one_line(str(path), 1000)} ({in_a_line(error)})"
+    return f"{printable(str(path), 1000)} ({first_line(error)})"
+
+
+def leave_signals_to_the_parent(_: int = 0) -> None:
+    """For a process that decodes images: signals reach the whole group, and its images are needed until the end.
+
+    Only a second SIGTERM, which the parent sends to one that is stuck, ends it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -30,22 +30,25 @@ import torch
 from torch import Tensor
 
 from config import DEFAULT_CONF, Config, add_setting_arguments, load_config, overrides_from
-from dataloader import (
-    MappedSplit,
-    Readable,
-    Split,
-    StreamedSplit,
-    class_folders,
-    image_files,
-    list_images,
-    load_test,
-)
 from datasets.download import Downloads, Ledger, Missing, Remote
 from datasets.imagefiles import CentreCrop, ImageFiles
+from datasets.loading import class_folders, image_files, list_images, load_test
+from datasets.splits import MappedSplit, Readable, Split, StreamedSplit
 from evaluation.corruptions import CORRUPTIONS, EXTRA, SEVERITIES, STANDARD
 from evaluation.generated import MANIFEST, generated_folder, make, read_manifest, side_of_test_images
 from training.distributed import exit_with_status
-from utils import CommandLine, Table, UserError, did_you_mean, in_a_line, one_line, render, require_file, shown, warn
+from utils import (
+    CommandLine,
+    Table,
+    UserError,
+    did_you_mean,
+    first_line,
+    printable,
+    render,
+    require_file,
+    short_repr,
+    warn,
+)
 
 # Perturbations of the flip probability: the ten of the reference evaluation, in its order.
 SEQUENCES = (
@@ -60,7 +63,7 @@ CLASSES = {"cifar10": 10, "cifar100": 100}  # of a family; ImageNet's may be a s
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-class Cell(NamedTuple):
+class Subset(NamedTuple):
     """Images that are scored together. `part`: corruption or sequence; frames: of each of its sequences."""
 
     part: str
@@ -78,7 +81,7 @@ class Benchmark(NamedTuple):
     source: str  # "official", "subset", "generated", "own" or "embedded"
     checked_by: str
     fingerprint: str
-    cells: tuple[Cell, ...]
+    cells: tuple[Subset, ...]
     classes: tuple[str, ...] | None = None  # where the images' own folders say
     note: str = ""
 
@@ -123,7 +126,7 @@ def _say_that_nothing_is_noted(folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class EvalRequest:
     """What opening a benchmark needs to know of the classifier and the machine. classes: None where nobody says."""
 
     config: Config
@@ -149,7 +152,7 @@ class Wanted:
         return split, classes
 
 
-class Entry(NamedTuple):
+class BenchmarkSpec(NamedTuple):
     """A benchmark by name. family: the data set whose classes it has; None: any. sign: what shows that it is there."""
 
     name: str
@@ -157,86 +160,88 @@ class Entry(NamedTuple):
     where: str  # below dataroot
     sign: str  # below that
     comes_from: str
-    open: Callable[["Entry", Wanted], Benchmark]
+    open: Callable[["BenchmarkSpec", EvalRequest], Benchmark]
 
 
-def named(name: str) -> Entry:
+def named(name: str) -> BenchmarkSpec:
     """Raises UserError for an unknown name."""
-    for entry in BENCHMARKS:
-        if entry.name == name:
-            return entry
-    names = [entry.name for entry in BENCHMARKS]
+    for spec in BENCHMARKS:
+        if spec.name == name:
+            return spec
+    names = [spec.name for spec in BENCHMARKS]
     raise UserError(f"--benchmarks: {name!r} is none of {', '.join(names)}, all{did_you_mean(name, names)}")
 
 
-def fits(entry: Entry, wanted: Wanted) -> bool:
+def fits(spec: BenchmarkSpec, request: EvalRequest) -> bool:
     """Whether the classifier is for the benchmark's classes: CIFAR-10's, from whatever files, are known by name."""
-    if CLASSES.get(entry.family, wanted.num_classes) != wanted.num_classes:
+    if CLASSES.get(spec.family, request.num_classes) != request.num_classes:
         return False
-    if entry.family in (None, wanted.config.dataset):
+    if spec.family in (None, request.config.dataset):
         return True
-    return entry.family == "cifar10" and wanted.classes == CIFAR10_CLASSES and wanted.config.image_size == 32
+    return spec.family == "cifar10" and request.classes == CIFAR10_CLASSES and request.config.image_size == 32
 
 
-def _open_clean(entry: Entry, wanted: Wanted) -> Benchmark:
+def _open_clean(spec: BenchmarkSpec, request: EvalRequest) -> Benchmark:
     """The test set of the classifier's own data set."""
-    split, classes = wanted.test_set
+    split, classes = request.test_set
     images = len(split.labels)
     source, checked_by = {
         "shapes": ("embedded", "drawn by the program"),
         "folder": ("own", "decoding"),
         "imagenet": (_imagenet_source(images, IMAGENET_IMAGES, classes), "count"),
-    }.get(wanted.config.dataset, ("official", "md5"))
-    cell = Cell("", None, images, lambda: split)
-    return Benchmark(entry.name, "test set", source, checked_by, split.fingerprint(), (cell,), classes)
+    }.get(request.config.dataset, ("official", "md5"))
+    cell = Subset("", None, images, lambda: split)
+    return Benchmark(spec.name, "test set", source, checked_by, split.fingerprint(), (cell,), classes)
 
 
-def _open_corruption_arrays(entry: Entry, wanted: Wanted, *, archive: Remote, md5: Mapping[str, str]) -> Benchmark:
+def _open_corruption_arrays(
+    spec: BenchmarkSpec, request: EvalRequest, *, archive: Remote, md5: Mapping[str, str]
+) -> Benchmark:
     """CIFAR-10-C and CIFAR-100-C: a file per corruption, uint8 (5 n, 32, 32, 3), one severity after another."""
-    (folder,) = wanted.downloads.fetch_unpacked(archive, wanted.root, (entry.where,))
+    (folder,) = request.downloads.fetch_unpacked(archive, request.root, (spec.where,))
     cells, files = _corruption_cells(
-        folder, wanted, 32, "put a copy back, or remove the folder to have it fetched anew"
+        folder, request, 32, "put a copy back, or remove the folder to have it fetched anew"
     )
     official = 5 * cells[0].images == CIFAR_C_IMAGES
-    ledger = wanted.ledger
+    ledger = request.ledger
     hashes = [ledger.check(path, md5=md5[path.stem] if official else None) for path in files]
     source, checked_by = ("official", "md5") if official else ("subset", "SHA-256 at first use")
-    return Benchmark(entry.name, "corruptions", source, checked_by, _digest(hashes), cells)
+    return Benchmark(spec.name, "corruptions", source, checked_by, _digest(hashes), cells)
 
 
-def _open_generated(entry: Entry, wanted: Wanted) -> Benchmark:
+def _open_generated(spec: BenchmarkSpec, request: EvalRequest) -> Benchmark:
     """What `--make` has drawn of the classifier's own test images."""
-    folder = generated_folder(wanted.config)
-    how = f"draw them with: python robustness.py --make --dataroot {wanted.root} and the conf or settings of the run"
+    folder = generated_folder(request.config)
+    how = f"draw them with: python robustness.py --make --dataroot {request.root} and the conf or settings of the run"
     if not (folder / MANIFEST).is_file():
         raise Missing(f"{folder}: there are no generated corruptions; {how}")
     made = read_manifest(folder)
     lacking = [row.name for row in CORRUPTIONS if f"{row.name}.npy" not in made["files"]]
     if lacking:
         raise Missing(f"{folder}: {lacking[0]} has not been drawn yet; {how}")
-    split, classes = wanted.test_set
+    split, classes = request.test_set
     if made["test_set"] != split.fingerprint():
         raise UserError(f"{folder}: was drawn of other test images than the present ones; remove it, and {how}")
-    cells, files = _corruption_cells(folder, wanted, side_of_test_images(wanted.config), how)
-    ledger = wanted.ledger
+    cells, files = _corruption_cells(folder, request, side_of_test_images(request.config), how)
+    ledger = request.ledger
     for path in files:
         ledger.check(path, sha256=made["files"][path.name])
     note = "generated from this test set; frost is procedural; not comparable with published numbers"
     fingerprint = _digest(sorted(made["files"].values()))
-    return Benchmark(entry.name, "corruptions", "generated", "SHA-256", fingerprint, cells, classes, note)
+    return Benchmark(spec.name, "corruptions", "generated", "SHA-256", fingerprint, cells, classes, note)
 
 
-def _open_perturbation_arrays(entry: Entry, wanted: Wanted, *, drive: str) -> Benchmark:
+def _open_perturbation_arrays(spec: BenchmarkSpec, request: EvalRequest, *, drive: str) -> Benchmark:
     """CIFAR-10-P and CIFAR-100-P: a file per perturbation, uint8 (V, T, 32, 32, 3), T as the file says."""
-    folder = wanted.root / entry.where
+    folder = request.root / spec.where
     missing = [f"{name}.npy" for name in SEQUENCES if not (folder / f"{name}.npy").is_file()]
     if missing:
         raise Missing(
             f"{folder}: lacks {', '.join(missing)}\n"
-            f"{entry.name} lies in a shared drive, without hashes: fetch them by hand from {drive} into {folder}"
+            f"{spec.name} lies in a shared drive, without hashes: fetch them by hand from {drive} into {folder}"
         )
     cells, hashes, counts = [], [], set()
-    ledger = wanted.ledger
+    ledger = request.ledger
     for name in SEQUENCES:
         path = folder / f"{name}.npy"
         expected = "(sequences, frames, 32, 32, 3), frames at least 2"
@@ -244,82 +249,88 @@ def _open_perturbation_arrays(entry: Entry, wanted: Wanted, *, drive: str) -> Be
         hashes.append(ledger.check(path))
         counts.add(videos)
         no_labels = torch.full((videos * frames,), -1)
-        split = partial(MappedSplit, path, 0, no_labels, wanted.device)
-        cells.append(Cell(name, None, videos * frames, split, frames))
+        split = partial(MappedSplit, path, 0, no_labels, request.device)
+        cells.append(Subset(name, None, videos * frames, split, frames))
     if len(counts) > 1:
         found = ", ".join(map(str, sorted(counts)))
         raise UserError(f"{folder}: its files hold different numbers of sequences ({found})")
     source = "official" if counts == {CIFAR_P_SEQUENCES} else "subset"
-    return Benchmark(entry.name, "perturbations", source, "shape, SHA-256 at first use", _digest(hashes), tuple(cells))
+    return Benchmark(spec.name, "perturbations", source, "shape, SHA-256 at first use", _digest(hashes), tuple(cells))
 
 
-def _open_array_test_set(entry: Entry, wanted: Wanted, *, images: Remote, labels: Remote, count: int) -> Benchmark:
+def _open_array_test_set(
+    spec: BenchmarkSpec, request: EvalRequest, *, images: Remote, labels: Remote, count: int
+) -> Benchmark:
     """CIFAR-10.1: uint8 (n, 32, 32, 3) and integer labels; no hashes are published."""
-    folder = wanted.root / entry.where
-    image_file, label_file = (wanted.downloads.fetch(remote, folder) for remote in (images, labels))
+    folder = request.root / spec.where
+    image_file, label_file = (request.downloads.fetch(remote, folder) for remote in (images, labels))
     shape = _array(image_file, f"({count}, 32, 32, 3)", lambda s: len(s) == 4 and s[0] == count)
-    label_I = _labels(label_file, shape[0], wanted.num_classes)
-    ledger = wanted.ledger
+    label_I = _labels(label_file, shape[0], request.num_classes)
+    ledger = request.ledger
     hashes = [ledger.check(path) for path in (image_file, label_file)]
-    cell = Cell("", None, count, partial(MappedSplit, image_file, 0, label_I, wanted.device))
-    return Benchmark(entry.name, "test set", "official", "shape, SHA-256 at first use", _digest(hashes), (cell,))
+    cell = Subset("", None, count, partial(MappedSplit, image_file, 0, label_I, request.device))
+    return Benchmark(spec.name, "test set", "official", "shape, SHA-256 at first use", _digest(hashes), (cell,))
 
 
-def _open_imagenet_c(entry: Entry, wanted: Wanted, *, archives: Mapping[Remote, tuple[str, ...]]) -> Benchmark:
+def _open_imagenet_c(
+    spec: BenchmarkSpec, request: EvalRequest, *, archives: Mapping[Remote, tuple[str, ...]]
+) -> Benchmark:
     """ImageNet-C: <corruption>/<severity>/<class>/*.JPEG, stored at 224x224 and scored as they are.
 
     The archives have hashes; unpacked files are known by names and sizes. The extra four, 15 GB, are not fetched.
     """
-    place = wanted.root / entry.where
+    place = request.root / spec.where
     found: dict[str, Path] = {}
     for archive, holds in archives.items():
-        found |= zip(holds, wanted.downloads.fetch_unpacked(archive, place, holds), strict=True)
+        found |= zip(holds, request.downloads.fetch_unpacked(archive, place, holds), strict=True)
     found |= {name: place / name for name in EXTRA if (place / name).is_dir()}
-    classes = wanted.classes or class_folders(place / STANDARD[0] / str(SEVERITIES[0]))
+    classes = request.classes or class_folders(place / STANDARD[0] / str(SEVERITIES[0]))
     cells, listing = [], hashlib.sha256()
     for name, folder in found.items():
         for severity in SEVERITIES:
             tree = folder / str(severity)
             if not tree.is_dir():
                 raise Missing(f"{tree}: is missing; remove {folder} to have it fetched anew")
-            if class_folders(tree) != classes or len(classes) != wanted.num_classes:
-                raise UserError(f"{tree}: its classes are not the {wanted.num_classes} of the classifier")
+            if class_folders(tree) != classes or len(classes) != request.num_classes:
+                raise UserError(f"{tree}: its classes are not the {request.num_classes} of the classifier")
             files = [(c, file.name, file.stat().st_size) for c in classes for file in image_files(tree / c)]
             listing.update(repr((name, severity, sorted(files))).encode())
-            split = partial(_streamed, tree, classes, CentreCrop(224, 224), wanted)
-            cells.append(Cell(name, severity, len(files), split))
+            split = partial(_streamed, tree, classes, CentreCrop(224, 224), request)
+            cells.append(Subset(name, severity, len(files), split))
     fewest = min(cells, key=lambda cell: cell.images)
     most = max(cell.images for cell in cells)
     if fewest.images != most:
         raise UserError(f"{place / fewest.part / str(fewest.severity)}: holds {fewest.images} images, others {most}")
     source = _imagenet_source(most, IMAGENET_IMAGES, classes)
-    return Benchmark(entry.name, "corruptions", source, "count", listing.hexdigest(), tuple(cells), classes)
+    return Benchmark(spec.name, "corruptions", source, "count", listing.hexdigest(), tuple(cells), classes)
 
 
-def _open_imagenet_v2(entry: Entry, wanted: Wanted, *, archive: Remote) -> Benchmark:
+def _open_imagenet_v2(spec: BenchmarkSpec, request: EvalRequest, *, archive: Remote) -> Benchmark:
     """ImageNet-V2: class folders "0".."999", which are numbers: 10 comes after 9, not after 1."""
-    (folder,) = wanted.downloads.fetch_unpacked(archive, wanted.root, (entry.where,))
-    names = tuple(map(str, range(wanted.num_classes)))
+    (folder,) = request.downloads.fetch_unpacked(archive, request.root, (spec.where,))
+    names = tuple(map(str, range(request.num_classes)))
     if set(class_folders(folder)) != set(names):
-        raise UserError(f"{folder}: its class folders are not 0..{wanted.num_classes - 1}")
+        raise UserError(f"{folder}: its class folders are not 0..{request.num_classes - 1}")
     images = sum(len(image_files(folder / name)) for name in names)
-    view = CentreCrop(*wanted.config.eval_view)
-    cell = Cell("", None, images, partial(_streamed, folder, names, view, wanted))
+    view = CentreCrop(*request.config.eval_view)
+    cell = Subset("", None, images, partial(_streamed, folder, names, view, request))
     source = _imagenet_source(images, IMAGENET_V2_IMAGES, names)
-    fingerprint = wanted.ledger.check(folder)
-    return Benchmark(entry.name, "test set", source, "count, SHA-256 at first use", fingerprint, (cell,))
+    fingerprint = request.ledger.check(folder)
+    return Benchmark(spec.name, "test set", source, "count, SHA-256 at first use", fingerprint, (cell,))
 
 
-def _streamed(tree: Path, classes: Sequence[str], view: CentreCrop, wanted: Wanted) -> StreamedSplit:
+def _streamed(tree: Path, classes: Sequence[str], view: CentreCrop, request: EvalRequest) -> StreamedSplit:
     paths, labels = list_images(tree, {name: label for label, name in enumerate(classes)})
-    return StreamedSplit(ImageFiles(paths, view), labels, wanted.device, wanted.config.workers)
+    return StreamedSplit(ImageFiles(paths, view), labels, request.device, request.config.workers)
 
 
 def _imagenet_source(images: int, official: int, classes: Sequence[str]) -> str:
     return "official" if (images, len(classes)) == (official, IMAGENET_CLASSES) else "subset"
 
 
-def _corruption_cells(folder: Path, wanted: Wanted, side: int, remedy: str) -> tuple[tuple[Cell, ...], list[Path]]:
+def _corruption_cells(
+    folder: Path, request: EvalRequest, side: int, remedy: str
+) -> tuple[tuple[Subset, ...], list[Path]]:
     """Cells of all corruptions in `folder`, the extra ones where they are there, and the files they are read from."""
     names = [*STANDARD, *(name for name in EXTRA if (folder / f"{name}.npy").is_file())]
     lacking = [f"{name}.npy" for name in (*STANDARD, "labels") if not (folder / f"{name}.npy").is_file()]
@@ -333,12 +344,12 @@ def _corruption_cells(folder: Path, wanted: Wanted, side: int, remedy: str) -> t
         if other != length:
             raise UserError(f"{path}: holds {other} images, {files[0].name} {length}")
     label_file = folder / "labels.npy"
-    label_5I = _labels(label_file, length, wanted.num_classes).view(5, -1)
+    label_5I = _labels(label_file, length, request.num_classes).view(5, -1)
     if not (label_5I == label_5I[0]).all():
         raise UserError(f"{label_file}: the five severities have different labels; each fifth must repeat the first")
     images = length // 5
     cells = tuple(
-        Cell(path.stem, s, images, partial(MappedSplit, path, (s - 1) * images, label_5I[0], wanted.device))
+        Subset(path.stem, s, images, partial(MappedSplit, path, (s - 1) * images, label_5I[0], request.device))
         for path in files
         for s in SEVERITIES
     )
@@ -367,7 +378,7 @@ def _labels(path: Path, count: int, num_classes: int) -> Tensor:
 
 
 def _kind(array: np.ndarray) -> str:
-    return f"{one_line(str(array.dtype), 80)} of shape {shown(array.shape)}"
+    return f"{printable(str(array.dtype), 80)} of shape {short_repr(array.shape)}"
 
 
 def _mapped(path: Path) -> np.ndarray:
@@ -382,7 +393,7 @@ def _mapped(path: Path) -> np.ndarray:
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except Exception as error:  # damage shows in many ways: ValueError, EOFError, SyntaxError, ...
-        raise UserError(f"{path}: cannot be read as an array ({in_a_line(error)})") from None
+        raise UserError(f"{path}: cannot be read as an array ({first_line(error)})") from None
 
 
 def _digest(content: Any) -> str:
@@ -434,41 +445,47 @@ IMAGENET_C = partial(
 )
 
 
-def _cifar10_1(version: str, count: int, bytes_of_labels: int) -> Entry:
+def _cifar10_1(version: str, count: int, bytes_of_labels: int) -> BenchmarkSpec:
     address = "https://raw.githubusercontent.com/modestyachts/CIFAR-10.1/master/datasets/cifar10.1"
     images = Remote(f"{address}_{version}_data.npy")
     labels = Remote(f"{address}_{version}_labels.npy", bytes_of_labels)
     opened = partial(_open_array_test_set, images=images, labels=labels, count=count)
-    return Entry(f"cifar10.1-{version}", "cifar10", "CIFAR-10.1", images.name, images.url, opened)
+    return BenchmarkSpec(f"cifar10.1-{version}", "cifar10", "CIFAR-10.1", images.name, images.url, opened)
 
 
-def _imagenet_v2(variant: str) -> Entry:
+def _imagenet_v2(variant: str) -> BenchmarkSpec:
     archive = Remote(f"https://huggingface.co/datasets/vaishaal/ImageNetV2/resolve/main/imagenetv2-{variant}.tar.gz")
     where = f"imagenetv2-{variant}-format-val"
     opened = partial(_open_imagenet_v2, archive=archive)
-    return Entry(f"imagenet-v2-{variant}", "imagenet", where, "0", archive.url, opened)
+    return BenchmarkSpec(f"imagenet-v2-{variant}", "imagenet", where, "0", archive.url, opened)
 
 
-def _cifar_p(classes: int, drive: str) -> Entry:
+def _cifar_p(classes: int, drive: str) -> BenchmarkSpec:
     address = f"https://drive.google.com/drive/folders/{drive}"
     opened = partial(_open_perturbation_arrays, drive=address)
     where, sign = f"CIFAR-{classes}-P", f"{SEQUENCES[0]}.npy"
-    return Entry(f"cifar{classes}-p", f"cifar{classes}", where, sign, f"by hand: {address}", opened)
+    return BenchmarkSpec(f"cifar{classes}-p", f"cifar{classes}", where, sign, f"by hand: {address}", opened)
 
 
 BENCHMARKS = (
-    Entry("clean", None, "", "", "the data set's own test split", _open_clean),
-    Entry("cifar10-c", "cifar10", "CIFAR-10-C", "labels.npy", CIFAR10_C.keywords["archive"].url, CIFAR10_C),
+    BenchmarkSpec("clean", None, "", "", "the data set's own test split", _open_clean),
+    BenchmarkSpec("cifar10-c", "cifar10", "CIFAR-10-C", "labels.npy", CIFAR10_C.keywords["archive"].url, CIFAR10_C),
     _cifar_p(10, "1dY1_zeRyjMKdfmMbQ_uK8O1i0MVI9UbZ"),
     _cifar10_1("v4", 2021, 8212),
     _cifar10_1("v6", 2000, 8128),
-    Entry("cifar100-c", "cifar100", "CIFAR-100-C", "labels.npy", CIFAR100_C.keywords["archive"].url, CIFAR100_C),
+    BenchmarkSpec(
+        "cifar100-c", "cifar100", "CIFAR-100-C", "labels.npy", CIFAR100_C.keywords["archive"].url, CIFAR100_C
+    ),
     _cifar_p(100, "1Tpssw4Vn6X_4hmIW8KK5LzkKCZpAaae8"),
-    Entry("imagenet-c", "imagenet", "ImageNet-C", STANDARD[-1], "https://zenodo.org/records/2235448", IMAGENET_C),
+    BenchmarkSpec(
+        "imagenet-c", "imagenet", "ImageNet-C", STANDARD[-1], "https://zenodo.org/records/2235448", IMAGENET_C
+    ),
     _imagenet_v2("matched-frequency"),
     _imagenet_v2("threshold0.7"),
     _imagenet_v2("top-images"),
-    Entry("generated-c", None, "generated-c-<dataset>", MANIFEST, "python robustness.py --make", _open_generated),
+    BenchmarkSpec(
+        "generated-c", None, "generated-c-<dataset>", MANIFEST, "python robustness.py --make", _open_generated
+    ),
 )
 
 
@@ -481,10 +498,10 @@ def main() -> None:
         print("score a classifier of these classes: python evaluate.py --checkpoint FILE --benchmarks generated-c")
         return
     rows = []
-    for entry in BENCHMARKS[1:]:
-        where = generated_folder(config) if entry.name == "generated-c" else Path(config.dataroot) / entry.where
-        there = "yes" if (where / entry.sign).exists() else "no"
-        rows.append((entry.name, entry.family or "any", there, str(where), entry.comes_from))
+    for spec in BENCHMARKS[1:]:
+        where = generated_folder(config) if spec.name == "generated-c" else Path(config.dataroot) / spec.where
+        there = "yes" if (where / spec.sign).exists() else "no"
+        rows.append((spec.name, spec.family or "any", there, str(where), spec.comes_from))
     header = ("benchmark", "classes of", "there", "lies in", "comes from")
     print(render(Table(f"Benchmarks, and what of them is in {config.dataroot}", header, rows)))
 

@@ -13,12 +13,21 @@ import numpy as np
 import torch
 
 from config import Config
-from dataloader import Split, load_test
 from datasets.download import Downloads
+from datasets.loading import load_test
+from datasets.splits import Split
 from evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from training.checkpoint import sha256_of, write_atomically, write_text
 from training.log import ImageProgress
-from utils import UserError, environment, has_shape, in_a_line, keyed_generator
+from utils import (
+    UserError,
+    environment,
+    first_line,
+    has_shape,
+    keyed_generator,
+    sha256_of,
+    write_atomically,
+    write_text,
+)
 
 MANIFEST = "generated.json"
 CHUNK = 250  # images that are drawn together: part of the key of their draws
@@ -123,6 +132,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise ValueError("entries are missing or of another kind")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"{folder / MANIFEST}: cannot be read ({in_a_line(error)}); remove {folder} and draw them again"
+            f"{folder / MANIFEST}: cannot be read ({first_line(error)}); remove {folder} and draw them again"
         ) from None
     return made

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from evaluation.benchmarks import STANDARD, Benchmark, Cell
+from evaluation.benchmarks import STANDARD, Benchmark, Subset
 
 BINS = 15  # of the calibration error
 MISTAKES = 24  # kept of a test set, the most confident first
@@ -69,7 +69,7 @@ class Scores:
         return None if self.top5_correct is None else self.top5_correct / self.images
 
 
-def measure(benchmark: Benchmark, cell: Cell, predictions: Predictions, num_classes: int) -> dict[str, Any]:
+def measure(benchmark: Benchmark, cell: Subset, predictions: Predictions, num_classes: int) -> dict[str, Any]:
     """What results.json says of a cell: counts, and shares in 0..1."""
     place = {"part": cell.part, "severity": cell.severity, "images": cell.images}
     if benchmark.kind == "perturbations":

@@ -88,7 +88,7 @@ def _mistakes(benchmark: Benchmark, cell: Mapping[str, Any], classes: Sequence[s
     mistakes = cell["mistakes"]
     positions = torch.tensor([mistake["image"] for mistake in mistakes])
     images_NCHW = next(benchmark.cells[0].open().batches([positions]))[0].cpu()
-    captions = [_in_words(mistake, classes) for mistake in mistakes]
+    captions = [_describe(mistake, classes) for mistake in mistakes]
     title = f"{title}: the {len(mistakes)} most confident mistakes"
     words = "\n".join([title, "", *(f"{number}. {caption}" for number, caption in enumerate(captions, start=1))])
     figure = partial(gallery, images_NCHW, captions, title)
@@ -168,6 +168,6 @@ def columns_of_bins(bins: Mapping[str, Sequence[float]], height: int = 300, widt
     return image_CHW
 
 
-def _in_words(mistake: Mapping[str, Any], classes: Sequence[str] | None) -> str:
+def _describe(mistake: Mapping[str, Any], classes: Sequence[str] | None) -> str:
     label, predicted = (classes[mistake[key]] if classes else f"class {mistake[key]}" for key in ("label", "predicted"))
     return f"is {label}, called {predicted}, {mistake['confidence']:.1%} sure"

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from config import load_config, plain_values
-from evaluation.benchmarks import Benchmark, Cell
+from evaluation.benchmarks import Benchmark, Subset
 from evaluation.corruptions import STANDARD
 from evaluation.metrics import summarise
-from training.checkpoint import write_text
-from utils import UserError, has_shape, in_a_line, warn
+from utils import UserError, first_line, has_shape, warn, write_text
 
 # Scores of other versions of these, or on another device, are not those of now.
 VERSIONS = ("torch", "torchvision", "numpy", "pillow", "device")
@@ -96,7 +95,7 @@ class Results:
     def of(self, benchmark: Benchmark) -> dict[str, Any]:
         return self.benchmarks[benchmark.name]
 
-    def lacking(self, benchmark: Benchmark) -> list[Cell]:
+    def lacking(self, benchmark: Benchmark) -> list[Subset]:
         """The cells that have not been scored."""
         scored = {(cell["part"], cell["severity"]) for cell in self.of(benchmark)["cells"]}
         return [cell for cell in benchmark.cells if (cell.part, cell.severity) not in scored]
@@ -140,7 +139,7 @@ def read_results(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{file}: there is no such file; evaluate.py writes one beside each checkpoint") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read as results of evaluate.py ({in_a_line(error)})") from None
+        raise UserError(f"{file}: cannot be read as results of evaluate.py ({first_line(error)})") from None
     if not has_shape(content, RESULT) or not all(map(_is_benchmark, content["benchmarks"].values())):
         raise UserError(f"{file}: holds no results of this version of evaluate.py")
     if content["config"] is not None:

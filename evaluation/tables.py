@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from config import FROM_A_FILE, PER_IMAGE, Config
 from evaluation.corruptions import SEVERITIES, STANDARD
 from evaluation.results import read_results
-from utils import Table, UserError, one_line, render
+from utils import Table, UserError, printable, render
 
 FORMATS = ("table", "markdown", "json", "csv")
 Result = Mapping[str, Any]  # the content of a results.json
@@ -268,7 +268,7 @@ def _row(results: Sequence[Result], name: str, noted: Sequence[Mapping[str, Any]
 
 def _policies_in_words(config: Mapping[str, Any]) -> str:
     words = "learned" if config["policy"] == "controller" else config["policy"]
-    origin = f" from {one_line(config['policy_from'], 60)}" if config["policy_from"] else ""
+    origin = f" from {printable(config['policy_from'], 60)}" if config["policy_from"] else ""
     return f"{words}{origin}, M = {config['M']}"
 
 

@@ -23,8 +23,17 @@ from config import ALL_OPS, Config, load_config
 from controller import Controller
 from policies.published import AugMix, AutoAugmentPolicies, RandAugment, TrivialAugment
 from policies.sources import ControllerPolicies, FrozenPolicies, PolicySource, RandomPolicies, RecordedPolicies, Reward
-from training.checkpoint import load_tensors
-from utils import UserError, did_you_mean, has_shape, in_a_line, keyed_seed, one_line, require_file, shown
+from utils import (
+    UserError,
+    did_you_mean,
+    first_line,
+    has_shape,
+    keyed_seed,
+    load_tensors,
+    printable,
+    require_file,
+    short_repr,
+)
 
 LONGEST_FILE = 2**26  # bytes of policies.jsonl: 200 intervals of the paper's shape are half a million
 LONGEST_YAML = 2**20  # PyYAML takes a minute for a few of these
@@ -94,14 +103,14 @@ def read_controller(path: Path) -> tuple[Controller, tuple[str, ...], int]:
     content = load_tensors(file)
     if not has_shape(content, {"config": dict, "controller": dict}):
         policy = content["config"].get("policy") if has_shape(content, {"config": dict}) else None
-        what = f"was trained with policy: {shown(policy)}" if policy else "is no model.pt of main.py"
+        what = f"was trained with policy: {short_repr(policy)}" if policy else "is no model.pt of main.py"
         raise UserError(f"{file}: holds no controller, it {what}; take a run with policy: controller")
     config = load_config(None, {field: (str(file), value) for field, value in content["config"].items()})
     controller = fresh_controller(config)
     try:
         controller.load_state_dict(content["controller"])
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: its controller does not fit its settings ({in_a_line(error)})") from None
+        raise UserError(f"{file}: its controller does not fit its settings ({first_line(error)})") from None
     if not all(parameter.isfinite().all() for parameter in controller.parameters()):
         raise UserError(f"{file}: its controller holds values that are not finite numbers")
     return controller.requires_grad_(False), config.ops, config.levels
@@ -120,7 +129,7 @@ def recorded(intervals: Sequence[Mapping[str, Any]], file: Path) -> Recorded:
     """What was read from `file` for each interval, looked at closely. Raises UserError as `read_policies` does."""
     levels = intervals[0].get("levels", 10)
     if type(levels) is not int or not 2 <= levels <= 1000:
-        raise UserError(f"{file}: levels: {shown(levels)} is not a whole number between 2 and 1000")
+        raise UserError(f"{file}: levels: {short_repr(levels)} is not a whole number between 2 and 1000")
     reader = _Reader(file, levels)
     for interval in intervals:
         if interval.get("levels", 10) != levels:
@@ -188,7 +197,7 @@ class _Reader:
 
     def _wrong(self, where: str, value: Any, what: str) -> UserError:
         place = ": ".join(filter(None, (str(self.file), where)))
-        return UserError(f"{place}: {shown(value)} {what}")
+        return UserError(f"{place}: {short_repr(value)} {what}")
 
 
 def _read_intervals(file: Path) -> list[dict[str, Any]]:
@@ -209,7 +218,7 @@ def _read_intervals(file: Path) -> list[dict[str, Any]]:
         raise UserError(f"{file}: there is no such file of policies; policy_from names one, or a run") from None
     except Exception as error:  # PyYAML's constructors raise more than YAMLError
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        reason = f"line {mark.line + 1}: {one_line(str(problem))}" if mark and problem else in_a_line(error)
+        reason = f"line {mark.line + 1}: {printable(str(problem))}" if mark and problem else first_line(error)
         raise UserError(f"{file}: cannot be read as a file of policies ({reason})") from None
     intervals = [{"policies": one} if isinstance(one, list) else one for one in content]
     if not intervals or not all(isinstance(one, dict) for one in intervals):

@@ -121,7 +121,7 @@ class PerImage(PolicySource, ABC):
     def by_name(self) -> list:
         return []
 
-    def in_words(self) -> list[str]:
+    def describe(self) -> list[str]:
         return [self.words] * self.M
 
     def _plan(self, N: int, size: tuple[int, int], generator: torch.Generator, groups: int) -> Plan:
@@ -222,7 +222,7 @@ class AugMix(PolicySource):
     def by_name(self) -> list:
         return []
 
-    def in_words(self) -> list[str]:
+    def describe(self) -> list[str]:
         mixed = f"AugMix: the image mixed with {self.WIDTH} chains of up to {self.DEPTH} operations"
         return ["as it is" if m == 0 and self.clean_first else mixed for m in range(self.M)]
 

@@ -25,7 +25,7 @@ from controller import Controller, advantage, reinforce
 BEGINNING = Fraction(0)  # of a run
 
 
-class Tally(NamedTuple):
+class LossSums(NamedTuple):
     """What an interval has seen so far in this process: sums of losses under each policy, and over how many images.
 
     loss_sum_M, teacher_sum_M: of the network and of its teacher, float64; the latter 0 where there is none.
@@ -37,7 +37,7 @@ class Tally(NamedTuple):
     images: float
 
     @classmethod
-    def empty(cls, M: int) -> "Tally":
+    def empty(cls, M: int) -> "LossSums":
         return cls(*torch.zeros(2, M, dtype=torch.float64), 0.0)
 
 
@@ -92,7 +92,7 @@ class PolicySource:
         self._signed_O = torch.tensor([op.signed for op in OPS])
         self.op_MQK = torch.full((M, Q, K), -1)
         self.level_MQK = torch.zeros(M, Q, K, dtype=torch.long)
-        self.tally = Tally.empty(M)
+        self.loss_sums = LossSums.empty(M)
 
     def resample(self, generator: torch.Generator, progress: Fraction = BEGINNING) -> None:
         """Begin an interval: choose the M policies and forget the losses of the last ones.
@@ -100,7 +100,7 @@ class PolicySource:
         progress: share of the run's steps that lie before it, in 0..1.
         """
         self._sample(generator, progress)
-        self.tally = Tally.empty(self.M)
+        self.loss_sums = LossSums.empty(self.M)
 
     def plan(self, N: int, size: tuple[int, int], generator: torch.Generator, groups: int = 1) -> Plan:
         """Draw what happens to each of the N * M copies, (N * M * views, K) in all.
@@ -121,11 +121,11 @@ class PolicySource:
     def observe(self, loss_NM: Tensor, teacher_loss_NM: Tensor | None = None) -> None:
         """Add a step's losses to the interval's mean loss of each policy, L^_m; stays on the losses' device."""
         keep = self.reward.ema or 1.0
-        before, sums = self.tally, []
+        before, sums = self.loss_sums, []
         for sum_M, added_NM in ((before.loss_sum_M, loss_NM), (before.teacher_sum_M, teacher_loss_NM)):
             sum_M = upload(sum_M, loss_NM.device) * keep
             sums.append(sum_M if added_NM is None else sum_M + added_NM.detach().double().sum(0))
-        self.tally = Tally(*sums, before.images * keep + len(loss_NM))
+        self.loss_sums = LossSums(*sums, before.images * keep + len(loss_NM))
 
     def update(self, average: Callable[[Tensor], Tensor] = lambda loss_M: loss_M) -> dict[str, Any]:
         """End an interval: learn from the losses. Returns the interval's record.
@@ -137,8 +137,8 @@ class PolicySource:
         the shares of operations and levels. Raises FloatingPointError, before anything is learned, if a loss is not
         finite, and afterwards if the controller is not.
         """
-        sums_2M = torch.stack((self.tally.loss_sum_M, self.tally.teacher_sum_M))
-        loss_M, teacher_loss_M = average(sums_2M / max(1.0, self.tally.images)).cpu()
+        sums_2M = torch.stack((self.loss_sums.loss_sum_M, self.loss_sums.teacher_sum_M))
+        loss_M, teacher_loss_M = average(sums_2M / max(1.0, self.loss_sums.images)).cpu()
         reward_M = loss_M - self.reward.teacher_weight * teacher_loss_M
         if not (loss_M.isfinite() & reward_M.isfinite()).all():
             raise FloatingPointError("the loss is no longer finite")
@@ -164,7 +164,7 @@ class PolicySource:
             for ops_QK, levels_QK in zip(self.op_MQK.tolist(), self.level_MQK.tolist(), strict=True)
         ]
 
-    def in_words(self) -> list[str]:
+    def describe(self) -> list[str]:
         """The M policies as texts with magnitudes, such as "Rotate ±6.67 then Invert or ..."."""
 
         def operation(name: str, level: int) -> str:
@@ -193,7 +193,7 @@ class PolicySource:
         return self.Q * self.K * (math.log(len(self.rows)) + math.log(self.levels)) if len(self.rows) else 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """The policies in use: with `tally`, all that an interval needs to go on where it was left."""
+        """The policies in use: with `loss_sums`, all that an interval needs to go on where it was left."""
         return {"op_MQK": self.op_MQK, "level_MQK": self.level_MQK}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -25,7 +25,6 @@ from torch import nn
 
 import analysis.figures as reportfigures
 import analysis.summaries as summaries
-import dataloader
 import evaluate
 import evaluation.benchmarks as robustness
 import evaluation.plots as pictures
@@ -33,6 +32,7 @@ import experiments
 import main
 import report
 import training.distributed as processes
+from datasets import loading
 from training.checkpoint import Checkpoints
 from training.distributed import World, exit_with_status, join
 
@@ -41,7 +41,7 @@ settings.load_profile("project")
 # Threads that wait for each other by spinning make small steps many times slower on a machine with other work.
 torch.set_num_threads(1)
 processes.leave = sys.exit  # here and in what is forked from here; a script in a process of its own leaves as it is
-dataloader.draw_shapes = functools.cache(dataloader.draw_shapes)  # always the same, and wanted by every run
+loading.draw_shapes = functools.cache(loading.draw_shapes)  # always the same, and wanted by every run
 
 ROOT = Path(__file__).parent.parent
 FIGURE_CLASS, DRAWING = pictures.figure_class, (pictures, summaries, report, reportfigures)
@@ -318,7 +318,7 @@ def little_network(_name, classes, dropout=0.0, **_):
 
 
 class Unkept:
-    """Stands by an epoch in the place of a Keeper, and does nothing but collect the records of its intervals."""
+    """Stands by an epoch in the place of a RunManager, and does nothing but collect the records of its intervals."""
 
     def __init__(self):
         self.intervals = []
@@ -334,7 +334,7 @@ def final_state(run):
     """The newest checkpoint of a run, without what its clocks say."""
     state = Checkpoints(run / "checkpoints").load_newest(pytest.fail)
     del state["positions"]["times.jsonl"]  # clocks have digits of their own
-    del state["so_far"]["seconds"]
+    del state["epoch_totals"]["seconds"]
     return state
 
 

@@ -20,22 +20,11 @@ from test_download import killed_before_step, serving, start_forked, wait_until
 
 import datasets.download as download
 from config import Config
-from dataloader import (
-    Normalise,
-    ResidentSplit,
-    StreamedSplit,
-    balanced_order,
-    crop_and_flip,
-    cutout_mask,
-    draw_centres,
-    draw_crops,
-    epoch_batches,
-    load_data,
-    load_test,
-    make_copies,
-)
+from dataloader import Normalise, crop_and_flip, cutout_mask, draw_centres, draw_crops, epoch_batches, make_copies
 from datasets.download import Downloads
+from datasets.loading import balanced_order, load_data, load_test
 from datasets.shapes import CLASSES, draw_shapes
+from datasets.splits import ResidentSplit, StreamedSplit
 from utils import UserError
 
 CPU = torch.device("cpu")

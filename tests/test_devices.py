@@ -25,12 +25,13 @@ from torch.utils._pytree import tree_leaves
 import main
 import training.state as trainingstate
 from config import POLICIES, Config, plain_values
-from dataloader import Normalise, ResidentSplit
+from dataloader import Normalise
+from datasets.splits import ResidentSplit
 from evaluate import predict
 from models import build_model
 from policies.files import fresh_controller
-from training.checkpoint import save_tensors
 from training.distributed import World
+from utils import save_tensors
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 N, STEPS = 8, 2
@@ -162,12 +163,14 @@ def test_no_step_waits_for_its_device(settings, watched, policies_from):
     if settings.get("policy") in policies_from:
         settings = settings | {"policy_from": policies_from[settings["policy"]]}
     build = build_model if "model" in settings else little_network
-    state, keeper = start(configure(**settings), META, build), Steps()
+    state, manager = start(configure(**settings), META, build), Steps()
     with watched(), NO_VALUES:  # the end of the epoch reads them
-        main.train_one_epoch(state, images_on(META), keeper)
-    assert keeper.steps == STEPS
-    assert state.so_far.copies == STEPS * N * 3
-    on = {one.device for one in tree_leaves([state.optimizer.state, state.policies.tally]) if isinstance(one, Tensor)}
+        main.train_one_epoch(state, images_on(META), manager)
+    assert manager.steps == STEPS
+    assert state.epoch_totals.copies == STEPS * N * 3
+    on = {
+        one.device for one in tree_leaves([state.optimizer.state, state.policies.loss_sums]) if isinstance(one, Tensor)
+    }
     assert on == {META}
 
 
@@ -182,11 +185,11 @@ def test_no_step_waits_after_a_resumption(settings, watched):
     with pytest.raises(Paused):
         main.train_one_epoch(before, images_on(CPU), Steps(pause_after=1))
     saved = before.state_dict() | {"scaler": torch.amp.GradScaler("cpu").state_dict() if config.amp else {}}
-    state, keeper = start(config, META), Steps()
+    state, manager = start(config, META), Steps()
     state.load_state_dict(saved, Path("run"))
     with watched(), NO_VALUES:
-        main.train_one_epoch(state, images_on(META), keeper)
-    assert keeper.steps == STEPS - 1
+        main.train_one_epoch(state, images_on(META), manager)
+    assert manager.steps == STEPS - 1
 
 
 @pytest.mark.parametrize(("model", "bfloat16"), [*((model, True) for model in NETWORKS), ("wresnet10_1", False)])
@@ -219,11 +222,11 @@ def test_a_planted_fault_is_seen(fault, words, watched):
 
 
 def test_a_tensor_left_on_the_cpu_in_a_step_is_seen(watched):
-    state, keeper = start(configure(), META), Steps()
+    state, manager = start(configure(), META), Steps()
     state.normalise.mean_C11 = torch.zeros(3, 1, 1)
     with watched(), pytest.raises((AssertionError, RuntimeError), match="device"):
-        main.train_one_epoch(state, images_on(META), keeper)
-    assert keeper.steps == 0
+        main.train_one_epoch(state, images_on(META), manager)
+    assert manager.steps == 0
 
 
 @pytest.mark.cuda
@@ -232,15 +235,15 @@ def test_no_step_waits_for_the_device(settings, device, policies_from):
     if settings.get("policy") in policies_from:
         settings = settings | {"policy_from": policies_from[settings["policy"]]}
     state = start(configure(**settings), device, build_model if "model" in settings else little_network)
-    keeper = Steps(watch_after=1 if device.type == "cuda" else None)
+    manager = Steps(watch_after=1 if device.type == "cuda" else None)
     waits = pytest.raises(RuntimeError, match="called a synchronizing") if device.type == "cuda" else nullcontext()
     try:
         with waits:  # the end of the epoch does
-            main.train_one_epoch(state, images_on(device), keeper)
+            main.train_one_epoch(state, images_on(device), manager)
     finally:
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
-    assert keeper.steps == STEPS
+    assert manager.steps == STEPS
 
 
 DEMANDING = ("dropout=0.1", "policy_interval=3", "controller_lr=0.05")

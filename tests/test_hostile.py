@@ -37,14 +37,13 @@ from torch.package import PackageExporter
 import config
 import evaluation.benchmarks as robustness
 from config import LONGEST_CONF, Config, load_config, overrides_from, plain_values, run_directory, stays_below
-from dataloader import load_data
 from datasets.download import Missing, Remote, unpack
 from datasets.imagefiles import CentreCrop, FileCheck, FitSquare, ImageFiles, RandomCrop
+from datasets.loading import load_data
 from evaluation.benchmarks import LookOnly
 from evaluation.corruptions import STANDARD
 from models import build_model
-from training.checkpoint import load_tensors
-from utils import UserError, has_shape, shown
+from utils import UserError, has_shape, load_tensors, short_repr
 
 CPU = torch.device("cpu")
 FIELDS = list(Config.__dataclass_fields__)
@@ -298,7 +297,7 @@ EDITS = st.lists(
     min_size=1,
     max_size=5,
 )
-CONFS = [path.read_bytes() for path in sorted((ROOT / "confs").rglob("*.yaml"))]
+CONFS = [path.read_bytes() for path in sorted((ROOT / "confs").glob("*.yaml"))]
 # A run's own, with all settings; without comments, every edit tells.
 PLAIN_CONFS = [config.to_yaml(Config()).encode(), *(yaml.safe_dump(yaml.safe_load(text)).encode() for text in CONFS)]
 
@@ -327,7 +326,7 @@ def test_values_that_no_yaml_can_hold_are_shown_shortly():
     for value in (nested, deep, torch.zeros(()).expand(10**15), {nested: deep}, {1: [deep] * 9}, 1j, bytearray(10**6)):
         message = refusal(load_config, None, {"lr": ("their.pt", value)})
         assert_in_words(message, "their.pt: lr: ", "is not a number", most=250)
-    assert shown(deep) == "<OrderedDict>"
+    assert short_repr(deep) == "<OrderedDict>"
     message = refusal(load_config, None, {nested: ("their.pt", 1)})
     assert message == "their.pt: unknown setting <Parameter>"
 

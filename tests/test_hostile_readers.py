@@ -10,12 +10,12 @@ from conftest import assert_refused
 from test_hostile import PACKED, assert_in_words, calls, names, refusal, repacked, saved_by_torch
 
 from config import Config, plain_values
-from dataloader import load_data
 from datasets.download import Ledger, unpack
+from datasets.loading import load_data
 from evaluation.generated import read_manifest
 from evaluation.results import read_results
 from models import build_model
-from training.checkpoint import load_tensors
+from utils import load_tensors
 
 
 def model_pt(path, **other):

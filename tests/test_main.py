@@ -16,12 +16,13 @@ import training.rundirectory as rundirectory
 import training.state as trainingstate
 from augmentations import OPS, row_of
 from config import Config, load_config
-from dataloader import Normalise, ResidentSplit, epoch_batches
+from dataloader import Normalise, epoch_batches
+from datasets.splits import ResidentSplit
 from evaluate import score
 from models import build_model
 from policies.sources import RandomPolicies
-from training.checkpoint import Checkpoints, load_tensors
-from utils import choose_kernels, environment, full_float32, keyed_generator
+from training.checkpoint import Checkpoints
+from utils import choose_kernels, environment, full_float32, keyed_generator, load_tensors
 
 # Noise in the network, and intervals that end in the middle of epochs (4 steps each): state that is easily lost.
 DEMANDING = ("dropout=0.1", "policy_interval=3", "controller_lr=0.05")
@@ -171,9 +172,9 @@ def test_rewards_belong_to_the_policies_that_caused_them(destroyer):
     state = state_for(config, policies)
     split = ResidentSplit(images, labels)
     for _ in range(config.epochs):
-        metrics = main.train_one_epoch(state, split, keeper := Unkept())
+        metrics = main.train_one_epoch(state, split, manager := Unkept())
         state.end_epoch()
-    (record,) = keeper.intervals
+    (record,) = manager.intervals
     losses = record["losses"]
     assert losses.index(max(losses)) == destroyer
     assert max(losses) > 1.5 * sorted(losses)[-2]

@@ -1,23 +1,14 @@
 """Files that carry a run on: written whole or not at all, named by their own hash, and loaded without running code."""
 
-import contextlib
-import hashlib
-import os
-import pickle
 import re
-import shutil
-import warnings
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from utils import UserError, has_shape, in_a_line, require_file
+from utils import UserError, has_shape, load_tensors, sha256_of, size_of, write_atomically, write_tensors
 
 CONTENT = {
-    "epoch": int, "step": int, "model": dict, "optimizer": dict, "scaler": dict, "policies": dict, "so_far": dict,
+    "epoch": int, "step": int, "model": dict, "optimizer": dict, "scaler": dict, "policies": dict, "epoch_totals": dict,
     "positions": dict, "data": str, "ranks": [{"devices": int}],
 }  # fmt: skip
 NAME = re.compile(r"epoch-(\d+)-step-(\d+)-([0-9a-f]{16})\.pt")
@@ -47,7 +38,7 @@ class Checkpoints:
         stem = f"epoch-{state['epoch']:04d}-step-{state['step']:06d}"
         path = write_atomically(
             self.folder / "new",
-            lambda new: _write_tensors(state, new),
+            lambda new: write_tensors(state, new),
             name=lambda new: self.folder / f"{stem}-{sha256_of(new)[:16]}.pt",
             needs=size_of(state),
         )
@@ -89,107 +80,6 @@ class Checkpoints:
             )
         self._whole = whole
         return content
-
-
-def load_tensors(path: Path) -> Any:
-    """A file written by torch.save that holds tensors and plain values only; nothing in it is executed."""
-    return load_hashed(path)[0]
-
-
-def load_hashed(path: Path) -> tuple[Any, str]:
-    """What `load_tensors` gives, and the SHA-256, in hex, of the very file that it was read from."""
-    try:
-        require_file(path)
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            if zipfile.is_zipfile(file):
-                with zipfile.ZipFile(file) as archive:
-                    # torch.save packs nothing: what says that it holds more would fill the memory.
-                    if sum(entry.file_size for entry in archive.infolist()) > os.fstat(file.fileno()).st_size:
-                        raise ValueError("says that it holds more than it is long")
-            file.seek(0)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # of torch, about files that it then refuses
-                return torch.load(file, map_location="cpu", weights_only=True), sha256
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
-    except Exception as error:  # damage shows in many ways: RuntimeError, EOFError, UnpicklingError, KeyError, ...
-        reason = in_a_line(error)[:160]
-        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):  # torch's words say how to run it
-            reason = "it is damaged, or holds more than tensors and plain values: do not trust it then"
-        raise UserError(f"{path}: cannot be read as a checkpoint ({reason})") from None
-
-
-def save_tensors(path: Path, content: dict[str, Any]) -> None:
-    """Write a file for `load_tensors`, whole or not at all."""
-    write_atomically(path, lambda new: _write_tensors(content, new), needs=size_of(content))
-
-
-def size_of(state: Any) -> int:
-    """Bytes of all tensors in a nested state."""
-    if isinstance(state, torch.Tensor):
-        return state.nbytes
-    items = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
-    return sum(map(size_of, items))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8, whole or not at all."""
-    write_atomically(path, lambda new: new.write_text(text, encoding="utf-8"))
-
-
-def write_atomically(
-    path: Path, write: Callable[[Path], Any], name: Callable[[Path], Path] | None = None, needs: int = 0
-) -> Path:
-    """Call write(temporary path), flush to disk, and rename in one step to `path`, or to name(temporary path).
-
-    needs: bytes, as far as they are known, for the message. Raises UserError, with what was there before as it was,
-    where the disk is full or cannot be written to.
-    """
-    temporary = path.with_name(f"{path.name}.part")
-    try:
-        write(temporary)
-        _flush_to_disk(temporary)
-        final = name(temporary) if name else path
-        temporary.replace(final)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        cause = error.__context__ if isinstance(error, RuntimeError) else error  # as torch.save reports what it meets
-        if not isinstance(cause, OSError):
-            raise
-        raise UserError(f"{path.parent}: {cannot_write(path.parent, cause, needs)}") from None
-    with contextlib.suppress(OSError):  # not every file system knows it for a folder
-        _flush_to_disk(final.parent)
-    return final
-
-
-def cannot_write(folder: Path, error: OSError, needs: int = 0) -> str:
-    """Why a file in `folder` cannot be written, and what to do about it, in words."""
-    reason = [error.strerror or in_a_line(error)]
-    reason += [f"{needs / 1e6:,.1f} MB are needed"] if needs else []
-    with contextlib.suppress(OSError):
-        reason.append(f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB are free")
-    return f"cannot be written to ({', '.join(reason)}); make room or mend its permissions; what was saved is whole"
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_tensors(content: dict[str, Any], path: Path) -> None:
-    with path.open("wb") as file:  # given a path, torch.save would not say why it cannot write
-        torch.save(content, file)
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _position(file: Path) -> tuple[int, int]:

@@ -44,7 +44,7 @@ class World:
         return self.devices[0]
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process is the one that writes and prints."""
         return self.rank == 0
 
@@ -76,7 +76,9 @@ class World:
         if self.in_group:
             device_ids = [self.device.index] if self.device.type == "cuda" else None
             wrapped = nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-            wrapped.broadcast_buffers = False  # each keeps its statistics until `even_out`; the argument is deprecated
+            wrapped.broadcast_buffers = (
+                False  # each keeps its statistics until `average_batchnorm`; the argument is deprecated
+            )
             # After its first backward pass it lays its sums of gradients out anew, and rounds them otherwise from then
             # on. A pass before the first step makes a resumed run round as the one that went on.
             wrapped.eval()(torch.zeros(2, 3, image_size, image_size, device=self.device)).sum().backward()
@@ -114,7 +116,7 @@ class World:
             dist.all_gather_object(values, value)
         return values
 
-    def from_leader(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The leader's value, in every process."""
         values = [value]
         if self.in_group:
@@ -122,12 +124,12 @@ class World:
         return values[0]
 
     @contextlib.contextmanager
-    def one_first(self, needed: bool) -> Iterator[None]:
+    def main_process_first(self, needed: bool) -> Iterator[None]:
         """The leader goes ahead, then one process of each machine, then the others: for what is fetched once.
 
         needed: otherwise all go at once.
         """
-        turns, turn = (2, 0 if self.leads else 1 if not self.local_rank else 2) if needed else (0, 0)
+        turns, turn = (2, 0 if self.is_main else 1 if not self.local_rank else 2) if needed else (0, 0)
         for _ in range(turn):
             self.gather(None)
         yield
@@ -141,7 +143,7 @@ class World:
             other = next(rank for rank, found in enumerate(values) if found != values[0])
             raise UserError(f"{what} of process {other} differ from those of process 0")
 
-    def even_out(self, model: nn.Module) -> None:
+    def average_batchnorm(self, model: nn.Module) -> None:
         """Give all processes the mean of their BatchNorm statistics, which each has made of its own images."""
         if self.in_group:
             statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
@@ -151,7 +153,7 @@ class World:
                 buffer.copy_(values.view_as(buffer))
 
 
-class LateMaximum:
+class AsyncMax:
     """The largest of each of a few numbers over all processes, as of the call before: none waits for the slowest.
 
     One process alone has its numbers at once.
@@ -285,7 +287,7 @@ def _tell(error: BaseException) -> int:
     elif isinstance(error, BrokenPipeError) and _nobody_reads():
         return 141
     elif speaks:
-        message = _in_words(error)
+        message = _describe(error)
     if speaks:
         # Names of files and folders may be somebody else's, and a terminal obeys what is not printable.
         message = "".join(c if c == "\n" or c.isprintable() else repr(c)[1:-1] for c in message)
@@ -304,7 +306,7 @@ def _nobody_reads() -> bool:
         return False
 
 
-def _in_words(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     """A message for what the user can mend; anything else is raised again."""
     where = f"process {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
     if isinstance(error, (UserError, OSError, UnicodeError)):

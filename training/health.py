@@ -24,7 +24,7 @@ class NotFinite(FloatingPointError):
         self.what, self.step, self.ranks, self.policies = what, step, ranks, policies
 
 
-class Numbers:
+class FiniteMonitor:
     """Whether every loss and every gradient of an epoch has been finite, noted on the device: no step waits for it.
 
     Where a scaler leaves out the steps whose gradients are not finite, these are counted instead.

@@ -112,7 +112,7 @@ class _Lock:
     def refusal(self, holder: Holder | None) -> UserError:
         """holder: None where it is not known: it has not written its name yet."""
         return UserError(
-            f"{self.target}: is being written by {_in_words(holder)}\nwait for it to end, stop it, or {self.remedy}"
+            f"{self.target}: is being written by {_describe(holder)}\nwait for it to end, stop it, or {self.remedy}"
         )
 
     def _attempt(self) -> int | None:
@@ -159,13 +159,13 @@ class _Lock:
             if before.started and before.runs():  # its lock has gone: it has opened and closed the file once more
                 raise self.refusal(before)
         elif before and before.host != self.own.host:  # a file system may not tell one host of the other's locks
-            warn(f"{self.path}: was left by {_in_words(before)}; if that is not stopped yet, stop one of the two")
+            warn(f"{self.path}: was left by {_describe(before)}; if that is not stopped yet, stop one of the two")
         return True
 
     def _inherit(self, descriptor: int, before: Holder | None) -> bool:
         """Without the system's locks: remove the file of a holder that has ended; False: there is a new one to make."""
         if before is None or before.host != self.own.host:
-            whose = f"says {_in_words(before)}" if before else "does not say which process"
+            whose = f"says {_describe(before)}" if before else "does not say which process"
             raise UserError(
                 f"{self.path}: {whose} is writing there; if none is, remove the file\n"
                 f"(locks do not work on this file system), or {self.remedy}"
@@ -182,7 +182,7 @@ class _Lock:
         return False
 
 
-def _in_words(holder: Holder | None) -> str:
+def _describe(holder: Holder | None) -> str:
     return f"process {holder.process} on {holder.host} (since {holder.since})" if holder else "another process"
 
 

@@ -19,8 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from training.checkpoint import cannot_write
-from utils import UserError, duration
+from utils import UserError, cannot_write, duration
 
 JSONL_FILES = ("metrics.jsonl", "policies.jsonl", "times.jsonl")
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from training.checkpoint import Checkpoints
-from training.distributed import LateMaximum
+from training.distributed import AsyncMax
 from training.health import collapse
 from training.log import JSONL_FILES, Progress, RunLog, SilentLog
-from training.signals import Stopped, Wish
+from training.signals import Stopped, StopRequest
 from training.state import TrainingState
 from utils import UserError, warn
 
@@ -39,7 +39,7 @@ def count_rewinds(run: Path) -> int:
     return count
 
 
-class Keeper:
+class RunManager:
     """Entered as a context, it opens the run's log, and the process ends by signals only as it says.
 
     steps: of an epoch. fingerprint: of the data.
@@ -47,20 +47,20 @@ class Keeper:
 
     def __init__(self, run: Path, state: TrainingState, steps: int, fingerprint: str):
         self.run, self.state, self.steps = run, state, steps
-        self.wish = Wish(self._in_words if state.world.leads else None)
+        self.stop_request = StopRequest(self._describe if state.world.is_main else None)
         self._fingerprint = fingerprint
         self._checkpoints = Checkpoints(run / "checkpoints")
-        self._noticed = LateMaximum(state.world)
+        self._noticed = AsyncMax(state.world)
         self._positions: dict[str, int] | None = None  # of the log at the last checkpoint
         self._saved_at = self._collapsed = None
         self._lap_began = time.perf_counter()
         self._step_seconds = self._save_seconds = 0.0
 
-    def __enter__(self) -> "Keeper":
+    def __enter__(self) -> "RunManager":
         with contextlib.ExitStack() as entered:
             self._open()
             entered.callback(self._close)
-            entered.enter_context(self.wish)
+            entered.enter_context(self.stop_request)
             if self._saved_at is None:  # if it does not fit on the disk, it is better known now
                 self.save()
             self._leave = entered.pop_all()
@@ -78,15 +78,15 @@ class Keeper:
         Raises UserError where there are only damaged ones, or those of other data, settings or processes.
         """
         state, world = self.state, self.state.world
-        saved = world.from_leader(self._checkpoints.load_newest(warn) if world.leads else None)
+        saved = world.broadcast(self._checkpoints.load_newest(warn) if world.is_main else None)
         if saved is None:
-            if world.leads:
+            if world.is_main:
                 require_nothing_finished(self.run)
             return False
         if elastic and not state.fits(saved):
-            newest = self._checkpoints.load_newest(warn, between_epochs=True) if world.leads else None
-            saved = world.from_leader(newest)
-            if world.leads:
+            newest = self._checkpoints.load_newest(warn, between_epochs=True) if world.is_main else None
+            saved = world.broadcast(newest)
+            if world.is_main:
                 warn(
                     f"{self.run}: goes on from the start of epoch {saved['epoch'] + 1} with other processes or devices "
                     "than it began with: not exactly the run that it would have been"
@@ -109,7 +109,7 @@ class Keeper:
         self._positions = saved["positions"]
         self._saved_at = (state.epoch, state.step) if exact else None
         # Those of a process that was killed before it could save that it went back.
-        state.rewinds = max(state.rewinds, world.from_leader(count_rewinds(self.run) if world.leads else 0))
+        state.rewinds = max(state.rewinds, world.broadcast(count_rewinds(self.run) if world.is_main else 0))
         return True
 
     def save(self) -> None:
@@ -122,7 +122,7 @@ class Keeper:
         began = time.perf_counter()
         saved = self.state.state_dict()
         self._positions = self.log.positions()
-        if self.state.world.leads:
+        if self.state.world.is_main:
             self._checkpoints.save(saved | {"positions": self._positions, "data": self._fingerprint})
         self.state.world.gather(None)  # nobody goes on, or says that it is saved, before it is
         self._saved_at = self.state.epoch, self.state.step
@@ -132,19 +132,19 @@ class Keeper:
         """Seconds since the last call, which count as those that the epoch has spent on "train" or on "other"."""
         now = time.perf_counter()
         seconds, self._lap_began = now - self._lap_began, now
-        self.state.so_far.seconds[doing] += seconds
+        self.state.epoch_totals.seconds[doing] += seconds
         return seconds
 
     def after_step(self) -> None:
-        """Between two steps: save where that is due, heed what any process has noticed; none waits for its device.
+        """Between two steps: save where that is due, and act on what any process has noticed; none waits.
 
         Raises NotFinite or, when the state is saved, Stopped; the same in all processes.
         """
         state = self.state
         self._step_seconds = self.lap("train")
         doing = f"epoch {state.epoch + 1}/{state.config.epochs}"
-        self.progress.step(doing, state.so_far.loss_and_correct, state.so_far.copies)
-        bad, signum = self._noticed(state.numbers.look(), self.wish.signum)
+        self.progress.step(doing, state.epoch_totals.loss_and_correct, state.epoch_totals.copies)
+        bad, signum = self._noticed(state.monitor.look(), self.stop_request.signum)
         if bad:
             state.require_finite()
         every = state.config.checkpoint_every
@@ -169,10 +169,10 @@ class Keeper:
             self.progress.say(f"after step {record['step']} the controller has collapsed: {words}")
         self._collapsed = words
 
-    def heed(self) -> None:
+    def stop_if_requested(self) -> None:
         """Where nothing is under way: if any process is wished to stop, save, and raise Stopped in all of them."""
         self._noticed.settle()
-        signum = max(self.state.world.gather(self.wish.signum))
+        signum = max(self.state.world.gather(self.stop_request.signum))
         if signum and self.state.epoch < self.state.config.epochs:
             self.save()
             raise Stopped(signum)
@@ -205,7 +205,7 @@ class Keeper:
         details = [f"process {', '.join(map(str, ranks))}"] if ranks else []
         details += [f"policy {', '.join(str(m + 1) for m in of_policies)}"] if of_policies else []
         what = f"{error} in epoch {state.epoch + 1}, step {step + 1}" + (f" ({'; '.join(details)})" if details else "")
-        in_use = (f"  {number}. {words}" for number, words in enumerate(state.policies.in_words(), start=1))
+        in_use = (f"  {number}. {words}" for number, words in enumerate(state.policies.describe(), start=1))
         words = "\n".join((f"{what}, with these policies in use:", *in_use))
         record = {
             "incident": str(error),
@@ -223,7 +223,7 @@ class Keeper:
         return what
 
     def _open(self) -> None:
-        state, leads = self.state, self.state.world.leads
+        state, leads = self.state, self.state.world.is_main
         done = state.epoch * self.steps + state.step
         self.log = RunLog(self.run, self._positions, step=done) if leads else SilentLog()
         self.progress = Progress(state.config.epochs * self.steps, done=done, shown=leads)
@@ -232,6 +232,6 @@ class Keeper:
         self.progress.close()
         self.log.close()
 
-    def _in_words(self, name: str) -> str:
+    def _describe(self, name: str) -> str:
         about = max(1.0, self._step_seconds + self._save_seconds)
         return f"{name}: finishing this step and saving, about {about:.0f} s; a second Ctrl-C ends it without saving"

@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 
 from config import Config, changed_settings, load_config, to_yaml
-from training.checkpoint import write_text
 from training.lock import RUN_LOCK, sole_writer
-from utils import UserError, environment, has_shape, in_a_line, warn
+from utils import UserError, environment, first_line, has_shape, warn, write_text
 
 THAT_ROUND = ("torch", "device", "threads")  # of an environment: with others, numbers are rounded otherwise
 
@@ -71,7 +70,7 @@ def write_run_directory(run: Path, config: Config, device: torch.device, *, afre
         if not has_shape(starts, [dict.fromkeys(THAT_ROUND, object)]):
             raise ValueError("entries are missing or of another kind")
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({in_a_line(error)}); put a copy back, or remove it") from None
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); put a copy back, or remove it") from None
     starts.append(environment(device))
     first, now = starts[0], starts[-1]
     for name in THAT_ROUND:

@@ -76,16 +76,7 @@ def signals_raise() -> Iterator[Callable[[], None]]:
             signal.signal(number, handler)
 
 
-def leave_signals_to_the_parent(_: int = 0) -> None:
-    """For a process that decodes images: signals reach the whole group, and its images are needed until the end.
-
-    Only a second SIGTERM, which the parent sends to one that is stuck, ends it.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-
-
-class Wish:
+class StopRequest:
     """While it is entered, SIGINT and SIGTERM are noted in `signum` instead of ending the process.
 
     A second Ctrl-C ends it at once, whatever it is doing. A launcher (torchrun) hands on the Ctrl-C that the terminal
@@ -99,7 +90,7 @@ class Wish:
         self._says = says
         self._left = 2 if "TORCHELASTIC_RUN_ID" in os.environ else 1  # times that SIGINT is borne
 
-    def __enter__(self) -> "Wish":
+    def __enter__(self) -> "StopRequest":
         self._process = os.getpid()
         of_the_main_thread = threading.current_thread() is threading.main_thread()
         numbers = [n for n in SIGNALS if of_the_main_thread and signal.getsignal(n) is not signal.SIG_IGN]

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from config import Config
 from dataloader import Normalise
 from policies.files import build_policies
-from policies.sources import PolicySource, Tally
+from policies.sources import LossSums, PolicySource
 from training.distributed import World, digest
-from training.health import Collapse, Numbers
+from training.health import Collapse, FiniteMonitor
 from training.teacher import Teacher
-from utils import UserError, in_a_line, keyed_generator, random_state, seed_default_generators, set_random_state
+from utils import UserError, first_line, keyed_generator, random_state, seed_default_generators, set_random_state
 
 
 @dataclass
-class EpochSoFar:
+class EpochTotals:
     """What an epoch under way has seen in this process."""
 
     loss_and_correct: Tensor  # sum of all losses, and number of right answers, float64 on the device
@@ -41,8 +41,8 @@ class TrainingState:
     policies: PolicySource
     teacher: Teacher | None
     normalise: Normalise
-    numbers: Numbers
-    so_far: EpochSoFar
+    monitor: FiniteMonitor
+    epoch_totals: EpochTotals
     epoch: int = 0  # finished epochs
     step: int = 0  # finished steps of the next one
     best: float = 0.0  # best top-1 seen on the split that is scored during training; nothing is chosen by it
@@ -59,8 +59,8 @@ class TrainingState:
         trained = world.wrap(model, amp_dtype, config.image_size)
         if config.compile:
             model.compile()  # in place: the state dict's keys stay as they are
-        nothing = EpochSoFar(torch.zeros(2, dtype=torch.float64, device=world.device))
-        numbers = Numbers(world.device)
+        nothing = EpochTotals(torch.zeros(2, dtype=torch.float64, device=world.device))
+        numbers = FiniteMonitor(world.device)
         return cls(config, world, model, trained, optimizer, scaler, policies, teacher, normalise, numbers, nothing)
 
     def precision(self) -> torch.autocast:
@@ -70,13 +70,13 @@ class TrainingState:
 
     def end_epoch(self) -> None:
         self.epoch, self.step = self.epoch + 1, 0
-        self.so_far = EpochSoFar(torch.zeros_like(self.so_far.loss_and_correct))
-        self.numbers.reset()
+        self.epoch_totals = EpochTotals(torch.zeros_like(self.epoch_totals.loss_and_correct))
+        self.monitor.reset()
 
     def require_finite(self) -> None:
         """Raises NotFinite, in all processes, if a number of this epoch was not finite, or the network is not."""
         weights = itertools.chain(self.model.parameters(), self.model.buffers())
-        self.numbers.require_finite(self.world, weights, max(0, self.step - 1))
+        self.monitor.require_finite(self.world, weights, max(0, self.step - 1))
 
     def state_dict(self) -> dict[str, Any]:
         """What all processes share, and under "ranks" what each has of its own. To be called by all of them.
@@ -90,17 +90,17 @@ class TrainingState:
             averages = list(self.teacher.model.parameters())
             self.world.require_equal(f"{where}: the teacher", lambda: digest(averages))
         self.world.require_equal(f"{where}: the policies", lambda: digest(self.policies.state_dict()))
-        tally = self.policies.tally
+        loss_sums = self.policies.loss_sums
         own = {
             "devices": len(self.world.devices),
             "random": random_state(self.world.devices),
-            "loss_sum_M": tally.loss_sum_M.cpu(),
-            "teacher_sum_M": tally.teacher_sum_M.cpu(),
-            "images": tally.images,
+            "loss_sum_M": loss_sums.loss_sum_M.cpu(),
+            "teacher_sum_M": loss_sums.teacher_sum_M.cpu(),
+            "images": loss_sums.images,
             "teacher_buffers": self.teacher.buffers() if self.teacher else {},
-            "loss_and_correct": self.so_far.loss_and_correct.cpu(),
-            "copies": self.so_far.copies,
-            "skipped": int(self.numbers.skipped),
+            "loss_and_correct": self.epoch_totals.loss_and_correct.cpu(),
+            "copies": self.epoch_totals.copies,
+            "skipped": int(self.monitor.skipped),
             "buffers": {name: buffer.cpu() for name, buffer in self.model.named_buffers()},
         }
         return {
@@ -109,7 +109,7 @@ class TrainingState:
             "best": self.best,
             "collapse": list(self.collapse),
             "rewinds": self.rewinds,
-            "so_far": {"adversary": self.so_far.adversary, "seconds": self.so_far.seconds},
+            "epoch_totals": {"adversary": self.epoch_totals.adversary, "seconds": self.epoch_totals.seconds},
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -136,25 +136,25 @@ class TrainingState:
             self.optimizer.load_state_dict(saved["optimizer"] | {"param_groups": groups})
             self.scaler.load_state_dict(saved["scaler"])
             self.policies.load_state_dict(saved["policies"])
-            self.policies.tally = Tally(own["loss_sum_M"], own["teacher_sum_M"], own["images"])
+            self.policies.loss_sums = LossSums(own["loss_sum_M"], own["teacher_sum_M"], own["images"])
             of_teacher = saved["teacher"], own["teacher_buffers"]
             if self.teacher:
                 self.teacher.load_state_dict(*of_teacher)
             sums = own["loss_and_correct"].to(self.world.device)
-            self.so_far = EpochSoFar(sums, own["copies"], **saved["so_far"])
-            self.numbers.reset(own["skipped"])
+            self.epoch_totals = EpochTotals(sums, own["copies"], **saved["epoch_totals"])
+            self.monitor.reset(own["skipped"])
             if own["random"]:
                 set_random_state(own["random"], self.world.devices)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # of anything that is of another form than was saved
-            reason = in_a_line(error)
+            reason = first_line(error)
             raise UserError(f"{run}: its checkpoint does not fit the settings in its config.yaml ({reason})") from None
 
     def _share_of(self, saved: dict[str, Any]) -> dict[str, Any]:
         """What a process has of its own in a state that others have written between two epochs.
 
-        The tally, of an interval that may be under way, is dealt out; noise in the network begins anew.
+        The loss_sums, of an interval that may be under way, is dealt out; noise in the network begins anew.
         """
         seed_default_generators(self.world.devices, self.config.seed, "noise", self.world.rank, saved["epoch"])
         ranks, size = saved["ranks"], self.world.size

@@ -15,8 +15,7 @@ import main
 import report
 from analysis.page import levels_table, neutral_level
 from augmentations import OPS
-from training.checkpoint import load_tensors, save_tensors
-from utils import UserError
+from utils import UserError, load_tensors, save_tensors
 
 SMALL = ("ops=[Rotate, Solarize, Color]", "levels=4", "Q=2", "policy_interval=2", "controller_lr=0.1", *LITTLE)
 

@@ -13,8 +13,9 @@ from PIL import Image
 
 import datasets.imagefiles as imagefiles
 from config import Config
-from dataloader import ResidentSplit, StreamedSplit, load_data, load_test
 from datasets.imagefiles import CentreCrop, FileCheck, ImageFiles, RandomCrop
+from datasets.loading import load_data, load_test
+from datasets.splits import ResidentSplit, StreamedSplit
 from utils import UserError, keyed_seed
 
 CPU = torch.device("cpu")

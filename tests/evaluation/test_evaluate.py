@@ -18,17 +18,18 @@ import torch.nn.functional as F
 from conftest import ALONE, TINY, assert_refused, scripts_on_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_processes import free_port, launch
+from test_distributed import free_port, launch
 
 import evaluate
 from config import Config
-from dataloader import Normalise, ResidentSplit, load_test
+from dataloader import Normalise
+from datasets.loading import load_test
+from datasets.splits import ResidentSplit
 from evaluation.corruptions import CORRUPTIONS
 from evaluation.metrics import Scores
 from models import build_model
-from training.checkpoint import load_tensors, sha256_of
 from training.lock import sole_writer
-from utils import UserError
+from utils import UserError, load_tensors, sha256_of
 
 CPU = torch.device("cpu")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import evaluation.metrics as metrics
-from evaluation.benchmarks import Benchmark, Cell
+from evaluation.benchmarks import Benchmark, Subset
 from evaluation.corruptions import EXTRA, SEVERITIES, STANDARD
 from evaluation.metrics import Predictions, measure, measure_sequences, reliability_bins, summarise, surest_mistakes
 
@@ -21,7 +21,7 @@ def benchmark(kind, name="cifar10-c"):
 
 
 def cell(part="", severity=None, images=4, frames=1):
-    return Cell(part, severity, images, lambda: None, frames)
+    return Subset(part, severity, images, lambda: None, frames)
 
 
 def test_flips_by_hand():

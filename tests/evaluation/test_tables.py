@@ -256,7 +256,7 @@ def test_numbers_of_corruptions_are_as_published():
 
 
 def test_published_errors_are_those_of_the_readme():
-    confs = sorted((ROOT / "confs").glob("*/*.yaml"))
+    confs = sorted(path for path in (ROOT / "confs").glob("*/*.yaml") if path.parent.name != "experiments")
     assert len(confs) >= 16
     for conf in confs:
         (row,) = re.findall(rf"^\|.*\]\({conf.relative_to(ROOT).as_posix()}\).*$", README, re.MULTILINE)

@@ -121,9 +121,9 @@ def test_policies_in_words_give_magnitudes_where_there_are_any():
     source = RandomPolicies(1, 2, 2, NAMES)
     source.op_MQK = torch.tensor([[[row_of("Rotate"), row_of("Invert")], [row_of("Solarize"), row_of("Contrast")]]])
     source.level_MQK = torch.tensor([[[2, 7], [9, 0]]])
-    assert source.in_words() == ["Rotate ±6.67 then Invert or Solarize 256 then Contrast 0.1"]
+    assert source.describe() == ["Rotate ±6.67 then Invert or Solarize 256 then Contrast 0.1"]
     assert source.by_name() == [[[("Rotate", 2), ("Invert", 7)], [("Solarize", 9), ("Contrast", 0)]]]
-    assert PolicySource(1, 2).in_words() == ["as it is"]
+    assert PolicySource(1, 2).describe() == ["as it is"]
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -241,7 +241,7 @@ def test_an_interval_goes_on_from_a_saved_state(name):
         source.resample(generator(1))
         source.observe(losses[1])
     second.load_state_dict(first.state_dict())
-    second.tally = first.tally
+    second.loss_sums = first.loss_sums
     for source in (whole, second):
         source.observe(losses[2])
     assert whole.update() == second.update()

@@ -161,7 +161,7 @@ def test_each_copy_draws_for_itself_and_everything_is_as_likely_as_published(pol
         assert draws.applied_BK.double().mean().item() == pytest.approx(expected, abs=0.01)
     record = source.update()
     assert (record["policies"], record["shares"], record["entropy"]) == ([], {}, 0.0)
-    assert len(source.in_words()) == 4
+    assert len(source.describe()) == 4
 
 
 # AugMix
@@ -328,4 +328,4 @@ def test_the_first_copy_that_the_network_sees_is_clean_and_the_others_are_not():
     assert torch.equal(mixed[:, 0], images.float())
     assert (mixed[:, 1] != images).any()
     assert (mixed[:, 2] != mixed[:, 1]).any()
-    assert policies.in_words()[0] == "as it is"
+    assert policies.describe()[0] == "as it is"

@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 import main
 from config import load_config
 from datasets.download import Downloads
-from training.checkpoint import Checkpoints, load_tensors, save_tensors, write_atomically, write_text
-from training.manager import Keeper
+from training.checkpoint import Checkpoints
+from training.manager import RunManager
 from training.state import TrainingState
-from utils import UserError
+from utils import UserError, load_tensors, save_tensors, write_atomically, write_text
 
 STEPS = 4  # of an epoch of the smallest run
 
@@ -70,7 +70,7 @@ def a_state(epoch, step, size=10, number=0):
         "best": 0.0,
         "collapse": [0, -1],
         "rewinds": number,
-        "so_far": {"adversary": {}, "seconds": {"training": 0.0, "other": 0.0}},
+        "epoch_totals": {"adversary": {}, "seconds": {"training": 0.0, "other": 0.0}},
         "model": {"weight": torch.full((size,), epoch + step / 100)},
         "optimizer": {"state": {}, "param_groups": []},
         "scaler": {},
@@ -631,22 +631,22 @@ class Resumption:
         self.data = main.load_data(self.config, torch.device("cpu"), Downloads(None, False, quiet=True))
 
     def load(self, content):
-        """A keeper whose state is that of a checkpoint of this content; may raise UserError."""
+        """A manager whose state is that of a checkpoint of this content; may raise UserError."""
         shutil.rmtree(self.run / "checkpoints")
         put(self.run / "checkpoints", content)
         state = TrainingState.start(self.config, ALONE, little_network("", 10))
-        keeper = Keeper(self.run, state, STEPS, self.template["data"])
-        keeper.load()
-        return keeper
+        manager = RunManager(self.run, state, STEPS, self.template["data"])
+        manager.load()
+        return manager
 
     def go_on(self, content):
         """Load, and train for an epoch if there is one left. May raise UserError and FloatingPointError."""
         for path, log in self.logs.items():
             path.write_bytes(log)
-        keeper = self.load(content)
-        with keeper:
-            if keeper.state.epoch < self.config.epochs:
-                main.run_epoch(keeper.state, self.data, keeper)
+        manager = self.load(content)
+        with manager:
+            if manager.state.epoch < self.config.epochs:
+                main.run_epoch(manager.state, self.data, manager)
 
     def with_changes(self, changes):
         state = self.template

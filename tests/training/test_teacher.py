@@ -10,7 +10,7 @@ from torch import nn
 
 import main
 from config import Config
-from dataloader import ResidentSplit
+from datasets.splits import ResidentSplit
 from policies.sources import RandomPolicies, Reward
 from training.state import TrainingState
 from training.teacher import Teacher
@@ -62,8 +62,8 @@ def test_in_a_run_both_losses_are_of_the_same_copies(monkeypatch):
     monkeypatch.setattr(state.teacher, "follow", lambda _: None)
     g = torch.Generator().manual_seed(0)
     images = torch.randint(256, (32, 3, 8, 8), dtype=torch.uint8, generator=g)
-    main.train_one_epoch(state, ResidentSplit(images, torch.arange(32) % 2), keeper := Unkept())
-    (record,) = keeper.intervals
+    main.train_one_epoch(state, ResidentSplit(images, torch.arange(32) % 2), manager := Unkept())
+    (record,) = manager.intervals
     assert record["teacher_losses"] == pytest.approx(record["losses"], rel=1e-6)
     assert record["advantages"] == pytest.approx([0, 0, 0], abs=0.2)
     assert record["loss_spread"] > 1e-4
@@ -113,7 +113,7 @@ OPERATIONS = ("ShearX", "TranslateX", "Rotate", "Sharpness", "AutoContrast")
 
 
 def train_on_brightness(seed=0, **settings):
-    """A problem with one operation that destroys the label, learned by a small network -> state, keeper, images.
+    """A problem with one operation that destroys the label, learned by a small network -> state, manager, images.
 
     The two classes are dark and bright; AutoContrast stretches every image to the full range, and the network sees
     nothing but mean colours: what is left to learn after it is nothing. The other operations hardly matter.
@@ -126,19 +126,19 @@ def train_on_brightness(seed=0, **settings):
     split = ResidentSplit((70 + 110 * labels[:, None, None, None] + noise).to(torch.uint8), labels)
     torch.manual_seed(seed)
     model = nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
-    state, keeper = TrainingState.start(config, ALONE, model), Unkept()
+    state, manager = TrainingState.start(config, ALONE, model), Unkept()
     for _ in range(config.epochs):
-        main.train_one_epoch(state, split, keeper)
+        main.train_one_epoch(state, split, manager)
         state.end_epoch()
-    return state, keeper, split
+    return state, manager, split
 
 
 def last_operations(reward, seed):
     """Shares of operations in the last 40 intervals, and the last losses."""
-    _, keeper, _ = train_on_brightness(seed, reward=reward)
-    in_use = (policy for record in keeper.intervals[-40:] for policy in record["policies"])
+    _, manager, _ = train_on_brightness(seed, reward=reward)
+    in_use = (policy for record in manager.intervals[-40:] for policy in record["policies"])
     drawn = Counter(name for policy in in_use for ((name, _),) in policy)
-    return {name: drawn[name] / drawn.total() for name in OPERATIONS}, keeper.intervals[-1]["losses"]
+    return {name: drawn[name] / drawn.total() for name in OPERATIONS}, manager.intervals[-1]["losses"]
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])

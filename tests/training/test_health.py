@@ -28,15 +28,16 @@ from tensorboard.util import tensor_util
 import main
 import policies.files as sources
 import policies.sources as policies
-import training.manager as keeper
+import training.manager as manager
 from augmentations import OPS
 from config import Config
 from controller import Controller
-from dataloader import ResidentSplit
-from training.checkpoint import Checkpoints, load_tensors
+from datasets.splits import ResidentSplit
+from training.checkpoint import Checkpoints
 from training.distributed import digest
-from training.health import Collapse, NotFinite, Numbers, all_finite, collapse
+from training.health import Collapse, FiniteMonitor, NotFinite, all_finite, collapse
 from training.state import TrainingState
+from utils import load_tensors
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 NAN, INF = math.nan, math.inf
@@ -60,7 +61,7 @@ def note(numbers, step, loss, norm, scaled=False, dtype=torch.float32, policy=1)
 
 def observed(*steps, scaled=False, device=CPU, policy=1):
     """What has been noted of (loss, norm of the gradient) step by step."""
-    numbers = Numbers(device)
+    numbers = FiniteMonitor(device)
     for step, (loss, norm) in enumerate(steps):
         note(numbers, step, loss, norm, scaled, policy=policy)
     return numbers
@@ -82,7 +83,7 @@ GOOD = (2.3, 1.5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_the_first_step_that_was_not_finite_is_kept(bad, dtype):
     for quantity, step in (("loss", (bad, 1.0)), ("gradient", (2.3, bad))):
-        numbers = Numbers(CPU)
+        numbers = FiniteMonitor(CPU)
         for number, (loss, norm) in enumerate((GOOD, GOOD, step, GOOD, step)):
             assert numbers.look() == (number > 2)
             note(numbers, number, loss, norm, dtype=dtype)
@@ -95,7 +96,7 @@ def test_the_first_step_that_was_not_finite_is_kept(bad, dtype):
 
 
 def test_numbers_at_the_edge_of_what_is_finite_are_no_alarm():
-    numbers = Numbers(CPU)
+    numbers = FiniteMonitor(CPU)
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         largest, smallest = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
         for step, edge in enumerate((0.0, -0.0, largest, -largest, smallest, smallest / 2)):
@@ -121,7 +122,7 @@ STREAM = st.lists(st.tuples(*(st.sampled_from([1.0, 1.0, 1.0, NAN, INF, -INF]),)
 
 @given(STREAM, st.booleans(), st.integers(0, 3))
 def test_what_is_noted_is_what_was_there(stream, scaled, skipped_before):
-    numbers = Numbers(CPU)
+    numbers = FiniteMonitor(CPU)
     numbers.reset(skipped_before)
     for step, (loss, norm) in enumerate(stream):
         note(numbers, step, loss, norm, scaled)
@@ -181,7 +182,7 @@ def test_a_look_waits_for_nothing_and_sees_it_in_the_end(device):
 
 
 def test_the_policies_with_a_bad_loss_are_named():
-    numbers = Numbers(CPU)
+    numbers = FiniteMonitor(CPU)
     for step, bad in enumerate(({}, {1: NAN, 3: INF, 4: -INF}, {0: NAN, 1: NAN, 2: NAN})):
         sums_M = torch.tensor([bad.get(policy, 1.0) for policy in range(5)], dtype=torch.float64)
         numbers.observe(step, sums_M, torch.tensor(1.0), scaled=False)
@@ -376,7 +377,7 @@ def test_an_adversary_that_collapses_is_told_once_and_everywhere(told):
 
 def test_an_alarm_that_comes_again_is_told_again(told, monkeypatch):
     words = iter([None, "thus", "thus", None, "thus", "otherwise", None, None, None, "last", None, None])
-    monkeypatch.setattr(keeper, "collapse", lambda *_: next(words))
+    monkeypatch.setattr(manager, "collapse", lambda *_: next(words))
     run, out = told("again", "policy_interval=1")
     said = [line for line in out.splitlines() if "has collapsed" in line]
     assert said == [
@@ -395,7 +396,7 @@ def test_the_alarm_is_reckoned_with_the_settings_of_the_run(told, monkeypatch):
         calls.append(arguments)
         return collapse(*arguments)
 
-    monkeypatch.setattr(keeper, "collapse", noted)
+    monkeypatch.setattr(manager, "collapse", noted)
     run, out = told("settings", "M=3", "Q=2", "K=4", "levels=7", "ops=[Rotate, Invert]", "collapse_entropy=1")
     for (entropy, largest, shares, draws, threshold), record in zip(calls, lines(run / "policies.jsonl"), strict=True):
         assert entropy == record["entropy"]
@@ -408,7 +409,7 @@ def test_the_alarm_is_reckoned_with_the_settings_of_the_run(told, monkeypatch):
 
 @pytest.mark.parametrize("policy", ["random", "none"])
 def test_a_source_that_does_not_learn_does_not_collapse(told, monkeypatch, policy):
-    monkeypatch.setattr(keeper, "collapse", lambda *_: "always")
+    monkeypatch.setattr(manager, "collapse", lambda *_: "always")
     run, out = told("control", f"policy={policy}", "policy_interval=1")
     assert {record["collapsed"] for record in lines(run / "policies.jsonl")} == {None}
     assert "collapse" not in out
@@ -680,7 +681,7 @@ def test_what_goes_wrong_before_the_first_step_is_saved_goes_back_to_the_start(s
     assert files(tmp_path / "faulty") == files(tmp_path / "whole")
 
 
-def shown(run, tag):
+def short_repr(run, tag):
     """[(step, what TensorBoard shows)]: of what was gone back from it forgets all, texts as well as curves."""
     board = plugin_event_accumulator.EventAccumulator(str(run)).Reload()
     events = board.Tensors(tag) if tag in board.Tags()["tensors"] else []
@@ -697,10 +698,10 @@ def test_what_was_gone_back_from_is_not_shown_twice(script, tmp_path, monkeypatc
     max((tmp_path / "resumed" / "checkpoints").iterdir()).unlink()
     assert script(*command(tmp_path, "resumed", REWIND, "policy_interval=1", "--resume")).status == 0
     for tag in ("policies/entropy", "epoch/train_loss"):
-        expected = shown(tmp_path / "whole", tag)
+        expected = short_repr(tmp_path / "whole", tag)
         assert len(expected) == {"policies/entropy": 12, "epoch/train_loss": 3}[tag]
-        assert shown(tmp_path / "faulty", tag) == expected
-        assert shown(tmp_path / "resumed", tag) == expected
+        assert short_repr(tmp_path / "faulty", tag) == expected
+        assert short_repr(tmp_path / "resumed", tag) == expected
 
 
 @pytest.mark.parametrize("settings", [(), (REWIND,)])
@@ -708,7 +709,7 @@ def test_incidents_are_shown_in_tensorboard_whether_the_run_stops_or_goes_on(scr
     Fault(monkeypatch, "loss", at(1, 2))
     assert script(*command(tmp_path, "run", *settings)).status == (0 if settings else 2)
     assert script(*command(tmp_path, "run", "--resume", *settings)).status == 0
-    ((_, text),) = shown(tmp_path / "run", "incidents/text_summary")
+    ((_, text),) = short_repr(tmp_path / "run", "incidents/text_summary")
     assert text.startswith(
         b"the loss is no longer finite in epoch 2, step 3 (process 0; policy 2), with these policies"
     )
@@ -916,10 +917,10 @@ def test_skipped_steps_are_those_at_which_the_scale_drops(monkeypatch, settings)
     for _ in range(2):
         metrics = main.train_one_epoch(state, split, noted := Scales(state))
         assert len(noted.scales) == 21
-        assert metrics["skipped_steps"] == int(state.numbers.skipped) == noted.drops() == 4, "of this epoch"
+        assert metrics["skipped_steps"] == int(state.monitor.skipped) == noted.drops() == 4, "of this epoch"
         assert all(parameter.isfinite().all() for parameter in state.model.parameters())
         state.end_epoch()
-        assert int(state.numbers.skipped) == 0
+        assert int(state.monitor.skipped) == 0
 
 
 def test_skipped_steps_survive_a_save_in_the_middle_of_an_epoch(tmp_path, monkeypatch):

@@ -14,14 +14,14 @@ import sys
 
 import augment
 import epoch
-import libraries
 import loading
 import pytest
 import scoring
 import step
 import torch
 from conftest import ALONE, ROOT
-from perimage import OPERATIONS, Draws, Operation, PerImage
+from others import libraries
+from others.perimage import OPERATIONS, Draws, Operation, PerImage
 from PIL import Image
 
 import main

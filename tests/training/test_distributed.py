@@ -40,12 +40,12 @@ import main
 import training.distributed as processes
 import training.state as trainingstate
 from config import Config
-from dataloader import Normalise, ResidentSplit
+from dataloader import Normalise
+from datasets.splits import ResidentSplit
 from models import build_model
 from policies.sources import RandomPolicies
-from training.checkpoint import load_tensors
-from training.distributed import LateMaximum, World, digest
-from utils import UserError, keyed_seed
+from training.distributed import AsyncMax, World, digest
+from utils import UserError, keyed_seed, load_tensors
 
 CPU = torch.device("cpu")
 
@@ -119,8 +119,8 @@ def first_step(world, accumulate=1, policy="random"):
     g = torch.Generator().manual_seed(3)
     split = ResidentSplit(torch.randint(256, (24, 3, 32, 32), dtype=torch.uint8, generator=g), torch.arange(24) % 10)
     state = trainingstate.TrainingState.start(config, world, FixedNorms())
-    metrics = main.train_one_epoch(state, split, keeper := Unkept())
-    (record,) = keeper.intervals
+    metrics = main.train_one_epoch(state, split, manager := Unkept())
+    (record,) = manager.intervals
     return record["losses"], metrics, {name: p.grad for name, p in state.model.named_parameters()}
 
 
@@ -372,14 +372,14 @@ def test_a_machine_with_several_gpus_is_used_whole_by_one_process(script, monkey
 
 
 def test_statistics_of_batchnorm_are_evened_out():
-    def even_out(world):
+    def average_batchnorm(world):
         model = nn.BatchNorm2d(2)
         model.running_mean.fill_(world.rank)
         model.running_var.copy_(torch.tensor([1.0, 2.0]) * (1 + world.rank))
-        world.even_out(model)
+        world.average_batchnorm(model)
         return model.running_mean.tolist(), model.running_var.tolist(), model.num_batches_tracked.item()
 
-    assert all_well(on_ranks(3, even_out)) == [([1.0, 1.0], [2.0, 4.0], 0)] * 3
+    assert all_well(on_ranks(3, average_batchnorm)) == [([1.0, 1.0], [2.0, 4.0], 0)] * 3
 
 
 def test_a_process_keeps_the_statistics_of_its_images_until_they_are_evened_out():
@@ -391,7 +391,7 @@ def test_a_process_keeps_the_statistics_of_its_images_until_they_are_evened_out(
         for step in (1.0, 2.0):
             wrapped(torch.full((2, 3, 2, 2), step * (1 + world.rank))).sum().backward()
         own = norm.running_mean[0].item()
-        world.even_out(norm)
+        world.average_batchnorm(norm)
         return own, norm.running_mean[0].item()
 
     by_hand = 0.9 * 0.1 * 1 + 0.1 * 2
@@ -404,15 +404,15 @@ def test_a_process_keeps_the_statistics_of_its_images_until_they_are_evened_out(
 def test_evening_out_twice_changes_nothing_more(size):
     """For an epoch that is ended again because its evaluation was stopped. Three float32 values may not add up."""
 
-    def even_out(world):
+    def average_batchnorm(world):
         norm = nn.BatchNorm2d(1000)
         norm.running_mean = torch.rand(1000, generator=torch.Generator().manual_seed(world.rank))
-        world.even_out(norm)
+        world.average_batchnorm(norm)
         once = norm.running_mean.clone()
-        world.even_out(norm)
+        world.average_batchnorm(norm)
         return once, norm.running_mean
 
-    for once, twice in all_well(on_ranks(size, even_out)):
+    for once, twice in all_well(on_ranks(size, average_batchnorm)):
         assert torch.equal(once, twice)
 
 
@@ -421,7 +421,7 @@ def test_what_one_process_has_noticed_all_know_at_the_same_call(size):
     """Process r notices r at its call r; the others know it one call later, and nobody waits for the slowest."""
 
     def notice(world):
-        maximum = LateMaximum(world)
+        maximum = AsyncMax(world)
         seen = [maximum(10 * world.rank * (call == world.rank), call) for call in range(5)]
         return seen, maximum.settle(), maximum.settle()
 
@@ -582,14 +582,14 @@ def wait():
 
 @pytest.mark.parametrize("number", STATUS)
 def test_ctrl_c_and_sigterm_end_alike(end, number):
-    def in_words():
+    def describe():
         try:
             send(number)
         except KeyboardInterrupt as stop:
             raise type(stop)("all is kept") from None
 
     assert end(lambda: send(number)) == (STATUS[number], f"{WORD[number]}\n")
-    assert end(in_words) == (STATUS[number], f"{WORD[number]}; all is kept\n")
+    assert end(describe) == (STATUS[number], f"{WORD[number]}; all is kept\n")
 
 
 @pytest.mark.parametrize("number", STATUS)

@@ -13,8 +13,7 @@ from augmentations import row_of
 from config import ALL_OPS, Config
 from policies.files import build_policies, read_controller, read_policies
 from policies.sources import ControllerPolicies, FrozenPolicies, PolicySource, RandomPolicies, RecordedPolicies
-from training.checkpoint import load_tensors
-from utils import UserError
+from utils import UserError, load_tensors
 
 POLICIES = [
     [[["Rotate", 3], ["Invert", 0]], [["Solarize", 2]]],
@@ -85,7 +84,7 @@ def test_what_is_written_by_hand_is_what_happens(policy_file):
     source = build_policies(Config(policy="recorded", policy_from=str(policy_file("mine.yaml", POLICIES)), M=2))
     source.resample(generator())
     assert source.by_name() == [[[tuple(op) for op in sub] for sub in policy] for policy in POLICIES]
-    assert source.in_words()[0] == "Rotate ±10 then Invert or Solarize 56.9"
+    assert source.describe()[0] == "Rotate ±10 then Invert or Solarize 56.9"
     plan = source.plan(500, (32, 32), generator(1))
     first = plan.op_BK[0::2]
     assert {tuple(ops) for ops in first.tolist()} == {

@@ -36,6 +36,7 @@ import main
 import training.checkpoint as checkpoint
 import training.signals as stopping
 import training.state as trainingstate
+import utils
 from training.log import RunLog
 from utils import UserError
 
@@ -72,7 +73,7 @@ def assert_same_run(run, truth):
     assert files(run) == files(truth)
     assert len(lines(run / "times.jsonl")) == len(lines(truth / "times.jsonl"))
     assert same(final_state(run), final_state(truth))
-    assert same(checkpoint.load_tensors(run / "model.pt"), checkpoint.load_tensors(truth / "model.pt"))
+    assert same(utils.load_tensors(run / "model.pt"), utils.load_tensors(truth / "model.pt"))
     curves = [EventAccumulator(str(one), size_guidance={"scalars": 0}).Reload() for one in (run, truth)]
     for name in ("epoch/train_loss", "policies/entropy"):
         ours, theirs = ([(event.step, event.value) for event in curve.Scalars(name)] for curve in curves)
@@ -204,7 +205,7 @@ def end_by_signals(*numbers):
     """The exit code of a process that is sent these signals while it heeds wishes, and then sleeps."""
 
     def run():
-        with stopping.Wish():
+        with stopping.StopRequest():
             for number in numbers:
                 os.kill(os.getpid(), number)
             os._exit(7)
@@ -231,7 +232,7 @@ def test_who_reads_what_is_said_may_end_by_the_same_ctrl_c():
         reading, writing = os.pipe()
         os.close(reading)
         os.dup2(writing, 2)
-        with stopping.Wish(lambda name: name) as wish:
+        with stopping.StopRequest(lambda name: name) as wish:
             os.kill(os.getpid(), signal.SIGINT)
             return wish.signum
 
@@ -270,7 +271,7 @@ def test_a_run_without_stdout_or_stderr_goes_on(start_process, tmp_path, closed)
 
 def test_signals_are_as_they_were_afterwards():
     before = [signal.getsignal(number) for number in stopping.SIGNALS]
-    with contextlib.suppress(ZeroDivisionError), stopping.Wish() as wish:
+    with contextlib.suppress(ZeroDivisionError), stopping.StopRequest() as wish:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
         raise ZeroDivisionError
@@ -280,7 +281,7 @@ def test_signals_are_as_they_were_afterwards():
 
 def test_a_process_that_decodes_images_works_on_when_its_run_is_asked_to_stop():
     def run():
-        with stopping.Wish(lambda name: f"{name} noted") as wish:
+        with stopping.StopRequest(lambda name: f"{name} noted") as wish:
             child = os.fork()
             if child == 0:
                 os.kill(os.getpid(), signal.SIGINT)

@@ -21,11 +21,10 @@ import evaluation.metrics as metrics
 from config import Config
 from dataloader import Normalise
 from datasets.download import Downloads, Missing, Remote
-from evaluation.benchmarks import SEQUENCES, Wanted, fits, named
+from evaluation.benchmarks import SEQUENCES, EvalRequest, fits, named
 from evaluation.corruptions import EXTRA, SEVERITIES, STANDARD
 from models import build_model
-from training.checkpoint import load_tensors
-from utils import UserError
+from utils import UserError, load_tensors
 
 CPU = torch.device("cpu")
 IMAGES = 20  # of a severity
@@ -68,7 +67,7 @@ def weights(tmp_path):
 
 def wanted(root, dataset="cifar10", num_classes=10, classes=None, **settings):
     config = Config(dataset=dataset, dataroot=str(root), crop_padding=0, workers=0, **settings)
-    return Wanted(config, classes, num_classes, CPU, Downloads(allowed=False, quiet=True))
+    return EvalRequest(config, classes, num_classes, CPU, Downloads(allowed=False, quiet=True))
 
 
 def opened(name, asked):
@@ -513,7 +512,7 @@ def test_imagenet_c_is_scored_by_class_folders_as_stored(tmp_path):
 def test_which_benchmarks_fit_a_classifier():
     def fitting(config, classes=None, num_classes=None):
         number = num_classes or len(classes or robustness.CLASSES.get(config.dataset, 1) * [0])
-        asked = Wanted(config, classes, number, CPU, Downloads())
+        asked = EvalRequest(config, classes, number, CPU, Downloads())
         return {entry.name for entry in robustness.BENCHMARKS if fits(entry, asked)}
 
     any_data = {"clean", "generated-c"}
@@ -611,7 +610,8 @@ sys.path.insert(0, {str(ROOT)!r})
 import numpy as np, torch
 import evaluate
 from config import Config
-from dataloader import MappedSplit, Normalise
+from dataloader import Normalise
+from datasets.splits import MappedSplit
 from training.distributed import World
 
 cpu = torch.device("cpu")

@@ -7,8 +7,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import evaluation.plots as pictures
-from dataloader import ResidentSplit
-from evaluation.benchmarks import Benchmark, Cell
+from datasets.splits import ResidentSplit
+from evaluation.benchmarks import Benchmark, Subset
 from evaluation.corruptions import EXTRA, SEVERITIES, STANDARD
 
 IMAGES = torch.randint(256, (10, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -26,7 +26,7 @@ def corrupted():
 
 
 def plain_test_set(mistakes=((3, 5, 0.9), (7, 1, 0.8))):
-    benchmark = Benchmark("clean", "test set", "own", "", "", (Cell("", None, 10, lambda: SPLIT),), ("a",) * 10)
+    benchmark = Benchmark("clean", "test set", "own", "", "", (Subset("", None, 10, lambda: SPLIT),), ("a",) * 10)
     bins = {"images": [0] * 14 + [10], "correct": [0] * 14 + [8], "confidence": [0.0] * 14 + [0.97]}
     wrong = [dict(zip(("image", "predicted", "confidence"), m, strict=True), label=m[0]) for m in mistakes]
     return benchmark, {"cells": [{"reliability": bins, "calibration_error": 0.17, "mistakes": wrong}]}

@@ -1,0 +1,112 @@
+"""Parts of a data set, read in batches: on the device, mapped from a .npy file, or decoded by worker processes.
+
+Shape suffixes: N images of a batch; C channels, H rows, W columns.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from augmentations import upload
+from datasets.imagefiles import ImageFiles
+from utils import UserError, warn
+
+PIECE = 256  # images that a worker reads at a time and hands over through shared memory: large batches are put together
+
+
+class Readable(Protocol):
+    """Images and labels, ready to be read in batches."""
+
+    labels: Tensor  # int64, on the CPU
+
+    def batches(self, indices: Sequence[Tensor], epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images uint8 (N, 3, H, W), labels int64 (N,)) on the device, for each index tensor in turn.
+
+        epoch: key of whatever is drawn while an image is read.
+        """
+        ...
+
+
+class Split(Readable, Protocol):
+    """Part of a data set."""
+
+    resident: bool  # every image is at hand at no cost
+
+    def fingerprint(self) -> str:
+        """A hash that tells this split from one with other images, labels or order."""
+        ...
+
+
+@dataclass
+class ResidentSplit:
+    """Images that live on the device."""
+
+    images: Tensor
+    labels: Tensor
+    resident = True
+
+    def batches(self, indices: Sequence[Tensor], epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        labels_on_device = upload(self.labels, self.images.device)
+        for index in indices:
+            index = upload(index, self.images.device)
+            yield self.images.index_select(0, index), labels_on_device.index_select(0, index)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.images.cpu().numpy().tobytes() + self.labels.numpy().tobytes()).hexdigest()
+
+
+@dataclass
+class MappedSplit:
+    """Images first..last of a .npy file, uint8 (..., H, W, 3), read from the disk when they are wanted.
+
+    Leading axes, such as frames of a sequence, are counted through. A label of -1 says that there is none.
+    """
+
+    path: Path
+    first: int
+    labels: Tensor
+    device: torch.device
+
+    def batches(self, indices: Sequence[Tensor], epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        mapped = np.lib.format.open_memmap(self.path, mode="r")
+        images = mapped.reshape(-1, *mapped.shape[-3:])
+        for index in indices:
+            images_NHWC = torch.from_numpy(np.asarray(images[(index + self.first).numpy()]))  # copies these alone
+            yield upload(images_NHWC, self.device).permute(0, 3, 1, 2), upload(self.labels[index], self.device)
+
+
+@dataclass
+class StreamedSplit:
+    """Images that are decoded anew by worker processes whenever they are wanted."""
+
+    files: ImageFiles
+    labels: Tensor
+    device: torch.device
+    workers: int
+    resident = False
+
+    def batches(self, indices: Sequence[Tensor], epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        pieces = [index.split(PIECE) for index in indices]
+        reading = self.files.batches(sum(pieces, ()), epoch, self.workers, pinned=self.device.type == "cuda")
+        for pieces_of_batch in pieces:
+            images, labels = zip(*(self._on_device(*next(reading)) for _ in pieces_of_batch), strict=True)
+            yield torch.cat(images), torch.cat(labels)
+
+    def _on_device(self, images: Tensor, positions: Tensor, reasons: list[str | None]) -> tuple[Tensor, Tensor]:
+        for position, reason in zip(positions.tolist(), reasons, strict=True):
+            if reason and position < 0:
+                raise UserError(f"an image cannot be read: {reason}")
+            if reason:
+                warn(f"an image cannot be read, the next one takes its place: {reason}")
+        images = images.to(self.device, non_blocking=True).contiguous()  # workers hand over NHWC
+        return images, upload(self.labels[positions], self.device)
+
+    def fingerprint(self) -> str:
+        files = [(path.parent.name, path.name, path.stat().st_size) for path in self.files.paths]
+        return hashlib.sha256(repr(files).encode() + self.labels.numpy().tobytes()).hexdigest()

@@ -1,38 +1,135 @@
-"""Data sets and what every image goes through besides the policy: crop and flip before it, normalise and Cutout after.
+"""From a data set to the network's inputs: batches, M copies, crop, flip, the policies, normalise, Cutout.
 
-Small sets stay on the device as uint8; a batch is an index. ImageNet's images are cropped as worker processes decode
-them. The order of the images and all draws are keyed by (seed, purpose, epoch or step) for the whole batch: a resumed
-run sees what an uninterrupted one would have seen, and several processes see what one would.
+The order of the images and all random draws are keyed by (seed, purpose, epoch or step) and made for the whole batch: a
+resumed run sees what an uninterrupted one would have seen, and several processes see what one would.
 
-Shape suffixes: N distinct images of a batch, M copies of each; B = N * M, image-major (copy m of image n stands at
-n * M + m); C channels, H rows, W columns.
+Shape suffixes: N distinct images of a batch, M copies of each; B = N * M, image-major (copy m of image n is number
+n * M + m); V views that a copy is mixed from; C channels, H rows, W columns.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from augmentations import gather_rows, piece_size, upload
+from augmentations import Plan, apply, gather_rows, piece_size, portion, upload
 from config import Config
+from datasets.splits import Split
+from policies.published import mix
+from policies.sources import PolicySource
 from utils import keyed_generator
 
 # Mean and standard deviation of red, green and blue. CIFAR's are those that the paper's line of work uses.
 CIFAR_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
+MicroBatches = Iterator[tuple[Tensor, Tensor]]  # inputs_BCHW, float32 in channels_last, and labels_B
+
+
+class Crops(NamedTuple):
+    """For each of B copies, its offset in the zero-padded image (x and y in pixels), and whether it is mirrored."""
+
+    shift_B2: Tensor
+    flipped_B1: Tensor
+
+
+class BatchDraws(NamedTuple):
+    """All random draws for the N * M copies of a step, made for the whole batch before it is split up."""
+
+    crops: Crops | None
+    plan: Plan
+    weight_BV: Tensor | None  # of the views that a copy is mixed from
+    centre_B2: Tensor  # of Cutout's square
+
+
+class TrainLoader:
+    """The training images as the network sees them, for this process.
+
+    parts: this process's micro-batches, as ranges of the batch's N images. generator: makes the generator of a key.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        config: Config,
+        policies: PolicySource,
+        normalise: "Normalise",
+        parts: Sequence[range],
+        generator: Callable[..., torch.Generator],
+    ):
+        self.split, self.config, self.policies, self.normalise = split, config, policies, normalise
+        self.parts, self.generator = parts, generator
+        self.copies = sum(map(len, parts)) * config.M  # that this process makes in a step
+        # Where images cost a disk access, a process reads its own part of the batch only.
+        self._read = range(config.batch_size) if split.resident else range(parts[0].start, parts[-1].stop)
+
+    def __len__(self) -> int:
+        """Steps in an epoch."""
+        return len(self.split.labels) // self.config.batch_size
+
+    def steps(self, epoch: int, first: int = 0) -> Iterator[tuple[int, MicroBatches]]:
+        """(step of the run, its micro-batches) for each step of an epoch from the `first` on.
+
+        A step's draws are made when its first micro-batch is asked for, from the policies in use at that time.
+        """
+        batches = epoch_batches(len(self.split.labels), self.config.batch_size, self.config.seed, epoch)
+        indices = [batch[self._read.start : self._read.stop] for batch in batches[first:]]
+        for step, (images_NCHW, labels_N) in enumerate(self.split.batches(indices, epoch), epoch * len(self) + first):
+            yield step, self.micro_batches(images_NCHW, labels_N, step)
+
+    def micro_batches(self, images_NCHW: Tensor, labels_N: Tensor, step: int) -> MicroBatches:
+        """This process's micro-batches of one step. images_NCHW: those of the batch that this process reads."""
+        M, (height, width) = self.config.M, images_NCHW.shape[-2:]
+        draws = self.draw(images_NCHW, "train", step, self.config.batch_size)
+        for part in self.parts:
+            copies_BCHW = self.augment(images_NCHW, draws, part, first=self._read.start)
+            centre_B2 = draws.centre_B2[part.start * M : part.stop * M]
+            kept_B1HW = cutout_mask(self.config.cutout, centre_B2, height, width, images_NCHW.device)
+            own = slice(part.start - self._read.start, part.stop - self._read.start)
+            yield self.normalise(copies_BCHW, kept_B1HW), labels_N[own].repeat_interleave(M)
+
+    def preview(self, indices: Tensor, epoch: int) -> Tensor:
+        """The chosen training images under each policy in use, before normalisation, uint8 (M, images, C, H, W)."""
+        images_NCHW, _ = next(iter(self.split.batches([indices])))
+        draws = self.draw(images_NCHW, "preview", epoch, len(indices))
+        copies_BCHW = self.augment(images_NCHW, draws, range(len(indices))).round().to(torch.uint8)
+        return copies_BCHW.unflatten(0, (-1, self.config.M)).transpose(0, 1)
+
+    def draw(self, images_NCHW: Tensor, purpose: str, step: int, N: int) -> BatchDraws:
+        """Draws for a batch of N images, keyed by purpose and step. images_NCHW: all of it, or this process's part."""
+        height, width = images_NCHW.shape[-2:]
+        crop_draws, plan_draws = (self.generator(purpose, what, step) for what in ("crop", "plan"))
+        return BatchDraws(
+            draw_crops(N, self.config, crop_draws),
+            # Partners are in the same part of the batch, since a process sees no other.
+            self.policies.plan(N, (height, width), plan_draws, groups=N // len(images_NCHW)),
+            self.policies.weights(N, plan_draws),
+            draw_centres(N * self.config.M, height, width, self.generator("cutout", step)),
+        )
+
+    def augment(self, images_NCHW: Tensor, draws: BatchDraws, part: range, first: int = 0) -> Tensor:
+        """The M copies of each image of `part` after crop, flip and policy, uint8 (len(part) * M, C, H, W).
+
+        Where the policies mix a copy of V views, each view of the same crop is augmented, and the mixture is float32.
+        images_NCHW: the images of the batch from number `first` on; those of `part` and their partners are among them.
+        """
+        M, V = self.config.M, self.policies.views
+        start, stop = part.start * M * V, part.stop * M * V
+        plan, outside = portion(draws.plan, start, stop)
+        copies_B = torch.cat((torch.arange(start, stop), outside)) // V
+        copies_BCHW = make_copies(images_NCHW, copies_B, M, draws.crops, first)
+        own_BCHW, partners_BCHW = copies_BCHW.split((stop - start, len(outside)))
+        augmented_BCHW = apply(own_BCHW, plan, partners_BCHW if len(outside) else None)
+        if draws.weight_BV is None:
+            return augmented_BCHW
+        return mix(augmented_BCHW, draws.weight_BV[part.start * M : part.stop * M])
+
 
 def epoch_batches(images: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
     """Indices of the epoch's batches, all of one size: a remainder is left out, another one each epoch."""
     order = torch.randperm(images, generator=keyed_generator(seed, "order", epoch))
     return order[: images // batch_size * batch_size].split(batch_size)
-
-
-class Crops(NamedTuple):
-    """For each of B copies, where it lies in the zero-padded image (x and y in pixels), and whether it is mirrored."""
-
-    shift_B2: Tensor
-    flipped_B1: Tensor
 
 
 def draw_crops(N: int, config: Config, generator: torch.Generator) -> Crops | None:

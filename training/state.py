@@ -1,5 +1,6 @@
-"""Everything that changes during training, as one thing to save and restore."""
+"""Everything that changes during training, saved and restored together; and the teacher, which is part of it."""
 
+import copy
 import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,35 +8,84 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from config import Config
-from dataloader import Normalise
+from dataloader import Normalise, TrainLoader
+from datasets.splits import Split
 from policies.files import build_policies
 from policies.sources import LossSums, PolicySource
 from training.distributed import World, digest
 from training.health import Collapse, FiniteMonitor
-from training.teacher import Teacher
 from utils import UserError, first_line, keyed_generator, random_state, seed_default_generators, set_random_state
 
 
 @dataclass
 class EpochTotals:
-    """What an epoch under way has seen in this process."""
+    """Sums over the current epoch in this process."""
 
-    loss_and_correct: Tensor  # sum of all losses, and number of right answers, float64 on the device
-    copies: int = 0  # that those are of
-    adversary: dict[str, float] = field(default_factory=dict)  # what the last interval says of the policies
-    seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "other": 0.0})  # of the clock
+    loss_and_correct: Tensor  # sum of all losses and number of correct answers, float64 on the device
+    copies: int = 0  # augmented images in these sums
+    adversary: dict[str, float] = field(default_factory=dict)  # entropy and loss spread of the last interval
+    seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "other": 0.0})  # wall-clock time
+
+
+class Teacher:
+    """The moving average of the network's weights and BatchNorm statistics, in evaluation mode, without gradient.
+
+    Rewarded for the network's loss alone, an adversary may find operations that leave nothing to recognise. The teacher
+    loses on those as much as the network does: its loss, subtracted from the reward, makes them worthless (Suzuki,
+    "TeachAugment", CVPR 2022). torch.optim.swa_utils.AveragedModel does the same but uploads its step count at every
+    update, for which the host waits.
+
+    rate: the share that a step keeps of the average; after t steps at most (1 + t) / (10 + t), since a young average
+    consists of the network's random first weights. amp_dtype: see `World.wrap`.
+    """
+
+    def __init__(self, model: nn.Module, rate: float, world: World, amp_dtype: torch.dtype = torch.bfloat16):
+        self.rate, self.steps = rate, 0
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self._on_all_devices = world.on_all_devices(self.model, amp_dtype)
+
+    def __call__(self, inputs_BCHW: Tensor) -> Tensor:
+        return self._on_all_devices(inputs_BCHW)
+
+    @torch.no_grad()
+    def follow(self, model: nn.Module) -> None:
+        """Move towards the network as it is after a step."""
+        self.steps += 1
+        rate = min(self.rate, (1 + self.steps) / (10 + self.steps))
+        pairs = list(zip(*(one.state_dict().values() for one in (self.model, model)), strict=True))
+        averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+        get_ema_multi_avg_fn(rate)(*map(list, zip(*averaged, strict=True)), None)
+        for own, current in pairs:
+            if not own.is_floating_point():
+                own.copy_(current)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, "model": self.model.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any], buffers: dict[str, Tensor]) -> None:
+        """buffers: those of this process, which replace the ones in `state`."""
+        self.steps = state["steps"]
+        self.model.load_state_dict(state["model"] | buffers)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The averages of BatchNorm's statistics, which differ between processes, on the CPU."""
+        return {name: buffer.cpu() for name, buffer in self.model.named_buffers()}
 
 
 @dataclass
 class TrainingState:
-    """Everything that changes during training, as one thing to save and restore."""
+    """Everything that changes during training.
+
+    parts: this process's micro-batches of a step, as ranges of the batch's N images.
+    """
 
     config: Config
     world: World
     model: nn.Module
-    trained: nn.Module  # the same model, as it is called in training: on all devices of the run
+    trained: nn.Module  # the same model as called in training, on all devices of the run
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     policies: PolicySource
@@ -43,11 +93,12 @@ class TrainingState:
     normalise: Normalise
     monitor: FiniteMonitor
     epoch_totals: EpochTotals
+    parts: list[range]
     epoch: int = 0  # finished epochs
     step: int = 0  # finished steps of the next one
     best: float = 0.0  # best top-1 seen on the split that is scored during training; nothing is chosen by it
     collapse: Collapse = field(default_factory=Collapse)
-    rewinds: int = 0  # times that the run went back to a checkpoint
+    rewinds: int = 0  # times that the run was rewound to a checkpoint
 
     @classmethod
     def start(cls, config: Config, world: World, model: nn.Module) -> "TrainingState":
@@ -59,12 +110,23 @@ class TrainingState:
         trained = world.wrap(model, amp_dtype, config.image_size)
         if config.compile:
             model.compile()  # in place: the state dict's keys stay as they are
-        nothing = EpochTotals(torch.zeros(2, dtype=torch.float64, device=world.device))
-        numbers = FiniteMonitor(world.device)
-        return cls(config, world, model, trained, optimizer, scaler, policies, teacher, normalise, numbers, nothing)
+        totals = EpochTotals(torch.zeros(2, dtype=torch.float64, device=world.device))
+        monitor, parts = FiniteMonitor(world.device), world.deal(config.batch_size, config.accumulate)
+        return cls(
+            config, world, model, trained, optimizer, scaler, policies, teacher, normalise, monitor, totals, parts
+        )
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of this process in a step."""
+        return len(self.parts)
+
+    def loader(self, split: Split) -> TrainLoader:
+        """The training images as the network is to see them."""
+        return TrainLoader(split, self.config, self.policies, self.normalise, self.parts, self.keyed)
 
     def precision(self) -> torch.autocast:
-        """In which networks are to be called in training: mixed, or float32."""
+        """Context for the forward pass in training: mixed precision or float32."""
         amp_dtype = getattr(torch, self.config.amp_dtype)
         return torch.autocast(self.world.device.type, amp_dtype, enabled=self.config.amp)
 
@@ -79,9 +141,9 @@ class TrainingState:
         self.monitor.require_finite(self.world, weights, max(0, self.step - 1))
 
     def state_dict(self) -> dict[str, Any]:
-        """What all processes share, and under "ranks" what each has of its own. To be called by all of them.
+        """What all processes share, and under "ranks" what belongs to each. Must be called by all of them.
 
-        Raises NotFinite for what must not be saved, and UserError where the processes have ceased to be equal.
+        Raises NotFinite for what must not be saved, and UserError where the processes are no longer equal.
         """
         self.require_finite()
         where = f"after epoch {self.epoch}, step {self.step}"
@@ -119,19 +181,19 @@ class TrainingState:
         }
 
     def fits(self, saved: dict[str, Any]) -> bool:
-        """Whether a state is of as many processes and devices: only then it is restored exactly."""
+        """Whether a state is from as many processes and devices: only then can it be restored exactly."""
         shape = len(saved["ranks"]), saved["ranks"][0]["devices"]
         return shape == (self.world.size, len(self.world.devices))
 
     def load_state_dict(self, saved: dict[str, Any], run: Path) -> None:
-        """Raises UserError when the checkpoint of `run` is of another network or settings."""
+        """Raises UserError when the checkpoint of `run` belongs to another network or other settings."""
         fused = self.optimizer.param_groups[0]["fused"]
         try:
             own = saved["ranks"][self.world.rank] if self.fits(saved) else self._share_of(saved)
             self.epoch, self.step, self.best = saved["epoch"], saved["step"], saved["best"]
             self.collapse, self.rewinds = Collapse(*saved["collapse"]), int(saved["rewinds"])
             self.model.load_state_dict(saved["model"] | own["buffers"])
-            # Which kernels step belongs to the device, not to the run, and says where AdamW's count of steps lies.
+            # The device, not the run, decides which kernels are used and where AdamW keeps its count of steps.
             groups = [group | {"fused": fused} for group in saved["optimizer"]["param_groups"]]
             self.optimizer.load_state_dict(saved["optimizer"] | {"param_groups": groups})
             self.scaler.load_state_dict(saved["scaler"])
@@ -147,14 +209,14 @@ class TrainingState:
                 set_random_state(own["random"], self.world.devices)
         except (MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # of anything that is of another form than was saved
+        except Exception as error:  # whatever has another form than what was saved
             reason = first_line(error)
             raise UserError(f"{run}: its checkpoint does not fit the settings in its config.yaml ({reason})") from None
 
     def _share_of(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """What a process has of its own in a state that others have written between two epochs.
+        """This process's own part of a state that other processes wrote between two epochs.
 
-        The loss_sums, of an interval that may be under way, is dealt out; noise in the network begins anew.
+        The loss sums of the current interval are divided equally; noise in the network is seeded again.
         """
         seed_default_generators(self.world.devices, self.config.seed, "noise", self.world.rank, saved["epoch"])
         ranks, size = saved["ranks"], self.world.size
@@ -171,7 +233,7 @@ class TrainingState:
         }
 
     def keyed(self, *key: Any) -> torch.Generator:
-        """The generator of a step's draws. After a second fault they are others: with the same ones it may recur."""
+        """The generator of the key's draws. After a second rewind they change: the same ones may fail again."""
         again = ("again", self.rewinds) if self.rewinds > 1 else ()
         return keyed_generator(self.config.seed, *key, *again)
 
@@ -183,6 +245,20 @@ def build_optimizer(model: nn.Module, config: Config, *, fused: bool) -> torch.o
         return torch.optim.AdamW(model.parameters(), **common)
     optimizer = torch.optim.SGD(model.parameters(), momentum=config.momentum, nesterov=config.nesterov, **common)
     if fused and config.momentum:
-        for parameter in model.parameters():  # a first step that the scaler skips would leave it whatever was there
+        for parameter in model.parameters():  # a first step that the scaler skips would leave it uninitialised
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def check_support(config: Config, world: World) -> None:
+    """Raises UserError for settings that these devices or files cannot carry out. Nothing is changed or loaded yet."""
+    world.deal(config.batch_size, config.accumulate)
+    if config.policy_from:
+        build_policies(config)
+    if config.amp and config.amp_dtype == "float16" and world.device.type != "cuda":
+        raise UserError(f"amp_dtype: float16 needs CUDA, and this run is on {world.device}; use amp_dtype: bfloat16")
+    if config.compile and len(world.devices) > 1:
+        raise UserError(
+            f"compile: needs one process per GPU; start with torchrun --nproc_per_node {len(world.devices)}, or name "
+            "one with --device cuda:0"
+        )

@@ -12,8 +12,7 @@ import main
 from config import Config
 from datasets.splits import ResidentSplit
 from policies.sources import RandomPolicies, Reward
-from training.state import TrainingState
-from training.teacher import Teacher
+from training.state import Teacher, TrainingState
 
 
 def network():

@@ -1,0 +1,3 @@
+from evaluate import score
+
+__all__ = ["score"]

@@ -20,7 +20,7 @@ def network():
 
 
 @pytest.mark.parametrize("rate", [0.5, 0.999])
-def test_it_is_the_moving_average_of_weights_and_statistics(rate):
+def test_the_teacher_averages_weights_and_statistics(rate):
     torch.manual_seed(0)
     model = network()
     teacher, expected = Teacher(model, rate, ALONE), copy.deepcopy(model.state_dict())
@@ -38,7 +38,7 @@ def test_it_is_the_moving_average_of_weights_and_statistics(rate):
     assert not teacher.model.training
 
 
-def test_the_reward_is_the_networks_loss_less_lambda_times_the_teachers():
+def test_the_reward_subtracts_lambda_times_the_teachers_loss():
     source = RandomPolicies(3, 1, 1, ("Rotate",), reward=Reward(teacher_weight=0.5))
     source.resample(torch.Generator())
     loss_NM, teacher_NM = torch.rand(2, 10, 3, generator=torch.Generator().manual_seed(0))
@@ -57,7 +57,7 @@ def test_in_a_run_both_losses_are_of_the_same_copies(monkeypatch):
     config = Config(model="wresnet10_1", reward="teacher", M=3, batch_size=8, epochs=1, cutout=0)
     state = TrainingState.start(config, ALONE, network_for(8))
     state.teacher.model = state.model
-    state.teacher._called = state.model
+    state.teacher._on_all_devices = state.model
     monkeypatch.setattr(state.teacher, "follow", lambda _: None)
     g = torch.Generator().manual_seed(0)
     images = torch.randint(256, (32, 3, 8, 8), dtype=torch.uint8, generator=g)
@@ -87,7 +87,7 @@ def test_a_resumed_run_with_a_teacher_is_the_uninterrupted_one(train, monkeypatc
     assert files(plain, "policies.jsonl") != files(whole, "policies.jsonl")
 
 
-def test_two_processes_with_a_teacher_stay_equal_and_are_resumed_exactly(tmp_path, monkeypatch):
+def test_two_processes_with_a_teacher_resume_exactly(tmp_path, monkeypatch):
     monkeypatch.setattr(main, "build_model", little_network)
     said = ("reward=teacher", "policy_interval=2", "controller_lr=0.05", "M=4", "epochs=2", "eval_every=2", *LITTLE)
 
@@ -141,7 +141,7 @@ def last_operations(reward, seed):
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
-def test_the_papers_reward_collapses_on_what_destroys_the_label_and_the_teachers_does_not(seed):
+def test_only_the_papers_reward_picks_what_destroys_the_label(seed):
     papers, losses = last_operations("loss", seed)
     assert papers["AutoContrast"] > 0.95
     assert min(losses) > 0.6, "the network is left with guessing between two classes, ln 2 = 0.69"
@@ -150,7 +150,7 @@ def test_the_papers_reward_collapses_on_what_destroys_the_label_and_the_teachers
     assert min(losses) < 0.1
 
 
-def test_clean_copies_teach_what_a_policy_that_destroys_the_label_cannot():
+def test_clean_copies_teach_despite_a_destructive_policy():
     right = {}
     for share in (0.0, 0.25):
         settings = {"policy": "random", "ops": ("AutoContrast",), "epochs": 20, "lr": 0.05}

@@ -157,7 +157,7 @@ def test_pictures_of_policies_are_labelled():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (("logit_bound=9", "controller_lr=1", "policy_interval=1"), ["The controller has moved: ", "it favours "]),
+        (("controller_lr=1", "policy_interval=1"), ["The controller has moved: ", "it favours "]),
         ((), ["The controller has not moved yet: 100.0 % of its maximal entropy is left"]),
         (("policy=random",), []),
     ],

@@ -157,7 +157,7 @@ def test_pictures_of_policies_are_labelled():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (("controller_lr=1", "policy_interval=1"), ["The controller has moved: ", "it favours "]),
+        (("controller_lr=1", "policy_interval=1"), ["The controller has moved: "]),
         ((), ["The controller has not moved yet: 100.0 % of its maximal entropy is left"]),
         (("policy=random",), []),
     ],
@@ -170,7 +170,7 @@ def test_a_run_says_what_it_trains_and_what_the_adversary_did(script, tmp_path, 
     learns = "policy=random" not in settings
     assert all((", entropy " in line) == learns and "copies/s" in line for line in epochs)
     closing = done.out.split("Finished 3 of 3 epochs")[1]
-    assert all(word in closing for word in words)
+    assert all(word in closing for word in words), closing
     assert ("The controller" in closing) == ("--set policy=random" in closing) == learns
     assert all(name in closing for name in ("evaluate.py --checkpoint", "report.py", "tensorboard", "--resume"))
 

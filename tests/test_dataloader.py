@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import http.server
+import itertools
 import os
 import pickle
 import re
@@ -19,13 +20,25 @@ from PIL import Image
 from test_download import killed_before_step, serving, start_forked, wait_until
 
 import datasets.download as download
+from augmentations import row_of
 from config import Config
-from dataloader import Normalise, crop_and_flip, cutout_mask, draw_centres, draw_crops, epoch_batches, make_copies
+from dataloader import (
+    Normalise,
+    TrainLoader,
+    crop_and_flip,
+    cutout_mask,
+    draw_centres,
+    draw_crops,
+    epoch_batches,
+    make_copies,
+)
 from datasets.download import Downloads
 from datasets.loading import balanced_order, load_data, load_test
 from datasets.shapes import CLASSES, draw_shapes
 from datasets.splits import ResidentSplit, StreamedSplit
-from utils import UserError
+from policies.files import build_policies
+from policies.sources import PolicySource
+from utils import UserError, keyed_generator
 
 CPU = torch.device("cpu")
 
@@ -139,6 +152,40 @@ def test_any_copies_can_be_made_from_the_images_at_hand():
     every = make_copies(images, torch.arange(24), 4, crops)
     some = torch.tensor([17, 8, 23, 8])
     assert torch.equal(make_copies(images[2:], some, 4, crops, first=2), every[some])
+
+
+def test_copies_made_in_parts_are_those_of_the_whole_batch():
+    """To the bit, with SamplePairing's partners inside and outside the part, for any cut."""
+    config = Config(M=3, batch_size=12, ops=("SamplePairing", "Rotate", "Cutout"), policy="random", Q=2)
+    split = ResidentSplit(noise(12, 16, 16), torch.arange(12) % 10)
+    policies = build_policies(config)
+    policies.resample(generator())
+
+    def inputs(*parts):
+        loader = TrainLoader(split, config, policies, Normalise(config, CPU), parts, keyed_generator)
+        ((_, micro_batches),) = loader.steps(0)
+        return [torch.cat(tensors) for tensors in zip(*micro_batches, strict=True)]
+
+    images_BCHW, labels_B = inputs(range(12))
+    assert torch.equal(labels_B, labels_B[::3].repeat_interleave(3)), "copies of an image stand together"
+    for cuts in ((0, 5, 12), (0, 5, 6, 12)):
+        parts_BCHW, parts_B = inputs(*(range(*pair) for pair in itertools.pairwise(cuts)))
+        assert torch.equal(parts_BCHW, images_BCHW)
+        assert torch.equal(parts_B, labels_B)
+
+
+def test_a_step_is_drawn_from_the_policies_in_use_when_it_is_taken():
+    config = Config(M=2, batch_size=4, policy="none", crop_padding=0, flip=False, cutout=0)
+    split, policies = ResidentSplit(noise(8), torch.arange(8)), PolicySource(2, 1, 1)
+    loader = TrainLoader(split, config, policies, Normalise(config, CPU), [range(4)], keyed_generator)
+    for step, micro_batches in loader.steps(0, first=1):
+        policies.op_MQK[:] = row_of("Invert")
+        ((inputs_BCHW, labels_B),) = micro_batches
+        assert step == 1
+        images_NCHW = split.images[epoch_batches(8, 4, config.seed, 0)[1]]
+        expected_NCHW = Normalise(config, CPU)(255 - images_NCHW)
+        torch.testing.assert_close(inputs_BCHW, expected_NCHW.repeat_interleave(2, 0), atol=0, rtol=0)
+        assert labels_B.tolist() == epoch_batches(8, 4, config.seed, 0)[1].repeat_interleave(2).tolist()
 
 
 def test_normalise_equals_torchvision():

@@ -50,7 +50,7 @@ from dataloader import Crops, cutout_mask, draw_centres, draw_crops, epoch_batch
 from datasets.download import Downloads
 from datasets.loading import Data, balanced_order, load_data
 from datasets.splits import Split
-from evaluate import score
+from evaluation.predict import score
 from models import build_model
 from policies.files import build_policies
 from policies.published import augmix_loss, mix

@@ -18,7 +18,7 @@ from augmentations import OPS, row_of
 from config import Config, load_config
 from dataloader import Normalise, epoch_batches
 from datasets.splits import ResidentSplit
-from evaluate import score
+from evaluation.predict import score
 from models import build_model
 from policies.sources import RandomPolicies
 from training.checkpoint import Checkpoints

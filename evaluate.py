@@ -23,14 +23,13 @@ import argparse
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import (
@@ -45,19 +44,18 @@ from config import (
 )
 from dataloader import Normalise
 from datasets.download import Downloads, Missing
-from datasets.splits import Readable
 from evaluation.benchmarks import BENCHMARKS, Benchmark, BenchmarkSpec, EvalRequest, LookOnly, Subset, fits, named
-from evaluation.metrics import Predictions, Scores, measure
+from evaluation.metrics import Predictions, measure
 from evaluation.plots import draw_pictures
+from evaluation.predict import BATCH, predict
 from evaluation.results import Results
 from evaluation.tables import FORMATS, compare, report
 from models import build_model
 from training.distributed import World, exit_with_status, join
 from training.lock import sole_writer
 from training.log import ImageProgress
-from utils import CommandLine, UserError, environment, full_float32, has_shape, load_hashed, printable, warn
+from utils import CommandLine, UserError, environment, has_shape, load_hashed, printable, warn
 
-BATCH = 256  # images in a forward pass; of no influence on the counts
 # The settings that scores depend on; all others are those of the training, whatever is said when it is scored.
 SCORING = ("model", "dropout", "dataset", "image_size", "eval_view", "skip_unreadable", "mean", "std")
 
@@ -125,11 +123,13 @@ def score_benchmarks(subject: Subject, args: argparse.Namespace, world: World, f
             for cell in lacking:
                 progress.begin(describe(benchmark, cell))
                 started = time.perf_counter()
-                how = {"batch": args.batch_size, "bfloat16": args.bfloat16, "progress": progress}
+                how = {"batch": args.batch_size, "bfloat16": args.bfloat16, "progress": progress.update}
                 predictions = predict(model, cell.open(), normalise, world, **how)
                 seconds = time.perf_counter() - started
                 check(predictions, benchmark, cell)
-                results.add(benchmark, measure(benchmark, cell, predictions, num_classes), seconds)
+                place = {"part": cell.part, "severity": cell.severity, "images": cell.images}
+                record = measure(benchmark.kind, predictions, num_classes, part=cell.part, frames=cell.frames)
+                results.add(benchmark, place | record, seconds)
             if world.is_main and (lacking or not any(results.pictures.glob(f"{benchmark.name}_*.png"))):
                 draw_pictures(results.pictures, benchmark, results.of(benchmark), subject.classes)
     except KeyboardInterrupt as stop:
@@ -211,66 +211,6 @@ def check(predictions: Predictions, benchmark: Benchmark, cell: Subset) -> None:
         raise UserError(f"{describe(benchmark, cell)}: {len(predictions.label_I)} images instead of {cell.images}")
     if not predictions.confidence_I.isfinite().all():
         raise UserError(f"{describe(benchmark, cell)}: the network gives values that are not finite numbers")
-
-
-def score(
-    model: nn.Module,
-    split: Readable,
-    num_classes: int,
-    normalise: Normalise,
-    world: World,
-    stopped: Callable[[], bool] = lambda: False,
-) -> Scores:
-    """Score `model` in float32 on every image of `split`. stopped: see `predict`."""
-    return Scores.of(predict(model, split, normalise, world, stopped=stopped), num_classes)
-
-
-@torch.no_grad()
-def predict(
-    model: nn.Module,
-    split: Readable,
-    normalise: Normalise,
-    world: World,
-    *,
-    batch: int | None = None,
-    bfloat16: bool = False,
-    progress: ImageProgress | None = None,
-    stopped: Callable[[], bool] = lambda: False,
-) -> Predictions:
-    """What `model`, in evaluation mode, says of every image of `split`; the model's mode is put back.
-
-    The processes take the batches in turn. All batches have one shape, the last one filled up with images that do not
-    count, and results are put together by image: they are the same for any number of processes.
-
-    batch: images in a forward pass (default: BATCH). bfloat16: mixed precision instead of float32. stopped: asked
-    between batches; once it is true, this process predicts no more, and what is returned is of no use.
-    """
-    was_training = model.training
-    model.eval()
-    batches = torch.arange(len(split.labels)).split(batch or BATCH)
-    size = len(batches[0])
-    mine = batches[world.rank :: world.size]
-    precision = torch.autocast(world.device.type, torch.bfloat16) if bfloat16 else nullcontext()
-    results_I4 = torch.zeros(len(split.labels), 4, dtype=torch.float64, device=world.device)
-    for index, (images_BCHW, label_B) in zip(mine, split.batches(mine), strict=True):
-        if stopped():
-            break
-        filled_BCHW = torch.cat((images_BCHW, images_BCHW[:1].expand(size - len(index), -1, -1, -1)))
-        inputs_BCHW = normalise(filled_BCHW)
-        with full_float32(), precision:
-            # forward() itself: a compiled network is scored as an uncompiled one, and not compiled anew for it
-            logits_BC = model.forward(inputs_BCHW)[: len(index)].float()
-        top_B5 = logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices
-        confidence_B = logits_BC.softmax(1).amax(1)
-        loss_B = F.cross_entropy(logits_BC, label_B, reduction="none", ignore_index=-1)
-        among_five_B = (top_B5 == label_B[:, None]).any(1)
-        results_B4 = torch.stack((top_B5[:, 0].double(), confidence_B.double(), loss_B.double(), among_five_B), dim=1)
-        results_I4[index[0] : index[-1] + 1] = results_B4
-        if progress is not None:
-            progress.update(world.size * len(index))
-    model.train(was_training)
-    predicted_I, confidence_I, loss_I, among_five_I = world.sum(results_I4).cpu().unbind(1)
-    return Predictions(split.labels, predicted_I.long(), confidence_I, loss_I, among_five_I.bool())
 
 
 def one_by_one(args: argparse.Namespace) -> Iterator[argparse.Namespace]:

@@ -21,7 +21,7 @@ from measuring import Spread, count, in_turn, parse, parser, peak_memory, publis
 from config import Config
 from dataloader import Normalise
 from datasets.splits import MappedSplit, ResidentSplit
-from evaluate import predict
+from evaluation.predict import predict
 from models import build_model
 from training.distributed import exit_with_status, join
 from utils import Table

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from evaluation.benchmarks import STANDARD, Benchmark, Subset
-
 BINS = 15  # of the calibration error
 MISTAKES = 24  # kept of a test set, the most confident first
 
-# Error of AlexNet on ImageNet-C, mean over the severities, by which the mean corruption error is normalised.
+# Error of AlexNet on ImageNet-C, mean over the severities, by which the mean corruption error is normalised. Its keys
+# are the fifteen standard corruptions, which the means are taken over.
 ALEXNET_ERROR = {
     "gaussian_noise": 0.886428, "shot_noise": 0.894468, "impulse_noise": 0.922640, "defocus_blur": 0.819880,
     "glass_blur": 0.826268, "motion_blur": 0.785948, "zoom_blur": 0.798360, "snow": 0.866816, "frost": 0.826572,
@@ -30,7 +29,7 @@ class Predictions(NamedTuple):
     predicted_I: Tensor
     confidence_I: Tensor  # probability of the predicted class, float64
     loss_I: Tensor  # cross-entropy in nats, float64
-    among_five_I: Tensor  # whether the label is among the five likeliest
+    in_top5_I: Tensor  # whether the label is among the five most probable classes
 
     @property
     def correct_I(self) -> Tensor:
@@ -54,7 +53,7 @@ class Scores:
         return cls(
             images=len(label_I),
             top1_correct=int(correct_I.sum()),
-            top5_correct=int(predictions.among_five_I.sum()) if num_classes > 5 else None,
+            top5_correct=int(predictions.in_top5_I.sum()) if num_classes > 5 else None,
             loss=predictions.loss_I.mean().item(),
             class_images=label_I.bincount(minlength=num_classes).tolist(),
             class_correct=label_I[correct_I].bincount(minlength=num_classes).tolist(),
@@ -69,19 +68,18 @@ class Scores:
         return None if self.top5_correct is None else self.top5_correct / self.images
 
 
-def measure(benchmark: Benchmark, cell: Subset, predictions: Predictions, num_classes: int) -> dict[str, Any]:
-    """What results.json says of a cell: counts, and shares in 0..1."""
-    place = {"part": cell.part, "severity": cell.severity, "images": cell.images}
-    if benchmark.kind == "perturbations":
-        return place | measure_sequences(predictions.predicted_I.view(-1, cell.frames), cell.part)
+def measure(kind: str, predictions: Predictions, num_classes: int, *, part: str, frames: int) -> dict[str, Any]:
+    """The scores of a subset of a benchmark of this kind, as in results.json: counts, and shares in 0..1."""
+    if kind == "perturbations":
+        return measure_sequences(predictions.predicted_I.view(-1, frames), part)
     scores, reliability = Scores.of(predictions, num_classes), reliability_bins(predictions)
-    record = place | {
+    record = {
         "correct": scores.top1_correct,
         "error": (scores.images - scores.top1_correct) / scores.images,
         "loss": scores.loss,
         "calibration_error": calibration_error(reliability),
     }
-    if benchmark.kind == "corruptions":
+    if kind == "corruptions":
         return record
     return record | {
         "top1": scores.top1,
@@ -134,12 +132,12 @@ def surest_mistakes(predictions: Predictions) -> list[dict[str, Any]]:
     return [dict(zip(names, row, strict=True)) for row in zip(*(c.tolist() for c in columns), strict=True)]
 
 
-def summarise(benchmark: Benchmark, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The means that are reported of a benchmark, in 0..1."""
-    if benchmark.kind == "test set":
+def summarise(name: str, kind: str, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The means that are reported for a benchmark, in 0..1; cells: as in results.json."""
+    if kind == "test set":
         (cell,) = cells
         return {name: cell[name] for name in ("error", "top1", "top5", "loss", "calibration_error")}
-    if benchmark.kind == "perturbations":
+    if kind == "perturbations":
         by_sequence = mean_by_part(cells, "flip_probability")
         mean = sum(by_sequence.values()) / len(by_sequence)
         return {"flip_probability": by_sequence, "mean_flip_probability": mean}
@@ -149,7 +147,7 @@ def summarise(benchmark: Benchmark, cells: Sequence[Mapping[str, Any]]) -> dict[
         "mean_corruption_error": mean_of_standard(error),
         "mean_calibration_error": mean_of_standard(mean_by_part(cells, "calibration_error")),
     }
-    return means | ({"mce": normalised_mce(error)} if benchmark.name == "imagenet-c" else {})
+    return means | ({"mce": normalised_mce(error)} if name == "imagenet-c" else {})
 
 
 def mean_by_part(cells: Sequence[Mapping[str, Any]], quantity: str) -> dict[str, float]:
@@ -162,9 +160,9 @@ def mean_by_part(cells: Sequence[Mapping[str, Any]], quantity: str) -> dict[str,
 
 def mean_of_standard(by_corruption: Mapping[str, float]) -> float:
     """Mean over the fifteen standard corruptions, not normalised; of errors, most papers' "mCE" on CIFAR."""
-    return sum(by_corruption[name] for name in STANDARD) / len(STANDARD)
+    return sum(by_corruption[name] for name in ALEXNET_ERROR) / len(ALEXNET_ERROR)
 
 
 def normalised_mce(error_by_corruption: Mapping[str, float]) -> float:
     """ImageNet-C's mCE, as a share: each corruption's error over AlexNet's, on average (section 4.1 of 1903.12261)."""
-    return sum(error_by_corruption[name] / ALEXNET_ERROR[name] for name in STANDARD) / len(STANDARD)
+    return sum(error_by_corruption[name] / ALEXNET_ERROR[name] for name in ALEXNET_ERROR) / len(ALEXNET_ERROR)

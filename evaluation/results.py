@@ -105,7 +105,7 @@ class Results:
         noted = self.of(benchmark)
         noted["cells"].append(record | {"seconds": round(seconds, 3)})
         if not self.lacking(benchmark):
-            noted["summary"] = summarise(benchmark, noted["cells"])
+            noted["summary"] = summarise(benchmark.name, benchmark.kind, noted["cells"])
             noted["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
         if self.writes:
             write_text(self.file, json.dumps(self.head | {"benchmarks": self.benchmarks}, indent=2) + "\n")

@@ -27,7 +27,7 @@ import training.state as trainingstate
 from config import POLICIES, Config, plain_values
 from dataloader import Normalise
 from datasets.splits import ResidentSplit
-from evaluate import predict
+from evaluation.predict import predict
 from models import build_model
 from policies.files import fresh_controller
 from training.distributed import World

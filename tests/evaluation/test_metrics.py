@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import evaluation.metrics as metrics
-from evaluation.benchmarks import Benchmark, Subset
 from evaluation.corruptions import EXTRA, SEVERITIES, STANDARD
 from evaluation.metrics import Predictions, measure, measure_sequences, reliability_bins, summarise, surest_mistakes
 
@@ -14,14 +13,6 @@ def predictions(label, predicted, confidence=None, loss=None):
     confidence = torch.tensor(confidence or [0.5] * len(label), dtype=torch.float64)
     loss = torch.tensor(loss or [1.0] * len(label), dtype=torch.float64)
     return Predictions(label, predicted, confidence, loss, predicted == label)
-
-
-def benchmark(kind, name="cifar10-c"):
-    return Benchmark(name, kind, "official", "md5", "", ())
-
-
-def cell(part="", severity=None, images=4, frames=1):
-    return Subset(part, severity, images, lambda: None, frames)
 
 
 def test_flips_by_hand():
@@ -43,9 +34,8 @@ def test_a_sequence_that_alternates_always_flips_but_half_of_it_against_the_firs
 
 def test_a_cell_of_corrupted_images_by_hand():
     said = predictions([0, 1, 2, 2], [0, 1, 0, 1], loss=[0.5, 1.0, 2.0, 4.5])
-    record = measure(benchmark("corruptions"), cell("fog", 3), said, 3)
-    assert (record["part"], record["severity"], record["images"], record["correct"]) == ("fog", 3, 4, 2)
-    assert (record["error"], record["loss"]) == (0.5, 2.0)
+    record = measure("corruptions", said, 3, part="fog", frames=1)
+    assert (record["correct"], record["error"], record["loss"]) == (2, 0.5, 2.0)
     assert record["calibration_error"] == 0.0, "half sure and right in half of the cases"
 
 
@@ -87,7 +77,7 @@ def cells_with(error_of):
 
 
 def test_the_mean_leaves_the_extra_corruptions_out():
-    found = summarise(benchmark("corruptions"), cells_with(lambda name, s: 1.0 if name in EXTRA else s / 10))
+    found = summarise("cifar10-c", "corruptions", cells_with(lambda name, s: 1.0 if name in EXTRA else s / 10))
     assert found["mean_corruption_error"] == pytest.approx(0.3)
     assert found["error"]["fog"] == pytest.approx(0.3)
     assert found["error"]["spatter"] == 1.0
@@ -96,18 +86,20 @@ def test_the_mean_leaves_the_extra_corruptions_out():
 
 
 def test_imagenets_mce_is_one_for_alexnet_and_by_hand_for_another():
-    imagenet_c, of_alexnet = benchmark("corruptions", "imagenet-c"), metrics.ALEXNET_ERROR
-    alexnet = summarise(imagenet_c, cells_with(lambda name, s: of_alexnet.get(name, 0)))
+    of_alexnet = metrics.ALEXNET_ERROR
+    assert tuple(of_alexnet) == STANDARD
+    alexnet = summarise("imagenet-c", "corruptions", cells_with(lambda name, s: of_alexnet.get(name, 0)))
     assert alexnet["mce"] == pytest.approx(1.0)
     assert alexnet["mean_corruption_error"] == pytest.approx(0.7890, abs=5e-5), "as published for AlexNet"
     half_noise = {"gaussian_noise": 0.443214, "shot_noise": 0.447234, "impulse_noise": 0.461320}
-    found = summarise(imagenet_c, cells_with(lambda name, s: half_noise.get(name, of_alexnet.get(name, 0)) * s / 3))
+    error = of_alexnet | half_noise
+    found = summarise("imagenet-c", "corruptions", cells_with(lambda name, s: error.get(name, 0) * s / 3))
     assert found["mce"] == pytest.approx((3 * 0.5 + 12) / 15)
 
 
 def test_the_mean_flip_probability_is_over_the_sequences():
     cells = [{"part": name, "severity": None, "flip_probability": p} for name, p in (("a", 0.1), ("b", 0.4))]
-    assert summarise(benchmark("perturbations"), cells) == {
+    assert summarise("cifar10-p", "perturbations", cells) == {
         "flip_probability": {"a": 0.1, "b": 0.4},
         "mean_flip_probability": 0.25,
     }

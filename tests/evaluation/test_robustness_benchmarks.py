@@ -15,7 +15,6 @@ import torch
 from conftest import ALONE, ROOT, assert_refused, on_ranks, scripts_on_ranks
 from PIL import Image
 
-import evaluate
 import evaluation.benchmarks as robustness
 import evaluation.metrics as metrics
 from config import Config
@@ -23,6 +22,7 @@ from dataloader import Normalise
 from datasets.download import Downloads, Missing, Remote
 from evaluation.benchmarks import SEQUENCES, EvalRequest, fits, named
 from evaluation.corruptions import EXTRA, SEVERITIES, STANDARD
+from evaluation.predict import predict
 from models import build_model
 from utils import UserError, load_tensors
 
@@ -78,8 +78,11 @@ def opened(name, asked):
 def scored(model, benchmark, world=ALONE, **options):
     """Records of all cells, as evaluate.py makes them."""
     return [
-        metrics.measure(benchmark, cell, evaluate.predict(model, cell.open(), PLAIN, world, **options), 10)
-        for cell in benchmark.cells
+        {"part": c.part}
+        | metrics.measure(
+            benchmark.kind, predict(model, c.open(), PLAIN, world, **options), 10, part=c.part, frames=c.frames
+        )
+        for c in benchmark.cells
     ]
 
 
@@ -100,7 +103,7 @@ def test_every_cell_is_its_fifth_of_its_file(cifar_c, tmp_path):
 
 def test_who_knows_the_labels_makes_no_errors_and_who_says_one_class_nine_in_ten(cifar_c, tmp_path):
     benchmark = opened("cifar10-c", wanted(tmp_path))
-    knows = metrics.summarise(benchmark, scored(Oracle(), benchmark))
+    knows = metrics.summarise(benchmark.name, benchmark.kind, scored(Oracle(), benchmark))
     assert knows["mean_corruption_error"] == 0.0
     assert set(knows["error"].values()) == {0.0}
     assert knows["mean_calibration_error"] < 1e-9
@@ -109,7 +112,7 @@ def test_who_knows_the_labels_makes_no_errors_and_who_says_one_class_nine_in_ten
         def forward(self, x):
             return torch.arange(10.0, 0.0, -1.0).expand(len(x), 10)
 
-    constant = metrics.summarise(benchmark, scored(Constant(), benchmark))
+    constant = metrics.summarise(benchmark.name, benchmark.kind, scored(Constant(), benchmark))
     assert constant["mean_corruption_error"] == pytest.approx(0.9)
     assert all(error == pytest.approx(0.9) for error in constant["error"].values())
 
@@ -123,7 +126,7 @@ def test_errors_by_hand(cifar_c, tmp_path):
             images[start : start + count, 0, 0, 0] = (images[start : start + count, 0, 0, 0] + 1) % 10
         np.save(cifar_c / f"{name}.npy", images)
     benchmark = opened("cifar10-c", wanted(tmp_path))
-    found = metrics.summarise(benchmark, scored(Oracle(), benchmark))
+    found = metrics.summarise(benchmark.name, benchmark.kind, scored(Oracle(), benchmark))
     assert found["error"]["fog"] == pytest.approx((1 + 2 + 3 + 4 + 5) / 100)
     assert found["error"]["snow"] == pytest.approx(20 / 100)
     assert found["mean_corruption_error"] == pytest.approx((0.15 + 0.20) / 15)
@@ -348,7 +351,7 @@ def test_flips_of_arrays_by_hand(cifar_p, tmp_path):
     records = scored(Oracle(), benchmark, batch=3)  # batches that end within sequences
     flips = {record["part"]: record["flips"] for record in records}
     assert flips == dict.fromkeys(SEQUENCES, 0) | {"gaussian_noise": 1, "brightness": 2}
-    found = metrics.summarise(benchmark, records)
+    found = metrics.summarise(benchmark.name, benchmark.kind, records)
     assert found["flip_probability"]["gaussian_noise"] == 1 / 16
     assert found["flip_probability"]["brightness"] == 2 / 16
     assert found["mean_flip_probability"] == pytest.approx((1 / 16 + 2 / 16) / 10)
@@ -429,7 +432,7 @@ def test_imagenet_v2s_folders_are_numbers(tmp_path):
     (folder / "3" / "notes.txt").write_text("no image")
     benchmark = opened("imagenet-v2-top-images", wanted(tmp_path, "imagenet", 12))
     assert (benchmark.source, benchmark.cells[0].images) == ("subset", 24)
-    predictions = evaluate.predict(RedShade(), benchmark.cells[0].open(), PLAIN, ALONE)
+    predictions = predict(RedShade(), benchmark.cells[0].open(), PLAIN, ALONE)
     assert predictions.correct_I.all()
     assert predictions.label_I.bincount().tolist() == [2] * 12
     (folder / "11").rename(folder / "12")
@@ -486,7 +489,7 @@ def test_imagenet_c_is_scored_by_class_folders_as_stored(tmp_path):
     assert {cell.images for cell in benchmark.cells} == {12}
     assert benchmark.classes == tuple(names)
     some = benchmark.cells[::20]
-    assert all(evaluate.predict(RedShade(), c.open(), PLAIN, ALONE).correct_I.all() for c in some)
+    assert all(predict(RedShade(), c.open(), PLAIN, ALONE).correct_I.all() for c in some)
     place = tmp_path / "ImageNet-C"
     with pytest.raises(UserError, match=r"its classes are not the 1000 of the classifier"):
         opened("imagenet-c", wanted(tmp_path, "imagenet", 1000))
@@ -622,7 +625,7 @@ for number in range(10):
     path = {str(tmp_path)!r} + f"/{{number}}.npy"
     np.lib.format.open_memmap(path, "w+", np.uint8, (50_000, 32, 32, 3)).flush()
     for severity in range(5):
-        evaluate.predict(model, MappedSplit(path, severity * 10_000, labels, cpu), normalise, World((cpu,)))
+        predict(model, MappedSplit(path, severity * 10_000, labels, cpu), normalise, World((cpu,)))
         before = peak() if (number, severity) == (0, 0) else before
 print(peak() - before)
 """

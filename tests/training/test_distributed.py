@@ -35,13 +35,13 @@ from conftest import (
 from PIL import Image
 from torch import nn
 
-import evaluate
 import main
 import training.distributed as processes
 import training.state as trainingstate
 from config import Config
 from dataloader import Normalise
 from datasets.splits import ResidentSplit
+from evaluation.predict import score
 from models import build_model
 from policies.sources import RandomPolicies
 from training.distributed import AsyncMax, World, digest
@@ -291,7 +291,7 @@ def scores_of(world, count):
         if buffer.is_floating_point():
             nn.init.uniform_(buffer, 0.5, 1.5)
     nn.init.normal_(model.classifier.bias)  # no two logits are equal
-    return evaluate.score(model, split, 10, Normalise(Config(), CPU), world), model, split
+    return score(model, split, 10, Normalise(Config(), CPU), world), model, split
 
 
 @pytest.mark.parametrize("count", [1003, 100])

@@ -27,7 +27,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import DEFAULT_CONF, Config, add_arguments, load_config, overrides_from, run_directory
+from config import (
+    DEFAULT_CONF,
+    Config,
+    add_arguments,
+    load_config,
+    overrides_from,
+    run_directory,
+    warn_of_settings,
+)
 from dataloader import MicroBatches
 from datasets.download import Downloads
 from datasets.loading import Data, load_data
@@ -56,6 +64,7 @@ def train(config: Config, args: argparse.Namespace, world: World) -> None:
     check_support(config, world)
     run = run_directory(args, config)
     if world.is_main:
+        warn_of_settings(config, args)
         check_run_directory(run, config, args)
     with world.main_process_first(config.fetches_data):
         data = load_data(config, world.device, Downloads(args.data_url, not args.no_download, quiet=not world.is_main))

@@ -1,4 +1,4 @@
-"""Plumbing that names nothing of the science: messages, tables, the command line, keyed randomness, the environment."""
+"""User errors and messages, the command line, atomic files, keyed randomness, devices: nothing of the science."""
 
 import argparse
 import contextlib
@@ -28,11 +28,16 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 class UserError(Exception):
-    """Something the user can mend: one or two lines that say what, where and the remedy."""
+    """A mistake that the user can fix: one or two lines that say what, where and the remedy."""
 
 
 class CommandLine(argparse.ArgumentParser):
-    """An argument parser whose errors are one line with a guess at what was meant."""
+    """An argument parser whose errors are one line with a guess at what was meant.
+
+    settings: names that `--set` takes, if the command has it.
+    """
+
+    settings: Sequence[str] = ()
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
@@ -45,7 +50,10 @@ class CommandLine(argparse.ArgumentParser):
             self.error(f"'--' stands alone{f'; did you mean {flag}?' if flag in self._option_string_actions else ''}")
         known, unknown = self.parse_known_args(words, namespace)
         if unknown:
-            flag = unknown[0].split("=")[0]
+            flag, _, value = unknown[0].partition("=")
+            if (setting := flag.removeprefix("--")) in self.settings:
+                value = value or (unknown[1] if len(unknown) > 1 else "...")
+                self.error(f"{flag}: settings are changed with --set {setting}={printable(value, 80)}")
             self.error(f"unknown argument {unknown[0]}{did_you_mean(flag, self._option_string_actions)}")
         return known
 
@@ -55,12 +63,13 @@ class CommandLine(argparse.ArgumentParser):
 
 def did_you_mean(word: Any, known: Iterable[str]) -> str:
     """A question to append to an error message, empty if nothing known is close."""
-    close = difflib.get_close_matches(word, list(known), n=1) if isinstance(word, str) else []
-    return f"; did you mean {close[0]}?" if close else ""
+    spelled = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), spelled, n=1) if isinstance(word, str) else []
+    return f"; did you mean {spelled[close[0]]}?" if close else ""
 
 
 def printable(text: str, most: int = 240) -> str:
-    """Somebody else's text for a message: on one line, cut where it is long, and of no effect on a terminal."""
+    """Text from a file or a user for a message: one line, cut where it is long, without control characters."""
     text = text if len(text) <= most else f"{text[: most - 3]}..."
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
@@ -72,13 +81,13 @@ def first_line(error: BaseException) -> str:
 
 
 def require_file(path: Path) -> None:
-    """Raises OSError for what is no file, but a folder, or a pipe or a device, which may be read for ever."""
+    """Raises OSError for a folder, and for a pipe or a device, which could be read for ever."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError("is no file")
 
 
 class _Shown(reprlib.Repr):
-    """A few of the items, and of their items: a list that holds itself, or others a billion times over, has an end."""
+    """repr() of a few items on two levels, so that a list that contains itself ends."""
 
     def __init__(self):
         super().__init__()
@@ -90,7 +99,7 @@ class _Shown(reprlib.Repr):
 
     def repr_instance(self, value: Any, level: int) -> str:
         kind = type(value)
-        plain = kind.__module__ in ("builtins", "datetime")  # others may be as long as they like
+        plain = kind.__module__ in ("builtins", "datetime")  # the repr of others may be of any length
         return super().repr_instance(value, level) if plain else f"<{kind.__name__}>"
 
 
@@ -197,7 +206,7 @@ def cannot_write(folder: Path, error: OSError, needs: int = 0) -> str:
     reason += [f"{needs / 1e6:,.1f} MB are needed"] if needs else []
     with contextlib.suppress(OSError):
         reason.append(f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB are free")
-    return f"cannot be written to ({', '.join(reason)}); make room or mend its permissions; what was saved is whole"
+    return f"cannot be written to ({', '.join(reason)}); make room or fix its permissions; earlier files are unharmed"
 
 
 def sha256_of(path: Path) -> str:

@@ -32,7 +32,7 @@ from torch import Tensor
 from torchvision.transforms import functional as on_pillow
 
 from augmentations import OPS, Plan, apply, apply_op, family_settings, through_families
-from config import ALL_OPS, Config
+from config import PAPER_OPS, Config
 from dataloader import Normalise, cutout_mask, draw_centres, draw_crops, make_copies
 from datasets.shapes import COUNTS, draw_shapes
 from policies.files import build_policies
@@ -91,7 +91,7 @@ def measure_all(args: argparse.Namespace, device: torch.device) -> None:
         for name, ways in works(work).items():
             rows += measure(size, name, ways, N * args.M, *how)
         group = min(N * args.M, max(2, N * args.M // len(OPS)))  # as many as have an operation in common in a plan
-        for name in ALL_OPS:
+        for name in PAPER_OPS:
             alone += measure(size, name, of_one(work, name, group), group, *how)
         tables += [works_table(size, N, args.M, rows), operations_table(size, group, alone)]
         measured["rows"] += [row._asdict() for row in rows + alone]
@@ -238,7 +238,7 @@ def as_graph(copies_BCHW: Tensor, plan: Plan) -> Callable[[], Tensor]:
 
 def of_one(work: Work, name: str, group: int) -> Ways:
     """One operation on so many copies, at random levels and signs."""
-    op, draws = OPS[ALL_OPS.index(name)], keyed_generator("benchmark", name)
+    op, draws = OPS[PAPER_OPS.index(name)], keyed_generator("benchmark", name)
     levels, coins = (torch.randint(high, (group,), generator=draws).tolist() for high in (10, 2))
     magnitudes = [
         op.magnitude(level) * (-1 if op.signed and coin else 1) for level, coin in zip(levels, coins, strict=True)
@@ -246,7 +246,7 @@ def of_one(work: Work, name: str, group: int) -> Ways:
     magnitude_B1 = torch.tensor(magnitudes, dtype=torch.float64)[:, None]
     partner_B1 = torch.randint(group, (group, 1), generator=draws)
     centre_B12 = torch.rand(group, 1, 2, dtype=torch.float64, generator=draws)
-    plan = Plan(torch.full((group, 1), ALL_OPS.index(name)), magnitude_B1, partner_B1, centre_B12)
+    plan = Plan(torch.full((group, 1), PAPER_OPS.index(name)), magnitude_B1, partner_B1, centre_B12)
     needed = {"partner": work.copies_BCHW[partner_B1[:, 0]], "centre": centre_B12[:, 0]}
     extra = {op.needs: needed[op.needs]} if op.needs else {}
     copies_BCHW, todo = work.copies_BCHW[:group], for_pillow(plan, work.pillow_B[:group])
@@ -278,7 +278,7 @@ def works_table(size: int, N: int, M: int, rows: list[Row]) -> Table:
 def operations_table(size: int, group: int, rows: list[Row]) -> Table:
     ways = [way for way in (OURS, PILLOW, TORCHVISION, KORNIA) if any(row.way == way for row in rows)]
     microseconds = {(row.work, row.way): f"{1e6 / row.images_per_second.median:,.1f}" for row in rows}
-    cells = [(name, *(microseconds[name, way] for way in ways)) for name in ALL_OPS]
+    cells = [(name, *(microseconds[name, way] for way in ways)) for name in PAPER_OPS]
     return Table(f"{size}x{size}, {group} images at a time: microseconds per image", ("operation", *ways), cells)
 
 

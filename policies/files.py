@@ -18,8 +18,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from augmentations import row_of
-from config import ALL_OPS, Config, load_config
+from augmentations import OPS, row_of
+from config import Config, load_config
 from controller import Controller
 from policies.published import AugMix, AutoAugmentPolicies, RandAugment, TrivialAugment
 from policies.sources import ControllerPolicies, FrozenPolicies, PolicySource, RandomPolicies, RecordedPolicies, Reward
@@ -178,8 +178,8 @@ class _Reader:
         if not isinstance(pair, list) or len(pair) != 2:
             raise self._wrong(where, pair, "is not [operation, level]")
         name, level = pair
-        if name not in ALL_OPS:
-            raise self._wrong(where, name, f"is no operation{did_you_mean(name, ALL_OPS)}")
+        if name not in (known := [op.name for op in OPS]):
+            raise self._wrong(where, name, f"is no operation{did_you_mean(name, known)}")
         if type(level) is not int or not 0 <= level < self.levels:
             raise self._wrong(where, level, f"is no level: 0 to {self.levels - 1}")
         return row_of(name), level

@@ -10,7 +10,7 @@ from conftest import LITTLE, assert_refused, files, final_state, lines, little_n
 import main
 import policies.files as sources
 from augmentations import row_of
-from config import ALL_OPS, Config
+from config import PAPER_OPS, Config
 from policies.files import build_policies, read_controller, read_policies
 from policies.sources import ControllerPolicies, FrozenPolicies, PolicySource, RandomPolicies, RecordedPolicies
 from utils import UserError, load_tensors
@@ -258,4 +258,4 @@ def test_a_controller_of_other_settings_is_refused(little, tmp_path):
     controller, ops, levels = read_controller(tmp_path / "learned")
     assert (controller.Q, controller.logit_bound, ops, levels) == (3, 4.0, ("Rotate", "ShearX", "Invert"), 7)
     assert isinstance(FrozenPolicies(2, controller, ops, levels), PolicySource)
-    assert len(ALL_OPS) == 16
+    assert len(PAPER_OPS) == 16

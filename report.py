@@ -33,8 +33,8 @@ from controller import Controller
 from datasets.download import Downloads
 from datasets.loading import balanced_order, load_data
 from evaluation.plots import figure_class
-from policies.files import read_controller, recorded
-from policies.sources import RecordedPolicies
+from policies.learned import read_controller
+from policies.recorded import RecordedPolicies, recorded
 from training.distributed import exit_with_status
 from utils import CommandLine, UserError, duration, has_shape, keyed_generator, printable, warn
 
@@ -262,7 +262,7 @@ def extremes(run: Run, dataroot: str | None) -> Picture:
     plan = source.plan(len(images_NCHW), images_NCHW.shape[-2:], keyed_generator("report", "plan"))
     copies_BCHW = apply(images_NCHW.repeat_interleave(len(chosen), 0), plan)
     rows = [("as they are", images_NCHW)]
-    for place, (policy, words) in enumerate(zip(chosen, source.describe(), strict=True)):
+    for place, (policy, words) in enumerate(zip(chosen, source.descriptions(), strict=True)):
         rank = "hardest" if place < count else "easiest"
         rows.append((f"{rank}, loss {losses[policy]:.3f}: {words}", copies_BCHW[place :: len(chosen)]))
     words = (

@@ -17,7 +17,7 @@ from analysis.statistics import difference, verdict
 from config import Config
 from evaluation.plots import figure_class
 from evaluation.results import read_results
-from policies.files import build_policies
+from policies import build_policies
 from utils import Table, UserError, first_line, has_shape, render, write_text
 
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ from augmentations import OPS, Plan, apply, apply_op, family_settings, through_f
 from config import PAPER_OPS, Config
 from dataloader import Normalise, cutout_mask, draw_centres, draw_crops, make_copies
 from datasets.shapes import COUNTS, draw_shapes
-from policies.files import build_policies
+from policies import build_policies
 from policies.sources import PolicySource
 from training.distributed import exit_with_status, join
 from utils import Table, UserError, keyed_generator

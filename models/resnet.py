@@ -5,7 +5,6 @@ resnet50 and resnet200 have torchvision's state-dict keys; resnet50d has timm's,
 """
 
 from torch import nn
-from torchvision.models.resnet import Bottleneck, ResNet
 
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 24, 36, 3)}
 
@@ -14,6 +13,8 @@ def resnet(num_classes: int, *, depth: int = 50) -> nn.Module:
     """ResNet-50, -101, -152 or -200. Raises ValueError for another depth."""
     if depth not in BLOCKS:
         raise ValueError(f"the depth of a ResNet is {', '.join(map(str, BLOCKS))}, not {depth}")
+    from torchvision.models.resnet import Bottleneck, ResNet  # takes seconds to import
+
     return ResNet(Bottleneck, BLOCKS[depth], num_classes=num_classes)
 
 

@@ -1,1 +1,42 @@
-"""Who decides what is applied to each image: learned, random, recorded, frozen and published sources."""
+"""Who decides what is applied to each image: a source of policies for each value of the setting `policy`.
+
+A new source is a subclass of `sources.PolicySource` (most need `_sample` or `_plan` alone), a row of SOURCES,
+and its name in config.POLICIES.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from config import Config
+from policies.learned import ControllerPolicies, FrozenPolicies, fresh_controller, read_controller
+from policies.published import AugMix, AutoAugmentPolicies, RandAugment, TrivialAugment
+from policies.recorded import RecordedPolicies, read_policies
+from policies.sources import PolicySource, RandomPolicies, Reward
+
+
+def _controller(config: Config, **options: Any) -> PolicySource:
+    learning = {"lr": config.controller_lr, "entropy_bonus": config.entropy_bonus}
+    return ControllerPolicies(config.M, fresh_controller(config), config.ops, config.levels, **learning, **options)
+
+
+# name -> the source for a config; options: clean_share and reward, which all sources take
+SOURCES: dict[str, Callable[..., PolicySource]] = {
+    "controller": _controller,
+    "random": lambda c, **options: RandomPolicies(c.M, c.Q, c.K, c.ops, c.levels, **options),
+    "none": lambda c, **options: PolicySource(c.M, c.Q, c.K, **options),
+    "recorded": lambda c, **options: RecordedPolicies(c.M, *read_policies(Path(c.policy_from)), **options),
+    "frozen": lambda c, **options: FrozenPolicies(c.M, *read_controller(Path(c.policy_from)), **options),
+    "trivialaugment": lambda c, **options: TrivialAugment(c.M, **options),
+    "randaugment": lambda c, **options: RandAugment(c.M, c.randaugment_n, c.randaugment_m, **options),
+    "autoaugment_cifar10": lambda c, **options: AutoAugmentPolicies(c.M, "cifar10", **options),
+    "autoaugment_imagenet": lambda c, **options: AutoAugmentPolicies(c.M, "imagenet", **options),
+    "augmix": lambda c, **options: AugMix(c.M, clean_first=c.jsd > 0, **options),
+}
+
+
+def build_policies(config: Config) -> PolicySource:
+    """The source that the config asks for. Raises UserError for files that are not what it takes them for."""
+    weight = config.teacher_weight if config.has_teacher else 0.0
+    reward = Reward(weight, config.reward_ema, config.divide_by_std)
+    return SOURCES[config.policy](config, clean_share=config.clean_share, reward=reward)

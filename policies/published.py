@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
 from augmentations import Plan, row_of, upload
 from policies.sources import PolicySource
@@ -86,7 +85,7 @@ def engine_magnitude(name: str, value: float, size: tuple[int, int]) -> float:
     return value
 
 
-class Draws(NamedTuple):
+class OperationDraws(NamedTuple):
     """Of each copy: which operations of the space, int64; which strengths, int64; whether negated and applied, bool."""
 
     choice_BK: Tensor
@@ -98,7 +97,7 @@ class Draws(NamedTuple):
 class PerImage(PolicySource, ABC):
     """A source that draws for each copy by itself: its M policies are one."""
 
-    words = ""
+    description = ""
 
     def __init__(self, M: int, K: int, **options: Any):
         super().__init__(M, 1, K, **options)
@@ -109,10 +108,10 @@ class PerImage(PolicySource, ABC):
         """What there is to choose from, for images of (H, W)."""
 
     @abstractmethod
-    def draw(self, B: int, generator: torch.Generator) -> Draws:
-        """Draws for B copies."""
+    def draw(self, B: int, generator: torch.Generator) -> OperationDraws:
+        """OperationDraws for B copies."""
 
-    def plan_of(self, draws: Draws, size: tuple[int, int]) -> Plan:
+    def plan_of(self, draws: OperationDraws, size: tuple[int, int]) -> Plan:
         """What draws mean for images of (H, W)."""
         row_O, magnitude_OS2 = self._tables(size)
         op_BK = row_O[draws.choice_BK].masked_fill(~draws.applied_BK, -1)
@@ -121,8 +120,8 @@ class PerImage(PolicySource, ABC):
     def by_name(self) -> list:
         return []
 
-    def describe(self) -> list[str]:
-        return [self.words] * self.M
+    def descriptions(self) -> list[str]:
+        return [self.description] * self.M
 
     def _plan(self, N: int, size: tuple[int, int], generator: torch.Generator, groups: int) -> Plan:
         return self.plan_of(self.draw(N * self.M, generator), size)
@@ -141,7 +140,7 @@ class PerImage(PolicySource, ABC):
 class TrivialAugment(PerImage):
     """One operation, one strength, both uniformly random."""
 
-    words = f"TrivialAugment: one of 14 operations at one of {STRENGTHS} strengths, drawn for each copy"
+    description = f"TrivialAugment: one of 14 operations at one of {STRENGTHS} strengths, drawn for each copy"
 
     def __init__(self, M: int, **options: Any):
         super().__init__(M, 1, **options)
@@ -149,12 +148,12 @@ class TrivialAugment(PerImage):
     def space(self, size: tuple[int, int]) -> Space:
         return trivial_space(size)
 
-    def draw(self, B: int, generator: torch.Generator) -> Draws:
+    def draw(self, B: int, generator: torch.Generator) -> OperationDraws:
         count_O = torch.tensor([len(one.values) for one in trivial_space((1, 1)).values()])
         choice_B1 = torch.randint(len(count_O), (B, 1), generator=generator)
         strength_B1 = torch.randint(STRENGTHS, (B, 1), generator=generator).minimum(count_O[choice_B1] - 1)
         negative_B1 = torch.randint(2, (B, 1), generator=generator).bool()
-        return Draws(choice_B1, strength_B1, negative_B1, torch.ones_like(negative_B1))
+        return OperationDraws(choice_B1, strength_B1, negative_B1, torch.ones_like(negative_B1))
 
 
 class RandAugment(PerImage):
@@ -163,16 +162,16 @@ class RandAugment(PerImage):
     def __init__(self, M: int, n: int, m: int, **options: Any):
         super().__init__(M, n, **options)
         self.m = m
-        self.words = f"RandAugment: {n} of 14 operations at strength {m} of {STRENGTHS - 1}, drawn for each copy"
+        self.description = f"RandAugment: {n} of 14 operations at strength {m} of {STRENGTHS - 1}, drawn for each copy"
 
     def space(self, size: tuple[int, int]) -> Space:
         ranges = {IDENTITY: Range((0.0,))} | usual_space(STRENGTHS, size)
         return {name: Range(values[self.m : self.m + 1] or values, signed) for name, (values, signed) in ranges.items()}
 
-    def draw(self, B: int, generator: torch.Generator) -> Draws:
+    def draw(self, B: int, generator: torch.Generator) -> OperationDraws:
         choice_BK = torch.randint(14, (B, self.K), generator=generator)
         negative_BK = torch.randint(2, (B, self.K), generator=generator).bool()
-        return Draws(choice_BK, torch.zeros_like(choice_BK), negative_BK, torch.ones_like(negative_BK))
+        return OperationDraws(choice_BK, torch.zeros_like(choice_BK), negative_BK, torch.ones_like(negative_BK))
 
 
 class AutoAugmentPolicies(PerImage):
@@ -180,8 +179,10 @@ class AutoAugmentPolicies(PerImage):
 
     def __init__(self, M: int, learned_on: str, **options: Any):
         super().__init__(M, 2, **options)
+        from torchvision.transforms import AutoAugment, AutoAugmentPolicy  # takes seconds to import
+
         table = AutoAugment(AutoAugmentPolicy(learned_on)).policies
-        self.words = f"AutoAugment: one of {len(table)} sub-policies learned on {learned_on}, drawn for each copy"
+        self.description = f"AutoAugment: one of {len(table)} sub-policies learned on {learned_on}, drawn for each copy"
         names = list(self.space((1, 1)))
         self._choice_RK = torch.tensor([[names.index(name) for name, _, _ in pair] for pair in table])
         self._strength_RK = torch.tensor([[strength or 0 for _, _, strength in pair] for pair in table])
@@ -190,7 +191,7 @@ class AutoAugmentPolicies(PerImage):
     def space(self, size: tuple[int, int]) -> Space:
         return usual_space(10, size) | {"Invert": Range((0.0,))}
 
-    def draw(self, B: int, generator: torch.Generator) -> Draws:
+    def draw(self, B: int, generator: torch.Generator) -> OperationDraws:
         return self.draws_of(*self.raw_draws(B, generator))
 
     def raw_draws(self, B: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,9 +199,9 @@ class AutoAugmentPolicies(PerImage):
         subpolicy_B = torch.randint(len(self._choice_RK), (B,), generator=generator)
         return subpolicy_B, torch.rand(B, 2, generator=generator), torch.randint(2, (B, 2), generator=generator)
 
-    def draws_of(self, subpolicy_B: Tensor, number_BK: Tensor, coin_BK: Tensor) -> Draws:
+    def draws_of(self, subpolicy_B: Tensor, number_BK: Tensor, coin_BK: Tensor) -> OperationDraws:
         applied_BK = number_BK <= self._probability_RK[subpolicy_B]
-        return Draws(self._choice_RK[subpolicy_B], self._strength_RK[subpolicy_B], coin_BK == 0, applied_BK)
+        return OperationDraws(self._choice_RK[subpolicy_B], self._strength_RK[subpolicy_B], coin_BK == 0, applied_BK)
 
 
 class AugMix(PolicySource):
@@ -222,7 +223,7 @@ class AugMix(PolicySource):
     def by_name(self) -> list:
         return []
 
-    def describe(self) -> list[str]:
+    def descriptions(self) -> list[str]:
         mixed = f"AugMix: the image mixed with {self.WIDTH} chains of up to {self.DEPTH} operations"
         return ["as it is" if m == 0 and self.clean_first else mixed for m in range(self.M)]
 

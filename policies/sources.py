@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from augmentations import OPS, Plan, row_of, upload
-from controller import Controller, advantage, reinforce
+from controller import advantage
 
 BEGINNING = Fraction(0)  # of a run
 
@@ -164,7 +164,7 @@ class PolicySource:
             for ops_QK, levels_QK in zip(self.op_MQK.tolist(), self.level_MQK.tolist(), strict=True)
         ]
 
-    def describe(self) -> list[str]:
+    def descriptions(self) -> list[str]:
         """The M policies as texts with magnitudes, such as "Rotate ±6.67 then Invert or ..."."""
 
         def operation(name: str, level: int) -> str:
@@ -172,11 +172,11 @@ class PolicySource:
             sign = "±" if op.signed else ""
             return name if op.low is None else f"{name} {sign}{op.magnitude(level, self.levels):.3g}"
 
-        def words(policy: list[list[tuple[str, int]]]) -> str:
+        def one(policy: list[list[tuple[str, int]]]) -> str:
             subpolicies = (" then ".join(operation(*choice) for choice in subpolicy) for subpolicy in policy)
             return " or ".join(filter(None, subpolicies)) or "as it is"
 
-        return [words(policy) for policy in self.by_name()]
+        return [one(policy) for policy in self.by_name()]
 
     def shares(self) -> dict[str, dict[Any, float]]:
         """Share of each operation, and of each level, in the M policies in use; empty where there are none."""
@@ -233,113 +233,3 @@ class RandomPolicies(PolicySource):
 
     def _learn(self, reward_M: Tensor) -> tuple[Tensor, float]:
         return super()._learn(reward_M)[0], self.largest_entropy
-
-
-class RecordedPolicies(PolicySource):
-    """Policies from a file: of each interval those recorded at the same share of the run that they come from.
-
-    op_RPQK, level_RPQK: P policies of each of R intervals, rows of OPS and -1. Of P policies, M are drawn anew for each
-    interval, each as often as any other or once more; where P is M, they keep their places.
-    """
-
-    def __init__(self, M: int, op_RPQK: Tensor, level_RPQK: Tensor, levels: int, **options: Any):
-        _, _, Q, K = op_RPQK.shape
-        ops = tuple(OPS[row].name for row in op_RPQK.unique().tolist() if row >= 0)
-        super().__init__(M, Q, K, ops, levels, **options)
-        self.op_RPQK, self.level_RPQK = op_RPQK, level_RPQK
-
-    def _sample(self, generator: torch.Generator, progress: Fraction) -> None:
-        R, P = self.op_RPQK.shape[:2]
-        r = min(R - 1, math.floor(progress * R))
-        rounds = [torch.randperm(P, generator=generator) for _ in range(-(-self.M // P))]
-        chosen_M = torch.arange(P) if P == self.M else torch.cat(rounds)[: self.M]
-        self.op_MQK, self.level_MQK = self.op_RPQK[r, chosen_M], self.level_RPQK[r, chosen_M]
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"recorded": [self.op_RPQK, self.level_RPQK], "levels": self.levels}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on with what was read when the run began. Raises ValueError where what is there now has another form."""
-        require_same_form((self.levels, *self.op_RPQK.shape[2:]), (state["levels"], *state["recorded"][0].shape[2:]))
-        super().load_state_dict(state)
-        self.op_RPQK, self.level_RPQK = state["recorded"]
-
-
-class FrozenPolicies(PolicySource):
-    """M policies per interval, sampled from a controller that has learned elsewhere and learns no more."""
-
-    def __init__(self, M: int, controller: Controller, ops: tuple[str, ...], levels: int, **options: Any):
-        super().__init__(M, controller.Q, controller.K, ops, levels, **options)
-        self.controller = controller
-
-    def _sample(self, generator: torch.Generator, progress: Fraction) -> None:
-        try:
-            decisions = self.controller.sample(self.M, generator)
-        except RuntimeError:  # of weights so large that what comes of them is no probability
-            raise FloatingPointError("the controller is no longer finite") from None
-        self.op_MQK, self.level_MQK = self.rows[decisions.op_MQK], decisions.level_MQK
-
-    def _choice_MQK(self) -> Tensor:
-        """The operations in use, as the controller counts them."""
-        return (self.op_MQK[..., None] == self.rows).int().argmax(-1)
-
-    def _learn(self, reward_M: Tensor) -> tuple[Tensor, float]:
-        with torch.no_grad():
-            _, entropy_M = self.controller.log_prob(self._choice_MQK(), self.level_MQK)
-        return super()._learn(reward_M)[0], entropy_M.mean().item()
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"controller": self.controller.state_dict(), "form": self._form()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on with the controller that was saved. Raises ValueError where the present one is of another form."""
-        require_same_form(self._form(), state["form"])
-        super().load_state_dict(state)
-        self.controller.load_state_dict(state["controller"])
-
-    def _form(self) -> list[Any]:
-        """All that a controller is but for its weights."""
-        own = self.controller
-        return [self.rows.tolist(), self.levels, own.Q, own.K, own.recurrence, own.logit_bound]
-
-
-class ControllerPolicies(FrozenPolicies):
-    """M policies sampled from the controller, which learns from the losses they cause."""
-
-    learns = True
-
-    def __init__(
-        self,
-        M: int,
-        controller: Controller,
-        ops: tuple[str, ...],
-        levels: int,
-        *,
-        lr: float,
-        entropy_bonus: float,
-        **options: Any,
-    ):
-        super().__init__(M, controller, ops, levels, **options)
-        self.optimizer = torch.optim.Adam(controller.parameters(), lr=lr)
-        self.entropy_bonus = entropy_bonus
-
-    def _learn(self, reward_M: Tensor) -> tuple[Tensor, float]:
-        advantage_M, entropy_M = reinforce(
-            self.controller,
-            self.optimizer,
-            self._choice_MQK(),
-            self.level_MQK,
-            reward_M,
-            self.entropy_bonus,
-            divide_by_std=self.reward.divide_by_std,
-        )
-        if not all(parameter.isfinite().all() for parameter in self.controller.parameters()):
-            raise FloatingPointError("the controller is no longer finite")
-        return advantage_M, entropy_M.mean().item()
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.optimizer.load_state_dict(state["optimizer"])

@@ -36,7 +36,7 @@ from datasets.download import Downloads
 from datasets.loading import balanced_order, load_data, load_test
 from datasets.shapes import CLASSES, draw_shapes
 from datasets.splits import ResidentSplit, StreamedSplit
-from policies.files import build_policies
+from policies import build_policies
 from policies.sources import PolicySource
 from utils import UserError, keyed_generator
 

@@ -29,7 +29,7 @@ from dataloader import Normalise
 from datasets.splits import ResidentSplit
 from evaluation.predict import predict
 from models import build_model
-from policies.files import fresh_controller
+from policies.learned import fresh_controller
 from training.distributed import World
 from utils import save_tensors
 

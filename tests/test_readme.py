@@ -7,7 +7,7 @@ from conftest import ROOT
 
 from benchmarks.cost import published_confs
 from config import Config
-from policies.files import build_policies
+from policies import build_policies
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

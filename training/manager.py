@@ -198,7 +198,7 @@ class RunManager:
             if state.epoch in preview_epochs(state.config.epochs):
                 with torch.no_grad():
                     images = state.loader(data.train).preview(balanced_order(data.train.labels)[:8], state.epoch)
-                self.log.policy_images(images, state.policies.describe(), step)
+                self.log.policy_images(images, state.policies.descriptions(), step)
             save_model(self.run / "model.pt", state, data.classes)
         self.save()
         self.progress.say(epoch_line(state, metrics, times))
@@ -244,7 +244,7 @@ class RunManager:
         details = [f"process {', '.join(map(str, ranks))}"] if ranks else []
         details += [f"policy {', '.join(str(m + 1) for m in of_policies)}"] if of_policies else []
         what = f"{error} in epoch {state.epoch + 1}, step {step + 1}" + (f" ({'; '.join(details)})" if details else "")
-        in_use = (f"  {number}. {policy}" for number, policy in enumerate(state.policies.describe(), start=1))
+        in_use = (f"  {number}. {policy}" for number, policy in enumerate(state.policies.descriptions(), start=1))
         message = "\n".join((f"{what}, with these policies in use:", *in_use))
         record = {
             "incident": str(error),

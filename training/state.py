@@ -13,7 +13,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from config import Config
 from dataloader import Normalise, TrainLoader
 from datasets.splits import Split
-from policies.files import build_policies
+from policies import build_policies
 from policies.sources import LossSums, PolicySource
 from training.distributed import World, digest
 from training.health import Collapse, FiniteMonitor

@@ -29,7 +29,7 @@ import training.state as trainingstate
 from augmentations import OPS, apply
 from config import Config
 from models import build_model
-from policies.files import build_policies
+from policies import build_policies
 from training.distributed import exit_with_status
 from utils import UserError, keyed_generator
 

@@ -10,7 +10,9 @@ from conftest import same
 
 from augmentations import OPS, apply, row_of
 from controller import Controller
-from policies.sources import ControllerPolicies, FrozenPolicies, PolicySource, RandomPolicies, RecordedPolicies, Reward
+from policies.learned import ControllerPolicies, FrozenPolicies
+from policies.recorded import RecordedPolicies
+from policies.sources import PolicySource, RandomPolicies, Reward
 
 SIZE = (32, 32)
 NAMES = tuple(op.name for op in OPS)
@@ -121,9 +123,9 @@ def test_policies_in_words_give_magnitudes_where_there_are_any():
     source = RandomPolicies(1, 2, 2, NAMES)
     source.op_MQK = torch.tensor([[[row_of("Rotate"), row_of("Invert")], [row_of("Solarize"), row_of("Contrast")]]])
     source.level_MQK = torch.tensor([[[2, 7], [9, 0]]])
-    assert source.describe() == ["Rotate ±6.67 then Invert or Solarize 256 then Contrast 0.1"]
+    assert source.descriptions() == ["Rotate ±6.67 then Invert or Solarize 256 then Contrast 0.1"]
     assert source.by_name() == [[[("Rotate", 2), ("Invert", 7)], [("Solarize", 9), ("Contrast", 0)]]]
-    assert PolicySource(1, 2).describe() == ["as it is"]
+    assert PolicySource(1, 2).descriptions() == ["as it is"]
 
 
 @pytest.mark.parametrize("name", SOURCES)

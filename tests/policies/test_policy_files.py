@@ -8,11 +8,13 @@ import yaml
 from conftest import LITTLE, assert_refused, files, final_state, lines, little_network, same
 
 import main
-import policies.files as sources
+import policies.recorded as recorded
 from augmentations import row_of
 from config import PAPER_OPS, Config
-from policies.files import build_policies, read_controller, read_policies
-from policies.sources import ControllerPolicies, FrozenPolicies, PolicySource, RandomPolicies, RecordedPolicies
+from policies import build_policies
+from policies.learned import ControllerPolicies, FrozenPolicies, read_controller
+from policies.recorded import RecordedPolicies, read_policies
+from policies.sources import PolicySource, RandomPolicies
 from utils import UserError, load_tensors
 
 POLICIES = [
@@ -84,7 +86,7 @@ def test_what_is_written_by_hand_is_what_happens(policy_file):
     source = build_policies(Config(policy="recorded", policy_from=str(policy_file("mine.yaml", POLICIES)), M=2))
     source.resample(generator())
     assert source.by_name() == [[[tuple(op) for op in sub] for sub in policy] for policy in POLICIES]
-    assert source.describe()[0] == "Rotate ±10 then Invert or Solarize 56.9"
+    assert source.descriptions()[0] == "Rotate ±10 then Invert or Solarize 56.9"
     plan = source.plan(500, (32, 32), generator(1))
     first = plan.op_BK[0::2]
     assert {tuple(ops) for ops in first.tolist()} == {
@@ -141,7 +143,7 @@ def test_hostile_files_are_refused_soon(policy_file, tmp_path, monkeypatch):
         read_policies(policy_file("broken.yaml", "policies:\n  - [[[Rotate, 3]\n - 5"))
     with pytest.raises(UserError, match="cannot be read"):
         read_policies(policy_file("deep.json", "[" * 100_000))
-    monkeypatch.setattr(sources, "LONGEST_YAML", 100)
+    monkeypatch.setattr(recorded, "LONGEST_YAML", 100)
     with pytest.raises(UserError, match="is longer than 100 bytes"):
         read_policies(policy_file("long.yaml", "# " + "x" * 100))
     for path in (tmp_path / "missing.json", tmp_path):

@@ -14,12 +14,12 @@ from torchvision.transforms import AutoAugmentPolicy, autoaugment
 import main
 from augmentations import Plan, _in_families, apply, portion, row_of
 from config import PER_IMAGE, Config
-from policies.files import build_policies
+from policies import build_policies
 from policies.published import (
     STRENGTHS,
     AugMix,
     AutoAugmentPolicies,
-    Draws,
+    OperationDraws,
     RandAugment,
     TrivialAugment,
     augmix_loss,
@@ -65,7 +65,7 @@ def all_of(source):
     counts = [len(one.values) for one in source.space((1, 1)).values()]
     every = [(o, s, sign) for o, count in enumerate(counts) for s in range(count) for sign in (False, True)]
     choice, strength, negative = (torch.tensor(column)[:, None] for column in zip(*every, strict=True))
-    return Draws(choice, strength, negative, torch.ones_like(negative))
+    return OperationDraws(choice, strength, negative, torch.ones_like(negative))
 
 
 def as_torchvision_draws(source, draws, b, K):
@@ -161,7 +161,7 @@ def test_each_copy_draws_for_itself_and_everything_is_as_likely_as_published(pol
         assert draws.applied_BK.double().mean().item() == pytest.approx(expected, abs=0.01)
     record = source.update()
     assert (record["policies"], record["shares"], record["entropy"]) == ([], {}, 0.0)
-    assert len(source.describe()) == 4
+    assert len(source.descriptions()) == 4
 
 
 # AugMix
@@ -328,4 +328,4 @@ def test_the_first_copy_that_the_network_sees_is_clean_and_the_others_are_not():
     assert torch.equal(mixed[:, 0], images.float())
     assert (mixed[:, 1] != images).any()
     assert (mixed[:, 2] != mixed[:, 1]).any()
-    assert policies.describe()[0] == "as it is"
+    assert policies.descriptions()[0] == "as it is"

@@ -26,13 +26,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util import tensor_util
 
 import main
-import policies.files as sources
-import policies.sources as policies
+import policies.learned as learned
 import training.manager as manager
 from augmentations import OPS
 from config import Config
 from controller import Controller
 from datasets.splits import ResidentSplit
+from policies import build_policies
 from training.checkpoint import Checkpoints
 from training.distributed import digest
 from training.health import Collapse, FiniteMonitor, NotFinite, all_finite, collapse
@@ -306,7 +306,7 @@ def test_intervals_of_collapse_are_counted_with_the_step_of_the_first():
 def test_a_fresh_controller_is_no_alarm():
     """For the default settings, over 200 seeds; by far, and not by luck."""
     config, names = Config(), [op.name for op in OPS]
-    source, largest_share = sources.build_policies(config), 0.0
+    source, largest_share = build_policies(config), 0.0
     for seed in range(200):
         torch.manual_seed(seed)
         decisions = Controller(16, config.levels, config.Q, config.K).sample(config.M)
@@ -749,7 +749,7 @@ def test_the_largest_learning_rate_of_a_controller_does_no_harm(told, interval):
 
 def spoil_controller(monkeypatch, value):
     """Whenever it has learned, its weights are as large as this."""
-    reinforce = policies.reinforce
+    reinforce = learned.reinforce
 
     def spoilt(controller, *arguments, **options):
         learned = reinforce(controller, *arguments, **options)
@@ -758,7 +758,7 @@ def spoil_controller(monkeypatch, value):
                 parameter.copy_(value * parameter.sign())
         return learned
 
-    monkeypatch.setattr(policies, "reinforce", spoilt)
+    monkeypatch.setattr(learned, "reinforce", spoilt)
 
 
 @pytest.mark.parametrize("on_nonfinite", ["stop", "rewind"])

@@ -1,4 +1,4 @@
-"""From the settings to a source of policies, and what sources take from files: recorded policies, learned controllers.
+"""Policies from a file, or from the record of another run.
 
 A file of policies is YAML or JSON: a list of policies, or a mapping that holds it under "policies" and, unless it is
 10, the number of "levels". A policy is a list of sub-policies, each a list of [operation, level]. A line of a run's
@@ -7,10 +7,14 @@ policies.jsonl is such a mapping; the whole file is a sequence of them.
     policies:
       - [[[Rotate, 3], [Invert, 0]], [[Solarize, 2]]]     # two sub-policies, of which every image draws one
       - [[[ShearX, 9]], [[Cutout, 4], [Equalize, 0]]]
+
+Shape suffixes: R recorded intervals with P policies each, of Q sub-policies of K operations.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,25 +23,42 @@ import yaml
 from torch import Tensor
 
 from augmentations import OPS, row_of
-from config import Config, load_config
-from controller import Controller
-from policies.published import AugMix, AutoAugmentPolicies, RandAugment, TrivialAugment
-from policies.sources import ControllerPolicies, FrozenPolicies, PolicySource, RandomPolicies, RecordedPolicies, Reward
-from utils import (
-    UserError,
-    did_you_mean,
-    first_line,
-    has_shape,
-    keyed_seed,
-    load_tensors,
-    printable,
-    require_file,
-    short_repr,
-)
+from policies.sources import PolicySource, require_same_form
+from utils import UserError, did_you_mean, first_line, printable, require_file, short_repr
 
 LONGEST_FILE = 2**26  # bytes of policies.jsonl: 200 intervals of the paper's shape are half a million
 LONGEST_YAML = 2**20  # PyYAML takes a minute for a few of these
 MOST_OPERATIONS = 10**6  # of all policies of a file
+
+
+class RecordedPolicies(PolicySource):
+    """Policies from a file: of each interval those recorded at the same share of the run that they come from.
+
+    op_RPQK, level_RPQK: P policies of each of R intervals, rows of OPS and -1. Of P policies, M are drawn anew for each
+    interval, each as often as any other or once more; where P is M, they keep their places.
+    """
+
+    def __init__(self, M: int, op_RPQK: Tensor, level_RPQK: Tensor, levels: int, **options: Any):
+        _, _, Q, K = op_RPQK.shape
+        ops = tuple(OPS[row].name for row in op_RPQK.unique().tolist() if row >= 0)
+        super().__init__(M, Q, K, ops, levels, **options)
+        self.op_RPQK, self.level_RPQK = op_RPQK, level_RPQK
+
+    def _sample(self, generator: torch.Generator, progress: Fraction) -> None:
+        R, P = self.op_RPQK.shape[:2]
+        r = min(R - 1, math.floor(progress * R))
+        rounds = [torch.randperm(P, generator=generator) for _ in range(-(-self.M // P))]
+        chosen_M = torch.arange(P) if P == self.M else torch.cat(rounds)[: self.M]
+        self.op_MQK, self.level_MQK = self.op_RPQK[r, chosen_M], self.level_RPQK[r, chosen_M]
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"recorded": [self.op_RPQK, self.level_RPQK], "levels": self.levels}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on with what was read when the run began. Raises ValueError where what is there now has another form."""
+        require_same_form((self.levels, *self.op_RPQK.shape[2:]), (state["levels"], *state["recorded"][0].shape[2:]))
+        super().load_state_dict(state)
+        self.op_RPQK, self.level_RPQK = state["recorded"]
 
 
 class Recorded(NamedTuple):
@@ -48,78 +69,10 @@ class Recorded(NamedTuple):
     levels: int
 
 
-def build_policies(config: Config) -> PolicySource:
-    """The source that the config asks for. Raises UserError for files that are not what it takes them for."""
-    M, shape = config.M, (config.M, config.Q, config.K)
-    weight = config.teacher_weight if config.has_teacher else 0.0
-    reward = Reward(weight, config.reward_ema, config.divide_by_std)
-    options = {"clean_share": config.clean_share, "reward": reward}
-    match config.policy:
-        case "controller":
-            controller = fresh_controller(config)
-            learning = {"lr": config.controller_lr, "entropy_bonus": config.entropy_bonus}
-            return ControllerPolicies(M, controller, config.ops, config.levels, **learning, **options)
-        case "random":
-            return RandomPolicies(*shape, config.ops, config.levels, **options)
-        case "none":
-            return PolicySource(*shape, **options)
-        case "recorded":
-            return RecordedPolicies(M, *read_policies(Path(config.policy_from)), **options)
-        case "frozen":
-            return FrozenPolicies(M, *read_controller(Path(config.policy_from)), **options)
-        case "trivialaugment":
-            return TrivialAugment(M, **options)
-        case "randaugment":
-            return RandAugment(M, config.randaugment_n, config.randaugment_m, **options)
-        case "autoaugment_cifar10" | "autoaugment_imagenet":
-            return AutoAugmentPolicies(M, config.policy.removeprefix("autoaugment_"), **options)
-        case "augmix":
-            return AugMix(M, clean_first=config.jsd > 0, **options)
-    raise ValueError(f"unknown source of policies {config.policy!r}")
-
-
-def fresh_controller(config: Config) -> Controller:
-    """A controller as the config says, its weights drawn from the seed, whatever else has been drawn before."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(keyed_seed(config.seed, "controller"))  # manual_seed reaches other devices
-        return Controller(
-            len(config.ops),
-            config.levels,
-            config.Q,
-            config.K,
-            recurrence=config.recurrence,
-            logit_bound=config.logit_bound,
-        )
-
-
-def read_controller(path: Path) -> tuple[Controller, tuple[str, ...], int]:
-    """The controller that a run has learned, its operations and its number of levels.
-
-    path: the run's directory, or its model.pt. Raises UserError.
-    """
-    file = path / "model.pt" if path.is_dir() else path
-    if not file.exists():
-        raise UserError(f"{file}: there is no such file to take a controller from; policy_from names a finished run")
-    content = load_tensors(file)
-    if not has_shape(content, {"config": dict, "controller": dict}):
-        policy = content["config"].get("policy") if has_shape(content, {"config": dict}) else None
-        what = f"was trained with policy: {short_repr(policy)}" if policy else "is no model.pt of main.py"
-        raise UserError(f"{file}: holds no controller, it {what}; take a run with policy: controller")
-    config = load_config(None, {field: (str(file), value) for field, value in content["config"].items()})
-    controller = fresh_controller(config)
-    try:
-        controller.load_state_dict(content["controller"])
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: its controller does not fit its settings ({first_line(error)})") from None
-    if not all(parameter.isfinite().all() for parameter in controller.parameters()):
-        raise UserError(f"{file}: its controller holds values that are not finite numbers")
-    return controller.requires_grad_(False), config.ops, config.levels
-
-
 def read_policies(path: Path) -> Recorded:
     """The policies of a file, or those that a run has recorded (its directory, or its policies.jsonl).
 
-    Raises UserError, naming file, place and remedy, for what is not as this module's page says.
+    Raises UserError, naming file, place and remedy, for what does not have the form above.
     """
     file = path / "policies.jsonl" if path.is_dir() else path
     return recorded(_read_intervals(file), file)
@@ -222,5 +175,5 @@ def _read_intervals(file: Path) -> list[dict[str, Any]]:
         raise UserError(f"{file}: cannot be read as a file of policies ({reason})") from None
     intervals = [{"policies": one} if isinstance(one, list) else one for one in content]
     if not intervals or not all(isinstance(one, dict) for one in intervals):
-        raise UserError(f"{file}: holds no policies; sources.py shows what it should look like")
+        raise UserError(f"{file}: holds no policies; docs/policies.md shows the format")
     return intervals

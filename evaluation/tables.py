@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from config import FROM_A_FILE, PER_IMAGE, Config
 from evaluation.corruptions import SEVERITIES, STANDARD
 from evaluation.results import read_results
-from utils import Table, UserError, printable, render
+from evaluation.text_table import Table, render
+from utils import UserError, printable
 
 FORMATS = ("table", "markdown", "json", "csv")
 Result = Mapping[str, Any]  # the content of a results.json

@@ -32,13 +32,13 @@ from dataloader import Normalise
 from datasets.download import Downloads, Missing
 from evaluation.benchmarks import BENCHMARKS, Benchmark, BenchmarkSpec, EvalRequest, Subset, find_spec, fits
 from evaluation.corruptions import CORRUPTIONS
-from evaluation.generated import draw_corruptions, generated_folder
+from evaluation.generated import draw_corruptions
 from evaluation.metrics import Predictions, measure
 from evaluation.plots import draw_plots
 from evaluation.predict import BATCH, predict
 from evaluation.results import Results
-from evaluation.tables import FORMATS, compare, report
-from evaluation.text_table import Table, render
+from evaluation.tables import FORMATS, benchmark_table, compare, report
+from evaluation.text_table import render
 from evaluation.weights import SCORING, Classifier, load_classifiers
 from training.distributed import World, exit_with_status, join
 from training.lock import sole_writer
@@ -51,7 +51,7 @@ def main() -> None:
     if args.compare:
         print(compare(args.compare, args.format or "markdown"))
     elif args.list:
-        print(render(list_benchmarks(data_settings(args)[0])))
+        print(render(benchmark_table(data_settings(args)[0])))
     elif args.make_corruptions:
         print(make_corruptions(args))
     else:
@@ -136,7 +136,6 @@ def _open_if_available(spec: BenchmarkSpec, request: EvalRequest) -> Benchmark |
 
 
 def results_file(classifier: Classifier, args: argparse.Namespace) -> Path:
-    """--output, or a file beside the checkpoint."""
     name = "results.json" if classifier.file.name == "model.pt" else f"{classifier.file.name}.results.json"
     return args.output or classifier.file.parent / name
 
@@ -192,16 +191,6 @@ def data_settings(args: argparse.Namespace) -> tuple[Config, tuple[str, ...] | N
     return dataclasses.replace(classifier.config, seed=seed), classifier.classes, classifier.only_checkpoint
 
 
-def list_benchmarks(config: Config) -> Table:
-    rows = []
-    for spec in BENCHMARKS[1:]:
-        folder = generated_folder(config) if spec.name == "generated-c" else Path(config.dataroot) / spec.folder
-        found = "yes" if (folder / spec.marker).exists() else "no"
-        rows.append((spec.name, spec.family or "any", found, str(folder), spec.origin))
-    header = ("benchmark", "classes of", "found", "folder", "origin")
-    return Table(f"Benchmarks, and which of them are in {config.dataroot}", header, rows)
-
-
 def make_corruptions(args: argparse.Namespace) -> str:
     """Draw the corruptions of the test images of a conf or a run; returns a message with the next command."""
     config, classes, only_checkpoint = data_settings(args)
@@ -211,7 +200,7 @@ def make_corruptions(args: argparse.Namespace) -> str:
             "if it is yours, name it with --dataroot DIR"
         )
     folder = draw_corruptions(config, Downloads(args.data_url, not args.no_download), classes, args.images)
-    checkpoint = args.checkpoint[0] if args.checkpoint else "FILE"
+    checkpoint = args.checkpoint[0] if args.checkpoint else "PATH"
     return (
         f"{folder}: {len(CORRUPTIONS)} corruptions at five severities, generated, not official\n"
         f"score a classifier on them: python evaluate.py --checkpoint {checkpoint} --benchmarks generated-c"

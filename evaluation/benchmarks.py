@@ -100,11 +100,10 @@ class BenchmarkSpec(NamedTuple):
 
 def find_spec(name: str) -> BenchmarkSpec:
     """Raises UserError for an unknown name."""
-    for spec in BENCHMARKS:
-        if spec.name == name:
-            return spec
-    names = [spec.name for spec in BENCHMARKS]
-    raise UserError(f"--benchmarks: {name!r} is none of {', '.join(names)}, all{did_you_mean(name, names)}")
+    specs = {spec.name: spec for spec in BENCHMARKS}
+    if name not in specs:
+        raise UserError(f"--benchmarks: {name!r} is none of {', '.join(specs)}, all{did_you_mean(name, specs)}")
+    return specs[name]
 
 
 def fits(spec: BenchmarkSpec, request: EvalRequest) -> bool:
@@ -119,8 +118,7 @@ def fits(spec: BenchmarkSpec, request: EvalRequest) -> bool:
 def _open_clean(spec: BenchmarkSpec, request: EvalRequest) -> Benchmark:
     """The test set of the classifier's data set."""
     split, classes = request.test_set
-    images = len(split.labels)
-    source = source_of_test_images(request.config.dataset)
+    source, images = source_of_test_images(request.config.dataset), len(split.labels)
     checked_by = {"official": "md5", "embedded": "drawn by the program"}.get(source, "decoding")
     if request.config.dataset == "imagenet":
         source, checked_by = _imagenet_source(images, IMAGENET_IMAGES, classes), "count"
@@ -152,8 +150,7 @@ def _open_generated(spec: BenchmarkSpec, request: EvalRequest) -> Benchmark:
     if not (folder / MANIFEST).is_file():
         raise Missing(f"{folder}: there are no generated corruptions; {remedy}")
     manifest = read_manifest(folder)
-    missing = [row.name for row in CORRUPTIONS if f"{row.name}.npy" not in manifest["files"]]
-    if missing:
+    if missing := [row.name for row in CORRUPTIONS if f"{row.name}.npy" not in manifest["files"]]:
         raise Missing(f"{folder}: {missing[0]} has not been drawn yet; {remedy}")
     split, classes = request.test_set
     if manifest["test_set"] != split.fingerprint():
@@ -170,8 +167,7 @@ def _open_generated(spec: BenchmarkSpec, request: EvalRequest) -> Benchmark:
 def _open_perturbation_arrays(spec: BenchmarkSpec, request: EvalRequest, *, drive: str) -> Benchmark:
     """CIFAR-10-P and CIFAR-100-P: a file per perturbation, uint8 (V, T, 32, 32, 3); T differs between the files."""
     folder = request.root / spec.folder
-    missing = [f"{name}.npy" for name in SEQUENCES if not (folder / f"{name}.npy").is_file()]
-    if missing:
+    if missing := [f"{name}.npy" for name in SEQUENCES if not (folder / f"{name}.npy").is_file()]:
         raise Missing(
             f"{folder}: lacks {', '.join(missing)}\n"
             f"{spec.name} is in a shared drive: download its files by hand from {drive} into {folder}"
@@ -248,8 +244,8 @@ def _open_imagenet_v2(spec: BenchmarkSpec, request: EvalRequest, *, archive: Rem
     files = _names_and_sizes(folder, names)
     view = CentreCrop(*request.config.eval_view)
     subset = Subset("", None, len(files), partial(_streamed, folder, names, view, request))
-    source = _imagenet_source(len(files), IMAGENET_V2_IMAGES, names)
-    return Benchmark(spec.name, "test set", source, "count", _digest(sorted(files)), (subset,))
+    source, fingerprint = _imagenet_source(len(files), IMAGENET_V2_IMAGES, names), _digest(sorted(files))
+    return Benchmark(spec.name, "test set", source, "count", fingerprint, (subset,))
 
 
 def _streamed(tree: Path, classes: Sequence[str], view: CentreCrop, request: EvalRequest) -> StreamedSplit:
@@ -275,16 +271,14 @@ def _corruption_subsets(
 ) -> tuple[tuple[Subset, ...], list[Path]]:
     """Subsets of all corruptions in `folder`, with the extra ones that are there, and the files they are read from."""
     names = [*STANDARD, *(name for name in EXTRA if (folder / f"{name}.npy").is_file())]
-    missing = [f"{name}.npy" for name in (*STANDARD, "labels") if not (folder / f"{name}.npy").is_file()]
-    if missing:
+    if missing := [f"{name}.npy" for name in (*STANDARD, "labels") if not (folder / f"{name}.npy").is_file()]:
         raise Missing(f"{folder}: lacks {', '.join(missing)}; {remedy}")
     files = [folder / f"{name}.npy" for name in names]
     expected = f"(5 n, {side}, {side}, 3)"
     lengths = {path: _array(path, expected, lambda s: len(s) == 4 and s[0] % 5 == 0, side)[0] for path in files}
     length = lengths[files[0]]
-    for path, other in lengths.items():
-        if other != length:
-            raise UserError(f"{path}: holds {other} images, {files[0].name} {length}")
+    if other := next((path for path in files if lengths[path] != length), None):
+        raise UserError(f"{other}: holds {lengths[other]} images, {files[0].name} {length}")
     label_file = folder / "labels.npy"
     label_5I = _labels(label_file, length, request.num_classes).view(5, -1)
     if not (label_5I == label_5I[0]).all():

@@ -24,7 +24,7 @@ def corrupted():
     return benchmark, {"cells": cells, "summary": {"error": dict.fromkeys((*STANDARD, *EXTRA), 0.1)}}
 
 
-def tested(mistakes=((3, 5, 0.9), (7, 1, 0.8))):
+def scored_test_set(mistakes=((3, 5, 0.9), (7, 1, 0.8))):
     benchmark = Benchmark("clean", "test set", "own", "", "", (Subset("", None, 10, lambda: SPLIT),), ("a",) * 10)
     bins = {"images": [0] * 14 + [10], "correct": [0] * 14 + [8], "confidence": [0.0] * 14 + [0.97]}
     wrong = [dict(zip(("image", "predicted", "confidence"), m, strict=True), label=m[0]) for m in mistakes]
@@ -40,7 +40,7 @@ def perturbed():
     ("made", "names"),
     [
         (corrupted, {"cifar10-c_error"}),
-        (tested, {"clean_reliability", "clean_mistakes"}),
+        (scored_test_set, {"clean_reliability", "clean_mistakes"}),
         (perturbed, {"cifar10-p_flips"}),
     ],
 )
@@ -73,7 +73,7 @@ def test_the_heat_map_shows_every_error():
 
 
 def test_the_gallery_shows_the_mistaken_images():
-    benchmark, record = tested()
+    benchmark, record = scored_test_set()
     calibration, mistakes = plots.plots_of(benchmark, record, [f"class{i}" for i in range(10)])
     (axes,) = mistakes.figure().axes
     for shown, image in zip(axes.images, (3, 7), strict=True):
@@ -86,4 +86,4 @@ def test_the_gallery_shows_the_mistaken_images():
 
 
 def test_without_mistakes_there_is_no_gallery():
-    assert [plot.name for plot in plots.plots_of(*tested(mistakes=()), None)] == ["reliability"]
+    assert [plot.name for plot in plots.plots_of(*scored_test_set(mistakes=()), None)] == ["reliability"]

@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from evaluation.benchmarks import Benchmark
 from evaluation.corruptions import SEVERITIES
 from utils import warn
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from evaluation.benchmarks import Benchmark
 
 
 class Plot(NamedTuple):
@@ -44,7 +45,7 @@ def _warn_without_matplotlib() -> None:
     warn("no plots are drawn, since matplotlib is not installed (pip install matplotlib)")
 
 
-def draw_plots(folder: Path, benchmark: Benchmark, record: Mapping[str, Any], classes: Sequence[str] | None) -> None:
+def draw_plots(folder: Path, benchmark: "Benchmark", record: Mapping[str, Any], classes: Sequence[str] | None) -> None:
     """Write the plots of a finished benchmark, from its record in results.json, to `folder`: PNG and TensorBoard."""
     if figure_class() is None:
         return _warn_without_matplotlib()
@@ -60,7 +61,7 @@ def draw_plots(folder: Path, benchmark: Benchmark, record: Mapping[str, Any], cl
     writer.close()
 
 
-def plots_of(benchmark: Benchmark, record: Mapping[str, Any], classes: Sequence[str] | None) -> list[Plot]:
+def plots_of(benchmark: "Benchmark", record: Mapping[str, Any], classes: Sequence[str] | None) -> list[Plot]:
     """For corruptions and perturbations a table of shares; for a test set calibration and mistakes."""
     title = f"{benchmark.name} ({benchmark.source})"
     if benchmark.kind == "corruptions":
@@ -84,7 +85,7 @@ def _calibration(cell: Mapping[str, Any], title: str) -> Plot:
     return Plot("reliability", partial(reliability, cell["reliability"], text), text)
 
 
-def _mistakes(benchmark: Benchmark, cell: Mapping[str, Any], classes: Sequence[str] | None, title: str) -> Plot:
+def _mistakes(benchmark: "Benchmark", cell: Mapping[str, Any], classes: Sequence[str] | None, title: str) -> Plot:
     positions = torch.tensor([mistake["image"] for mistake in cell["mistakes"]])
     images_NCHW = next(benchmark.subsets[0].open().batches([positions]))[0].cpu()
     captions = [_caption(mistake, classes) for mistake in cell["mistakes"]]

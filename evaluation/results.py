@@ -11,13 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from config import load_config, plain_values
-from evaluation.benchmarks import Benchmark, Subset
 from evaluation.corruptions import STANDARD
 from evaluation.metrics import summarise
 from utils import UserError, first_line, has_shape, warn, write_text
+
+if TYPE_CHECKING:
+    from evaluation.benchmarks import Benchmark, Subset  # slow to import; who only reads results does not need them
 
 # Scores computed with other versions of these, or on another device, are computed again.
 VERSIONS = ("torch", "torchvision", "numpy", "pillow", "device")
@@ -57,7 +59,7 @@ class Results:
         name = self.file.stem.removesuffix("results")
         return self.file.with_name(f"{name.removesuffix('.')}.evaluation" if name else "evaluation")
 
-    def take_over(self, requested: Sequence[Benchmark], *, overwrite: bool, replace: bool) -> None:
+    def take_over(self, requested: Sequence["Benchmark"], *, overwrite: bool, replace: bool) -> None:
         """Keep the file's scores with the same checkpoint, precision and settings, and for the same images.
 
         overwrite: score the requested benchmarks again in any case. replace: scores of weights that no longer exist may
@@ -87,20 +89,20 @@ class Results:
                 if name not in current or (not overwrite and self._is_valid(record, current[name]))
             }
 
-    def share(self, benchmarks: dict[str, dict[str, Any]], requested: Sequence[Benchmark]) -> None:
+    def share(self, benchmarks: dict[str, dict[str, Any]], requested: Sequence["Benchmark"]) -> None:
         """Take the scores that the main process has kept, and add an empty record for each other benchmark."""
         self.benchmarks = benchmarks
         for benchmark in requested:
             self.benchmarks.setdefault(benchmark.name, self._empty_record(benchmark))
 
-    def of(self, benchmark: Benchmark) -> dict[str, Any]:
+    def of(self, benchmark: "Benchmark") -> dict[str, Any]:
         return self.benchmarks[benchmark.name]
 
-    def unscored(self, benchmark: Benchmark) -> list[Subset]:
+    def unscored(self, benchmark: "Benchmark") -> "list[Subset]":
         scored = {(cell["part"], cell["severity"]) for cell in self.of(benchmark)["cells"]}
         return [subset for subset in benchmark.subsets if (subset.part, subset.severity) not in scored]
 
-    def add(self, benchmark: Benchmark, subset: Subset, scores: dict[str, Any], seconds: float) -> None:
+    def add(self, benchmark: "Benchmark", subset: "Subset", scores: dict[str, Any], seconds: float) -> None:
         """Record a subset's scores; after a benchmark's last subset, also its means and the time of day."""
         record = self.of(benchmark)
         cell = {"part": subset.part, "severity": subset.severity, "images": subset.images}
@@ -111,13 +113,13 @@ class Results:
         if self.writes:
             write_text(self.file, json.dumps(self.head | {"benchmarks": self.benchmarks}, indent=2) + "\n")
 
-    def _is_valid(self, record: dict[str, Any], benchmark: Benchmark) -> bool:
+    def _is_valid(self, record: dict[str, Any], benchmark: "Benchmark") -> bool:
         """Whether it is for the same images and versions and, unless it is complete, scored by the same source."""
         must_be_same = VERSIONS if record["summary"] else (*VERSIONS, "git_revision")
         same = all(record["environment"].get(key) == self.environment[key] for key in must_be_same)
         return same and record["fingerprint"] == benchmark.fingerprint
 
-    def _empty_record(self, benchmark: Benchmark) -> dict[str, Any]:
+    def _empty_record(self, benchmark: "Benchmark") -> dict[str, Any]:
         return {
             "kind": benchmark.kind,
             "source": benchmark.source,

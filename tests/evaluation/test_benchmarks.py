@@ -318,7 +318,7 @@ def test_cifar10_1(tmp_path):
         np.save(folder / f"cifar10.1_{version}_labels.npy", labels)
         benchmark = opened(f"cifar10.1-{version}", request(tmp_path))
         (record,) = scored(Oracle(), benchmark)
-        assert (record["images"], record["error"], record["top5"]) == (count, 0.0, 1.0)
+        assert (benchmark.subsets[0].images, record["error"], record["top5"]) == (count, 0.0, 1.0)
         assert record["class_images"] == [len(labels[labels == c]) for c in range(10)]
     data = folder / "cifar10.1_v6_data.npy"
     images = np.load(data)
@@ -480,7 +480,7 @@ def test_outputs_that_are_not_finite_are_refused(script, cifar_c, weights, tmp_p
 
 
 def test_the_list_shows_which_benchmarks_are_there(script, cifar_c, tmp_path):
-    done = script("benchmarks.py", "--dataroot", tmp_path)
+    done = script("evaluate.py", "--list", "--dataroot", tmp_path)
     assert done.status == 0, done.err
     rows = {line.split()[0]: line.split() for line in done.out.splitlines() if line}
     assert rows["cifar10-c"][2] == "yes"

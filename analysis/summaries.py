@@ -17,8 +17,9 @@ from analysis.statistics import difference, verdict
 from config import Config
 from evaluation.plots import figure_class
 from evaluation.results import read_results
+from evaluation.text_table import Table, render
 from policies import build_policies
-from utils import Table, UserError, first_line, has_shape, render, write_text
+from utils import UserError, first_line, has_shape, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

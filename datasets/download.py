@@ -63,6 +63,7 @@ class Downloads:
     mirror: str | None = None  # --data-url: a folder's address, instead of the public ones, with files of these names
     allowed: bool = True  # False: --no-download
     quiet: bool = False
+    only_checkpoint: bool = False  # only a checkpoint names the folder: nothing is downloaded or unpacked there
 
     def __post_init__(self):
         if self.mirror is not None and not ADDRESS.fullmatch(self.mirror):
@@ -78,6 +79,8 @@ class Downloads:
         written to, and UserError when what is there is wrong.
         """
         path = folder / remote.name
+        if self.only_checkpoint and (".tar" in remote.name or not path.exists()):
+            self._refuse(folder, f"the content of {remote.name}" if ".tar" in remote.name else remote.name)
         try:
             if not path.exists():
                 if not self.allowed:
@@ -104,7 +107,10 @@ class Downloads:
         """
         folders, path = [folder / name for name in holds], folder / archive.name
         fetched = folder / f".fetched-{archive.name}"  # is there as long as an archive is that is to be removed
-        if fetched.exists() or not all(path.is_dir() for path in folders):
+        missing = [path.name for path in folders if not path.is_dir()]
+        if self.only_checkpoint and missing:
+            self._refuse(folder, f"{missing[0]} of {archive.name}")
+        if missing or (fetched.exists() and not self.only_checkpoint):
             try:
                 with _alone(folder) if self.allowed else contextlib.nullcontext():
                     # Another process may have unpacked and removed the archive while this one waited.
@@ -123,6 +129,12 @@ class Downloads:
             if not path.is_dir():
                 raise UserError(f"{folder / archive.name}: does not hold {path.name}")
         return folders
+
+    def _refuse(self, folder: Path, what: str) -> None:
+        raise Missing(
+            f"{folder}: lacks {what}; nothing is downloaded there because only the checkpoint names it\n"
+            "say where the data are, or may be downloaded to, with --dataroot DIR"
+        )
 
     def _download(self, remote: Remote, path: Path) -> Path:
         url, part = self._address(remote), path.with_name(f"{path.name}.part")

@@ -26,8 +26,7 @@ from torch import nn
 import analysis.figures as reportfigures
 import analysis.summaries as summaries
 import evaluate
-import evaluation.benchmarks as robustness
-import evaluation.plots as pictures
+import evaluation.plots as plots
 import experiments
 import main
 import report
@@ -44,7 +43,7 @@ processes.leave = sys.exit  # here and in what is forked from here; a script in 
 loading.draw_shapes = functools.cache(loading.draw_shapes)  # always the same, and wanted by every run
 
 ROOT = Path(__file__).parent.parent
-FIGURE_CLASS, DRAWING = pictures.figure_class, (pictures, summaries, report, reportfigures)
+FIGURE_CLASS, DRAWING, DRAW_PLOTS = plots.figure_class, (summaries, report, reportfigures), evaluate.draw_plots
 ALONE = World((torch.device("cpu"),))
 # The smallest run that still has several steps, policies and epochs.
 TINY = ("model=wresnet10_1", "train_size=40", "batch_size=10", "M=2", "epochs=3", "eval_every=3", "workers=0")
@@ -76,14 +75,16 @@ def device(request):
 
 
 @pytest.fixture(autouse=True)
-def plain_pictures(monkeypatch):
-    """Figures with axes take half a second each: only tests that ask for `with_axes` draw them."""
+def no_figures(monkeypatch):
+    """Figures take half a second each: only tests that ask for `with_axes` draw them."""
+    monkeypatch.setattr(evaluate, "draw_plots", lambda *_: None)
     for module in DRAWING:
         monkeypatch.setattr(module, "figure_class", lambda: None)
 
 
 @pytest.fixture
-def with_axes(monkeypatch):
+def with_axes(monkeypatch, no_figures):
+    monkeypatch.setattr(evaluate, "draw_plots", DRAW_PLOTS)
     for module in DRAWING:
         monkeypatch.setattr(module, "figure_class", FIGURE_CLASS)
 
@@ -98,7 +99,6 @@ def script(monkeypatch):
         entry = {
             "main.py": main.main,
             "evaluate.py": evaluate.main,
-            "robustness.py": robustness.main,
             "experiments.py": experiments.main,
             "report.py": report.main,
         }[name]

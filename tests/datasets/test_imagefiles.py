@@ -143,7 +143,7 @@ def test_damaged_files_are_named_before_training_or_left_out(tree, capsys):
         load_data(imagenet(tree), CPU)
     data = load_data(imagenet(tree, skip_unreadable=True), CPU)
     assert data.train.labels.tolist() == [0] * 8 + [1] * 7
-    assert "warning: left out 1 of 16 images, first " in capsys.readouterr().err
+    assert "warning: skipped 1 of 16 images, first " in capsys.readouterr().err
 
 
 def test_without_the_look_a_damaged_training_image_is_replaced_by_the_next(tree, capsys):
@@ -154,7 +154,7 @@ def test_without_the_look_a_damaged_training_image_is_replaced_by_the_next(tree,
     assert labels.tolist() == [0, 1], "the label goes with the image"
     draws = keyed_seed(0, "crop", 1, 7)
     assert torch.equal(images[1], RandomCrop(24, flip=True)(tree / "train" / "n01" / "0.JPEG", draws))
-    assert "warning: an image cannot be read, the next one takes its place: " in capsys.readouterr().err
+    assert "warning: an image cannot be read and is replaced by the next one: " in capsys.readouterr().err
     (tree / "train" / "n01" / "0.JPEG").write_bytes(b"")
     with pytest.raises(UserError, match=r"an image cannot be read: .*n00.7\.JPEG"):
         list(data.train.batches([torch.tensor([6, 7])]))
@@ -175,7 +175,7 @@ def test_folders_too_large_to_keep_go_on_without_an_image_that_is_lost_later(tre
     ((images, labels),) = data.train.batches([torch.tensor([2, 3])])
     assert labels.tolist() == [0, 0]
     assert torch.equal(images[0], images[1])
-    assert "the next one takes its place" in capsys.readouterr().err
+    assert "is replaced by the next one" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # torch's own forks

@@ -306,7 +306,7 @@ def test_a_mirror_and_no_download(script, zenodo, weights, tmp_path):
     command = ("evaluate.py", "--model", "wresnet10_1", "--weights", weights, "--benchmarks", "cifar10-c")
     root = tmp_path / "data"
     done = script(*command, "--dataroot", root, "--no-download")
-    assert_refused(done, "CIFAR-10-C.tar: is not there", "by hand", str(root))
+    assert_refused(done, "CIFAR-10-C.tar: is missing", "by hand", str(root))
     mirror = (tmp_path / "public").as_uri()
     done = script(*command, "--dataroot", root, "--data-url", mirror)
     assert done.status == 0, done.err
@@ -404,7 +404,7 @@ def test_cifar10_1(tmp_path):
     with pytest.raises(UserError, match=r"v6_data.npy: has changed since it was first used"):
         opened("cifar10.1-v6", wanted(tmp_path))
     data.unlink()
-    with pytest.raises(Missing, match=r"v6_data.npy: is not there\nfetch https://raw"):
+    with pytest.raises(Missing, match=r"v6_data.npy: is missing\ndownload https://raw"):
         opened("cifar10.1-v6", wanted(tmp_path))
 
 
@@ -502,7 +502,7 @@ def test_imagenet_c_is_scored_by_class_folders_as_stored(tmp_path):
     with pytest.raises(UserError, match=r"fog/3: is missing"):
         opened("imagenet-c", wanted(tmp_path, "imagenet", 12))
     (place / "fog").rename(tmp_path / "fog")
-    with pytest.raises(Missing, match=r"weather.tar: is not there\nfetch https://zenodo.org/records/2235448"):
+    with pytest.raises(Missing, match=r"weather.tar: is missing\ndownload https://zenodo.org/records/2235448"):
         opened("imagenet-c", wanted(tmp_path, "imagenet", 12))
 
 

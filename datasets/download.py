@@ -31,6 +31,8 @@ except ImportError:  # not a POSIX system
 STALL = 60.0  # seconds without a byte after which a connection is closed
 PAUSES = (1.0, 4.0, 16.0)  # seconds before each retry; bytes gained start the count again
 CHUNK = 1 << 20  # bytes
+# In a folder that was empty: a name of the archive is both a file and a folder.
+NAME_CLASHES = (FileExistsError, IsADirectoryError, NotADirectoryError)
 ADDRESS = re.compile(r"https?://[\w.-]+(:\d+)?(/.*)?|file://(localhost)?/.*")
 
 
@@ -329,8 +331,7 @@ def _unpack(file: BinaryIO, archive: Path, folder: Path, quiet: bool) -> None:
         for member in members:
             try:
                 tar.extract(member, folder, filter=_files_and_folders)
-            # In an empty folder only the archive itself can be in the way: a name that is both a file and a folder.
-            except (tarfile.FilterError, ValueError, FileExistsError, IsADirectoryError, NotADirectoryError):
+            except (tarfile.FilterError, ValueError, RecursionError, *NAME_CLASHES):
                 reason = f"{member.name!r} is not a regular file or folder below its top"
                 raise UserError(f"{archive}: {reason}; do not trust it") from None
             bar.update(member.size)

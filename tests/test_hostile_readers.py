@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 from conftest import assert_refused
-from test_hostile import PACKED, assert_in_words, calls, names, refusal, repacked, saved_by_torch
+from test_hostile import PACKED, assert_in_words, calls, refusal, repacked, saved_by_torch
 
 from config import Config, plain_values
 from datasets.download import Ledger

@@ -1,23 +1,19 @@
 """From settings to splits: embedded shapes, class folders and CIFAR, against Pillow and the files' own content."""
 
-import functools
 import hashlib
-import os
 import pickle
 import re
 import shutil
-import sys
 import tarfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_download import killed_before_step, serving, start_forked, wait_until
+from test_download import killed_before_step
 from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
 
 import config
-import datasets.download as download
 import datasets.loading as loading
 from config import Config
 from datasets.download import Downloads, Missing
@@ -336,59 +332,16 @@ def test_cifar_that_is_there_is_read_without_downloads(cifar_root):
         assert len(load_data(cifar_config(cifar_root), CPU, downloads).test.labels) == 20
 
 
-@pytest.fixture
-def misbehaving(cifar_root, monkeypatch):
-    """A server with the same archive, which sends it as its script says; pauses between retries take no time."""
-    with serving((cifar_root / "cifar.tar.gz").read_bytes()) as server:
-        monkeypatch.setattr("torchvision.datasets.CIFAR10.url", f"http://127.0.0.1:{server.server_port}/cifar.tar.gz")
-        monkeypatch.setenv("no_proxy", "*")
-        monkeypatch.setattr(download, "STALL", 0.3)
-        monkeypatch.setattr(download.time, "sleep", lambda _: None)
-        yield server
-
-
-def test_cifar_comes_complete_from_a_server_that_fails(cifar_root, misbehaving):
-    misbehaving.script = ["cut", "stalled", 503, "cut"]
-    data = load_data(cifar_config(cifar_root), CPU)
-    assert (len(data.train.labels), len(data.test.labels)) == (40, 20)
-    assert misbehaving.sent == len(misbehaving.content)
-
-
-@pytest.mark.parametrize(
-    ("script", "words"),
-    [(["wrongly"], "the downloaded file has md5"), (["cut", *[503] * 3], "503 Service Unavailable")],
-)
-def test_cifar_that_cannot_be_downloaded_is_taken_by_hand(cifar_root, misbehaving, script, words):
-    misbehaving.script, folder = list(script), cifar_root / "data"
-    address = f"http://127.0.0.1:{misbehaving.server_port}/cifar.tar.gz"
-    message = f"{re.escape(address)}: {words}.*\ndownload {re.escape(address)} by hand into {folder}, or"
-    with pytest.raises(UserError, match=message):
-        load_data(cifar_config(cifar_root), CPU)
-    part = ["cifar.tar.gz.part"] * (script[0] == "cut")
-    assert [path.name for path in folder.iterdir()] == part
+def test_cifar_that_cannot_be_downloaded_is_taken_by_hand(cifar_root):
+    folder, address = cifar_root / "data", (cifar_root / "cifar.tar.gz").as_uri()
+    (cifar_root / "mirror").mkdir()
+    (cifar_root / "mirror" / "cifar.tar.gz").write_bytes(b"something else")
+    message = rf"has md5 .*\ndownload {re.escape(address)} by hand into {folder}, or name a mirror"
+    with pytest.raises(Missing, match=message):
+        load_data(cifar_config(cifar_root), CPU, Downloads(mirror=(cifar_root / "mirror").as_uri()))
+    assert list(folder.iterdir()) == []
     shutil.copy(cifar_root / "cifar.tar.gz", folder)
-    assert len(load_data(cifar_config(cifar_root), CPU).test.labels) == 20
-    assert len(misbehaving.ranges) == len(script)
-
-
-def test_two_processes_download_cifar_once(cifar_root, misbehaving, tmp_path):
-    pytest.importorskip("fcntl")
-
-    def load(number):
-        os.dup2(os.open(tmp_path / f"stderr{number}", os.O_WRONLY | os.O_CREAT), 2)
-        sys.stderr = os.fdopen(2, "w", buffering=1)
-        assert len(load_data(cifar_config(cifar_root), CPU).test.labels) == 20
-
-    misbehaving.script = ["after a sign"]
-    processes = [start_forked(functools.partial(load, number)) for number in range(2)]
-    errors = [tmp_path / f"stderr{number}" for number in range(2)]
-    waiting = f"warning: {cifar_root / 'data'}: waiting for another process that is downloading or unpacking there\n"
-    wait_until(lambda: any(file.exists() and file.read_text() == waiting for file in errors))
-    misbehaving.sign.set()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
-    assert misbehaving.ranges == [None]
+    assert len(load_data(cifar_config(cifar_root), CPU, Downloads(allowed=False)).test.labels) == 20
 
 
 def test_cifar_is_complete_or_repaired_after_a_kill_at_any_step(cifar_root):

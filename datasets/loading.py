@@ -74,7 +74,7 @@ def open_cifar(config: Config, split: str, downloads: Downloads) -> Arrays:
     return Arrays(images, torch.tensor(dataset.targets), tuple(dataset.classes))
 
 
-# CIFAR's are those that the papers with its policies use.
+# CIFAR's are those that AutoAugment and the papers after it use.
 CIFAR_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -292,10 +292,11 @@ def _no_split(root: Path, names: Sequence[str]) -> str:
     """What is wrong where `root` holds none of the folders `names`."""
     belongs = f"images belong in {root / names[0]}/<class>/"
     if root.is_dir() and class_folders(root):
-        above = root.resolve().parent
-        if root.resolve().name in ("train", "test", "val"):
+        full = root.resolve()
+        if full.name in ("train", "test", "val"):
+            above = root.parent if root.name == full.name else full.parent
             return f"{root}: is the folder of a split; pass the folder above it: --dataroot {above}"
-        return f"{root}: holds class folders, but no folder {' or '.join(names)}; {belongs}"
+        return f"{root}: holds folders, but none called {' or '.join(names)}; {belongs}"
     return f"{root}: holds no folder {' or '.join(names)}; {belongs}"
 
 

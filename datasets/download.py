@@ -1,10 +1,8 @@
 """Download files from public addresses or a mirror, check them, and unpack archives."""
 
 import contextlib
-import functools
 import hashlib
 import http.client
-import json
 import os
 import re
 import shutil
@@ -14,14 +12,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import BinaryIO
 from urllib.error import HTTPError
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
-from utils import UserError, warn, write_atomically
+from utils import UserError, warn
 
 try:
     import fcntl
@@ -371,96 +369,3 @@ def _move(source: Path, target: Path) -> None:
             _move(entry, target / entry.name)
     else:
         source.replace(target)
-
-
-class Ledger:
-    """Hashes of what lies below a folder, noted in its hashes.json, so that what has not changed is not read again."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.file = folder, folder / "hashes.json"
-
-    def check(self, path: Path, *, md5: str | None = None, sha256: str | None = None) -> str:
-        """SHA-256 of a file, or of a folder's sorted names and SHA-256s; read only if a size or time is not as noted.
-
-        md5, sha256: as published, of a file; without any, the content that was seen first is the right one.
-        Raises UserError when the content is not the right one, cannot be read, or hashes.json is damaged, and
-        ValueError when `path` is not below the folder.
-        """
-        name = Path(os.path.abspath(path)).relative_to(os.path.abspath(self.folder)).as_posix()
-        noted = self._read().get(name, {})
-        try:
-            state = _state(path)
-            entry = noted if state.items() <= noted.items() else _hashes(path) | state
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        for kind, published in (("md5", md5), ("sha256", sha256)):
-            if published not in (None, entry[kind]):
-                differs = f"has another content than was published ({kind} {entry[kind]} instead of {published})"
-                raise UserError(f"{path}: {differs}; put a right copy in its place, or remove it")
-        if md5 is None and sha256 is None and noted and entry["sha256"] != noted["sha256"]:
-            differs = f"has changed since it was first used (SHA-256 {entry['sha256']} instead of {noted['sha256']})"
-            raise UserError(f"{path}: {differs}\nput the first back, or delete its entry in {self.file}")
-        if entry is not noted:
-            self._note(name, entry)
-        return entry["sha256"]
-
-    def _read(self) -> dict[str, Any]:
-        try:
-            entries = json.loads(self.file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, RecursionError):
-            entries = None
-        noted = entries.values() if isinstance(entries, dict) else [None]
-        if not all(isinstance(entry, dict) and {"sha256", "md5"} <= entry.keys() for entry in noted):
-            raise UserError(f"{self.file}: is damaged or unreadable; delete it, and what is there now is noted anew")
-        return entries
-
-    def _note(self, name: str, entry: dict[str, Any]) -> None:
-        text = json.dumps(self._read() | {name: entry}, indent=1, sort_keys=True)
-        own = self.folder / f"hashes-{os.getpid()}"  # another process may be writing too
-        try:
-            write_atomically(own, lambda new: new.write_text(text, encoding="utf-8"), name=lambda _: self.file)
-        except UserError:
-            _warn_unwritable(self.file)
-
-
-@functools.cache
-def _warn_unwritable(file: Path) -> None:
-    warn(f"{file}: cannot be written, so that the data are read through at every start")
-
-
-def _hashes(path: Path) -> dict[str, str | None]:
-    """SHA-256 and md5 of a file, read once; a folder has no md5."""
-    sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
-    if path.is_dir():
-        for name, _, _ in _files(path):
-            sha256.update(os.fsencode(f"{name}\0{_hashes(path / name)['sha256']}\n"))
-        return {"sha256": sha256.hexdigest(), "md5": None}
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            sha256.update(chunk)
-            md5.update(chunk)
-    return {"sha256": sha256.hexdigest(), "md5": md5.hexdigest()}
-
-
-def _state(path: Path) -> dict[str, Any]:
-    """What tells without reading that a file, or any in a folder, has changed."""
-    if not path.is_dir():
-        status = path.stat()
-        return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
-    return {"listing": hashlib.sha256(repr(_files(path)).encode()).hexdigest()}
-
-
-def _files(folder: Path) -> list[tuple[str, int, int]]:
-    """(name below `folder`, size, modification time in ns) of every file there, sorted; without a ledger's own."""
-    found, ahead = [], [""]
-    while ahead:
-        below = ahead.pop()
-        with os.scandir(folder / below) as entries:
-            for entry in entries:
-                if entry.is_dir():
-                    ahead.append(f"{below}{entry.name}/")
-                elif entry.name != "hashes.json":
-                    found.append((below + entry.name, entry.stat().st_size, entry.stat().st_mtime_ns))
-    return sorted(found)

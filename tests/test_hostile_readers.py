@@ -8,7 +8,6 @@ from conftest import assert_refused
 from test_hostile import PACKED, assert_in_words, calls, refusal, repacked, saved_by_torch
 
 from config import Config, plain_values
-from datasets.download import Ledger
 from datasets.loading import load_data
 from evaluation.generated import read_manifest
 from evaluation.results import read_results
@@ -118,9 +117,6 @@ DEEP = "[" * 100_000
 
 
 def test_deep_json_is_damage(tmp_path):
-    (tmp_path / "hashes.json").write_text(DEEP)
-    (tmp_path / "a").touch()
-    assert refusal(Ledger(tmp_path).check, tmp_path / "a")
     (tmp_path / "results.json").write_text(DEEP)
     assert refusal(read_results, tmp_path / "results.json")
     (tmp_path / "generated.json").write_text(DEEP)

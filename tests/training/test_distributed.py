@@ -276,7 +276,7 @@ def test_what_is_found_in_the_files_is_said_once(photographs, tmp_path):
     )
     done = scripts_on_ranks(2, "main.py", "--stop_epoch", 1, *said)
     all_well(done)
-    assert "left out 1 of 24 images" in done[0].err
+    assert "skipped 1 of 24 images" in done[0].err
     assert done[1].err == ""
 
 

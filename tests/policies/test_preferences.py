@@ -5,7 +5,9 @@ from math import comb
 
 import numpy as np
 import pytest
+import torch
 
+from controller import Controller
 from policies.preferences import Preference, chance_range, favoured, upper_tail, verdict
 
 
@@ -31,6 +33,13 @@ def test_uniform_draws_favour_nothing_in_19_of_20_runs():
     names = [f"op{number}" for number in range(16)]
     draws = np.random.default_rng(0).multinomial(800, [1 / 16] * 16, size=400).tolist()
     assert sum(bool(favoured(dict(zip(names, counts, strict=True)))) for counts in draws) <= 0.05 * 400
+
+
+def test_initial_weights_are_no_preference_however_many_draws():
+    torch.manual_seed(0)
+    for seed in range(6):
+        drawn = Controller().sample(2000, torch.Generator().manual_seed(seed)).op_MQK.flatten()
+        assert favoured(dict(enumerate(torch.bincount(drawn, minlength=16).tolist()))) == []
 
 
 def test_what_is_drawn_more_often_than_chance_is_named():

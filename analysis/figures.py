@@ -11,7 +11,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MOST_POINTS = 40  # along an axis of time; more are averaged
+MOST_POINTS = 120  # along an axis of time; more are averaged
+MOST_SHARES = 16  # points of a share over time: fewer points have more draws each, and a narrower range of chance
 MOST_PANELS = 20
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000", "#b8a800")
 FAVOURED = "#b2182b"
@@ -42,9 +43,9 @@ class Curve(NamedTuple):
     held_out: Sequence[tuple[float, float]]
 
 
-def binned(intervals: Sequence[Any]) -> list[Sequence[Any]]:
-    """The intervals in at most MOST_POINTS groups of equal size; the last may be smaller."""
-    size = -(-len(intervals) // MOST_POINTS)
+def binned(intervals: Sequence[Any], most: int = MOST_POINTS) -> list[Sequence[Any]]:
+    """The intervals in at most `most` groups of equal size; the last may be smaller."""
+    size = -(-len(intervals) // most)
     return [intervals[start : start + size] for start in range(0, len(intervals), size)]
 
 

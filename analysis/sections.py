@@ -141,8 +141,8 @@ def entropy(run: RunRecord) -> ReportImage:
     limit = 100 * run.config.collapse_entropy
     caption = (
         f"The mean entropy of a policy as a share of its maximum ({maximum:.2f} nats): 100 % if every choice is "
-        f"uniformly random, 0 if one policy is left. Collapse is reported below {limit:.0f} %, or when one operation takes more "
-        "than half of all draws"
+        f"uniformly random, 0 if one policy is left. Collapse is reported below {limit:.0f} %, or when one "
+        "operation takes more than half of all draws"
     )
     caption += f": in {len(collapsed)} of {len(points)} intervals (red)." if collapsed else "; this did not happen."
     figure = figures.entropy(points, limit, collapsed)
@@ -151,7 +151,7 @@ def entropy(run: RunRecord) -> ReportImage:
 
 def shares(run: RunRecord, draws: Draws) -> Iterator[ReportImage]:
     """Shares of operations and of levels over the epochs, each beside what chance alone would give."""
-    groups = figures.binned(run.intervals)
+    groups = figures.binned(run.intervals, figures.MOST_SHARES)
     epochs = [run.epochs(group)[-1] for group in groups]
     subjects = (
         ("operations", "Shares of the operations", run.ops, 0, draws.op_counts),
@@ -175,7 +175,7 @@ def shares(run: RunRecord, draws: Draws) -> Iterator[ReportImage]:
 def share_of(
     groups: Sequence[Sequence[Mapping[str, Any]]], keys: Sequence[Any], place: int
 ) -> tuple[list[list[float]], list[int]]:
-    """The share of each key, an operation (place 0) or a level (1), in every group of intervals; draws of each group."""
+    """The share of each key, an operation (place 0) or a level (1), in each group of intervals; each group's draws."""
     counted = [Counter(pair[place] for pair in drawn_pairs(group)) for group in groups]
     draws = [counts.total() for counts in counted]
     return [[counts[key] / max(1, counts.total()) for counts in counted] for key in keys], draws

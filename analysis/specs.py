@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from config import Config, can_be_a_path, changed_settings, load_config, parse_overrides, read_yaml
-from utils import UserError, did_you_mean, has_shape, short_repr
+from utils import UserError, did_you_mean, has_shape, printable, short_repr
 
 SCRIPTS = Path(__file__).resolve().parent.parent
 FOLDER = SCRIPTS / "confs" / "experiments"
@@ -118,19 +118,47 @@ def load_experiment(
     name: str, size: str, seeds: Sequence[int] | None = None, overrides: Sequence[str] = ()
 ) -> Experiment:
     """confs/experiments/NAME.yaml, or the file of that name, at one of its sizes. Raises UserError."""
-    path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
-    if not path.exists():
-        if path.suffix and (FOLDER / path.name).exists():
-            raise UserError(f"{path}: was not found; write {path.stem}, or confs/experiments/{path.name}")
-        known = sorted(file.stem for file in FOLDER.glob("*.yaml"))
-        raise UserError(
-            f"{short_repr(name)}: unknown experiment{did_you_mean(name, known)} ({', '.join(known)})"
-        )
+    path = _find_file(name)
     content = read_yaml(path)
+    _check_file(path, content, size)
+    of_size = content["sizes"][size]
+    own = of_size.get("arms", {})
+    _check_arms(path, content, size, own)
+    return Experiment(
+        path.stem,
+        content["question"],
+        size,
+        of_size["conf"],
+        tuple(seeds or of_size["seeds"]),
+        dict(of_size.get("set", {})),
+        {arm: {**settings, **own.get(arm, {})} for arm, settings in content["arms"].items()},
+        {str(arm): str(label) for arm, label in content.get("labels", {}).items()},
+        tuple((first, second) for first, second in content["compare"]),
+        of_size["note"],
+        of_size.get("ranks", True),
+        tuple(overrides),
+    )
+
+
+def experiment_names() -> list[str]:
+    return sorted(file.stem for file in FOLDER.glob("*.yaml"))
+
+
+def _find_file(name: str) -> Path:
+    path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
+    if path.exists():
+        return path
+    if name.endswith(".yaml") and (FOLDER / path.name).exists():
+        raise UserError(f"{printable(name)}: was not found; write {path.stem}, or confs/experiments/{path.name}")
+    known = experiment_names()
+    raise UserError(f"{short_repr(name)}: unknown experiment{did_you_mean(name, known)} ({', '.join(known)})")
+
+
+def _check_file(path: Path, content: Any, size: str) -> None:
     if not has_shape(content, SHAPE) or not content["arms"]:
         raise UserError(f"{path}: needs {', '.join(SHAPE)}; confs/experiments/controls.yaml is an example")
     if "words" in content:
-        raise UserError(f"{path}: 'words' is now called 'labels'")
+        raise UserError(f"{path}: the key 'words' is now called 'labels'")
     if unknown := sorted(map(str, set(content) - KEYS)):
         raise UserError(f"{path}: unknown key {short_repr(unknown[0])}{did_you_mean(unknown[0], KEYS)}")
     if size not in content["sizes"]:
@@ -139,34 +167,24 @@ def load_experiment(
     if not has_shape(of_size, SIZE_SHAPE) or set(of_size) - SIZE_KEYS or not has_shape({**MAY_HAVE, **of_size}, MAY_BE):
         raise UserError(f"{path}: size {size}: needs {', '.join(SIZE_SHAPE)}; set, arms and ranks are optional")
     if not are_seeds(of_size["seeds"]):
-        raise UserError(
-            f"{path}: size {size}: seeds: {short_repr(of_size['seeds'])} must be different whole numbers, 0 or above"
-        )
+        seeds = short_repr(of_size["seeds"])
+        raise UserError(f"{path}: size {size}: seeds: {seeds} must be different whole numbers, 0 or above")
+
+
+def _check_arms(path: Path, content: dict[str, Any], size: str, own: dict[str, Any]) -> None:
+    arms = content["arms"]
     if not has_shape(content.get("labels", {}), dict):
         raise UserError(f"{path}: labels: must map arms to texts")
-    arms, own = content["arms"], of_size.get("arms", {})
     for arm, settings in (*arms.items(), *own.items()):
         if not isinstance(arm, str) or not re.fullmatch(r"\w{1,60}", arm) or not has_shape(settings, dict):
-            raise UserError(f"{path}: arm {short_repr(arm)}: needs a name of letters and digits, and a mapping of settings")
+            raise UserError(
+                f"{path}: arm {short_repr(arm)}: needs a name of letters and digits, and a mapping of settings"
+            )
         if arm not in arms:
             raise UserError(f"{path}: size {size}: there is no arm {short_repr(arm)}{did_you_mean(arm, arms)}")
-    compare = [tuple(pair) for pair in content["compare"]]
-    if not all(len(pair) == 2 and has_shape(list(pair), [str]) and set(pair) <= set(arms) for pair in compare):
-        raise UserError(f"{path}: compare: every entry must be a pair of arms")
-    return Experiment(
-        path.stem,
-        content["question"],
-        size,
-        of_size["conf"],
-        tuple(seeds or of_size["seeds"]),
-        dict(of_size.get("set", {})),
-        {arm: {**settings, **own.get(arm, {})} for arm, settings in arms.items()},
-        {str(arm): str(label) for arm, label in content.get("labels", {}).items()},
-        tuple(compare),
-        of_size["note"],
-        of_size.get("ranks", True),
-        tuple(overrides),
-    )
+    for pair in content["compare"]:
+        if len(pair) != 2 or not has_shape(pair, [str]) or not set(pair) <= set(arms):
+            raise UserError(f"{path}: compare: every entry must be a pair of arms")
 
 
 def find_conf(conf: Any, where: str) -> Path:

@@ -23,8 +23,6 @@ from hypothesis import settings
 from PIL import Image
 from torch import nn
 
-import analysis.figures as reportfigures
-import analysis.summaries as summaries
 import evaluate
 import evaluation.benchmarks as robustness
 import evaluation.plots as pictures
@@ -44,7 +42,7 @@ processes.leave = sys.exit  # here and in what is forked from here; a script in 
 loading.draw_shapes = functools.cache(loading.draw_shapes)  # always the same, and wanted by every run
 
 ROOT = Path(__file__).parent.parent
-FIGURE_CLASS, DRAWING = pictures.figure_class, (pictures, summaries, report, reportfigures)
+FIGURE_CLASS, DRAWING = pictures.figure_class, (pictures,)
 ALONE = World((torch.device("cpu"),))
 # The smallest run that still has several steps, policies and epochs.
 TINY = ("model=wresnet10_1", "train_size=40", "batch_size=10", "M=2", "epochs=3", "eval_every=3", "workers=0")

@@ -105,15 +105,18 @@ def share_panels(
 
 def entropy(points: Sequence[tuple[float, float]], limit: float, collapsed: Sequence[float]) -> "Figure":
     """points: (epoch, per cent of the maximal entropy). limit: below which it is a collapse, 0 for none."""
+    lowest = min(value for _, value in points)
+    zoomed = lowest > 80 and not collapsed  # on the whole axis a few per cent could not be seen
+    bounds = (min(95, lowest - 1), 100.5) if zoomed else (-2, 106)
     figure = new_figure(9, 3.2)
     axes = figure.subplots()
     axes.axhline(100, color="grey", linestyle="--", label="uniformly random")
-    if limit:
+    if limit and not zoomed:
         axes.axhline(limit, color=COLOURS[5], linestyle=":", label="collapse")
     axes.plot(*zip(*points, strict=True), color=COLOURS[0], marker="o" if len(points) < 3 else None, label="policies")
     if collapsed:
         axes.plot(collapsed, [0] * len(collapsed), "|", color=FAVOURED, markersize=14, label="collapsed")
-    axes.set(xlabel="epoch", ylabel="entropy (% of its maximum)", ylim=(-2, 106))
+    axes.set(xlabel="epoch", ylabel="entropy (% of its maximum)", ylim=bounds)
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return figure

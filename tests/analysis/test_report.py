@@ -54,8 +54,8 @@ def pairs_of(run):
 
 
 def with_records(run, change):
-    """Replace the records of policies.jsonl by change(record, number)."""
-    records = [change(record, number) for number, record in enumerate(lines(run / "policies.jsonl"))]
+    """Replace the records of policies.jsonl by change(record)."""
+    records = [change(record) for record in lines(run / "policies.jsonl")]
     (run / "policies.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
@@ -108,7 +108,8 @@ def test_final_draws_have_the_controllers_probabilities(little):
 def test_a_moved_controller_is_named_with_what_it_favours(little):
     run = little("run")
     with_biases(run, torch.tensor([0.0, 1.5, -1.0]), torch.zeros(4))
-    with_records(run, lambda record, _: record | {"entropy": 0.9 * read_run(run).maximal_entropy})
+    maximum = read_run(run).maximal_entropy
+    with_records(run, lambda record: record | {"collapsed": None, "entropy": 0.9 * maximum})
     text = run_verdict(read_run(run))
     assert text.startswith("The controller has moved: 90.0 % of its maximal entropy is left; it favours Solarize (7")
     assert text.endswith("where chance gives 33.33 %.")
@@ -117,7 +118,8 @@ def test_a_moved_controller_is_named_with_what_it_favours(little):
 def test_a_controller_that_draws_uniformly_has_not_moved(little):
     run = little("run")
     with_biases(run, torch.zeros(3), torch.zeros(4))
-    with_records(run, lambda record, _: record | {"entropy": read_run(run).maximal_entropy})
+    maximum = read_run(run).maximal_entropy
+    with_records(run, lambda record: record | {"collapsed": None, "entropy": maximum})
     assert run_verdict(read_run(run)).startswith("The controller has not moved yet: 100.0 %")
 
 
@@ -283,6 +285,6 @@ def test_without_matplotlib_it_says_what_to_install(script, tmp_path, monkeypatc
 
 def test_damaged_policies_are_refused(little):
     run = little("run")
-    with_records(run, lambda record, _: record | {"policies": [[[["Rotat", 1]]]] * 2})
+    with_records(run, lambda record: record | {"policies": [[[["Rotat", 1]]]] * 2})
     with pytest.raises(UserError, match="'Rotat' is no operation; did you mean Rotate"):
         read_run(run)

@@ -152,13 +152,6 @@ def load_test(
     return source.take(torch.arange(len(source.labels)), device), source.classes
 
 
-def source_of_test_images(name: str) -> str:
-    """For results.json: "official", "embedded" or "own". ImageNet's are official only where their number is."""
-    return {"shapes": "embedded", "cifar10": "official", "cifar100": "official", "imagenet": "official"}.get(
-        name, "own"
-    )
-
-
 def balanced_order(labels: Tensor) -> Tensor:
     """Indices of all images, ordered so that the first n are as balanced over the classes as possible, for every n.
 

@@ -23,10 +23,7 @@ from hypothesis import settings
 from PIL import Image
 from torch import nn
 
-import analysis.figures as reportfigures
-import analysis.summaries as summaries
 import evaluate
-import evaluation.plots as plots
 import experiments
 import main
 import report
@@ -43,7 +40,7 @@ processes.leave = sys.exit  # here and in what is forked from here; a script in 
 loading.draw_shapes = functools.cache(loading.draw_shapes)  # always the same, and wanted by every run
 
 ROOT = Path(__file__).parent.parent
-FIGURE_CLASS, DRAWING, DRAW_PLOTS = plots.figure_class, (summaries, report, reportfigures), evaluate.draw_plots
+DRAW_PLOTS = evaluate.draw_plots
 ALONE = World((torch.device("cpu"),))
 # The smallest run that still has several steps, policies and epochs.
 TINY = ("model=wresnet10_1", "train_size=40", "batch_size=10", "M=2", "epochs=3", "eval_every=3", "workers=0")
@@ -76,17 +73,13 @@ def device(request):
 
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
-    """Figures take half a second each: only tests that ask for `with_axes` draw them."""
+    """Plots take half a second each: only tests that ask for `with_axes` draw them."""
     monkeypatch.setattr(evaluate, "draw_plots", lambda *_: None)
-    for module in DRAWING:
-        monkeypatch.setattr(module, "figure_class", lambda: None)
 
 
 @pytest.fixture
 def with_axes(monkeypatch, no_figures):
     monkeypatch.setattr(evaluate, "draw_plots", DRAW_PLOTS)
-    for module in DRAWING:
-        monkeypatch.setattr(module, "figure_class", FIGURE_CLASS)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
-"""Augmentation as the field does it, image by image, with Pillow and torchvision in worker processes.
+"""The usual augmentation, image by image, with Pillow and torchvision in worker processes.
 
-For comparison only: nothing that trains or scores uses it. From the same draws it makes the same tensors as the batched
-way, bit for bit where Pillow does (see augmentations.py), and tests/test_benchmarks.py holds it to that.
+For comparison only. From the same draws it makes the same tensors as the batched way, bit for bit, as
+tests/benchmarks/test_speed_scripts.py checks.
 
 Shape suffixes: N images of the data, M copies of one; C, H, W as usual.
 """
@@ -40,9 +40,9 @@ class Operation(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """All that chance decides about one copy.
+    """All random choices for one copy.
 
-    shift: of the crop in the zero-padded image, x and y in pixels. blank: the pixel around which Cutout blanks.
+    shift: of the crop in the zero-padded image, x and y in pixels. blank: the centre of Cutout in pixels.
     """
 
     shift: tuple[int, int]
@@ -55,7 +55,7 @@ class Draws(NamedTuple):
 class PerImage(Dataset):
     """The M copies of one image and its label, by (position in the data, seed).
 
-    images: uint8 (N, H, W, C). policies: those in use when this is made.
+    images: uint8 (N, H, W, C). policies: those in use now are applied.
     """
 
     config: Config

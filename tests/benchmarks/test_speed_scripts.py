@@ -67,10 +67,10 @@ def median_ratio(seconds, to):
 def test_the_cost_of_reading_is_measured(benchmark):
     table, measured = benchmark(scoring, "--model", "wresnet10_1", "--images", 20, "--repeats", 2)
     seconds = measured["seconds"]
-    for name in ("at hand", "mapped"):
+    for name in ("in memory", "mapped"):
         ((_, rate),) = rows_of(table, name)
         assert rate.split()[0] == f"{20 / statistics.median(seconds[name]):,.0f}"
-    assert measured["ratio"] == median_ratio(seconds["mapped"], seconds["at hand"])
+    assert measured["ratio"] == median_ratio(seconds["mapped"], seconds["in memory"])
     assert any(line[0].startswith(f"reading adds {measured['ratio'] - 1:.1%}") for line in table)
 
 

@@ -58,18 +58,10 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser(__doc__)
     add = arguments.add_argument
     add("--images", type=Path, metavar="DIR", help="JPEGs, or class folders of them (default: generated ones)")
-    add(
-        "--reads", type=count, default=512, help="images read in a turn; files repeat if there are fewer (default: 512)"
-    )
+    add("--reads", type=count, default=512, help="images read in a turn (default: 512)")
     add("--size", type=count, default=224, help="side of the crops in pixels (default: 224)")
     add("--batch_size", type=count, default=32, help="images that a worker reads at a time (default: 32)")
-    add(
-        "--workers",
-        type=count_or_none,
-        nargs="+",
-        default=[0, cores()],
-        help="worker processes (default: 0, and one per core)",
-    )
+    add("--workers", type=count_or_none, nargs="+", default=[0, cores()], help="(default: 0, and one per core)")
     return parse(arguments)
 
 

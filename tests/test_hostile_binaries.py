@@ -245,7 +245,7 @@ def read_as_evaluate_does(content):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.sampled_from(["file", "pickle", "entries", "older file"]), EDITS)
 def test_random_damage_to_a_checkpoint_is_refused(what, edits):
     """In the file, or in the entries of the zip file, with right checksums."""
@@ -266,7 +266,7 @@ VALUES = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(st.dictionaries(KEYS, VALUES, max_size=3))
 def test_random_settings_in_a_checkpoint_are_refused(values):
     refusal(read_as_evaluate_does, saved(torch.save, SMALL | {"config": values}))

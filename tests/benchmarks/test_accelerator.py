@@ -40,7 +40,7 @@ def kept_in(folder):
 @pytest.mark.slow
 def test_the_command_runs_every_part_on_the_cpu(tmp_path):
     """As many parts as the time allows."""
-    done = subprocess.run([*COMMAND, "--minutes", "2", *places(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*COMMAND, "--minutes", "1", *places(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     content = kept_in(tmp_path)
     unreached = {part for part in accelerator.PARTS if f"{part}: not started, no time is left" in done.stdout}

@@ -64,7 +64,7 @@ def published_confs() -> list[Path]:
     return [path for dataset in CLASSES for path in sorted((ROOT / "confs" / dataset).glob("*.yaml"))]
 
 
-def rounded(hours: float) -> str:
+def describe(hours: float) -> str:
     """Two significant digits."""
     return f"{float(f'{hours:.2g}'):,g}"
 
@@ -76,7 +76,7 @@ def main() -> None:
     for path in published_confs():
         flops, images, hours, activations = cost(load_config(path, {}))
         name = path.relative_to(ROOT / "confs").as_posix()
-        numbers = f"{flops / 1e9:>12.1f}{images:>18,}{rounded(hours):>12}{activations / 1e9:>11.1f} GB"
+        numbers = f"{flops / 1e9:>12.1f}{images:>18,}{describe(hours):>12}{activations / 1e9:>11.1f} GB"
         print(f"{name:<40}{numbers}", flush=True)
 
 

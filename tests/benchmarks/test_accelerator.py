@@ -103,7 +103,8 @@ def test_an_epoch_and_settings_are_measured(reported, monkeypatch):
 
 @pytest.mark.slow
 def test_a_killed_command_keeps_its_results(tmp_path):
-    process = subprocess.Popen([*COMMAND, "--minutes", "2", *places(tmp_path)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    command = [*COMMAND, "--minutes", "60", "--parts", "exactness", *places(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     folder = tmp_path / "results" / "speed"
     while not any("Pillow, 32x32" in file.read_text() for file in folder.glob("*.json")):
         assert process.poll() is None

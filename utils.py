@@ -8,7 +8,6 @@ import hashlib
 import os
 import pickle
 import platform
-import re
 import reprlib
 import shlex
 import shutil
@@ -20,7 +19,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -236,29 +235,6 @@ def _flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-class Table(NamedTuple):
-    """Rows of text under a header, with a title and remarks."""
-
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    notes: Sequence[str] = ()
-
-
-def render(table: Table, form: str = "table") -> str:
-    """A table as aligned text or as Markdown."""
-    if form == "markdown":
-        lines = [f"| {' | '.join(row)} |" for row in (table.header, ["---"] * len(table.header), *table.rows)]
-        return "\n".join([table.title, "", *lines, *(f"\n{note}" for note in table.notes)])
-    columns = []
-    for header, *cells in zip(table.header, *table.rows, strict=True):
-        width = max(map(len, (header, *cells)))
-        of_numbers = all(re.fullmatch(r"[-+.,\d ]*", cell) for cell in cells)
-        columns.append([cell.rjust(width) if of_numbers else cell.ljust(width) for cell in (header, *cells)])
-    lines = ("  ".join(row).rstrip() for row in zip(*columns, strict=True))
-    return "\n".join([table.title, "", *lines, *table.notes])
 
 
 def warn(message: str) -> None:

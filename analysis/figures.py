@@ -1,46 +1,59 @@
-"""The figures of a report, from plain numbers. Every axis is named, with its unit."""
+"""The figures of a report, from plain numbers. Every axis has a name and a unit."""
 
+import importlib.util
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from evaluation.plots import figure_class
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_POINTS = 120  # along an axis of time; more are averaged
+MOST_SHARES = 16  # points of a share over time: fewer points have more draws each, and a narrower range of chance
+MOST_PANELS = 20
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000", "#b8a800")
-# Sixteen that can be told apart in a stack, neighbours by their lightness.
-STACK = (
-    "#1f77b4", "#aec7e8", "#d95f02", "#fdc086", "#1b7837", "#a6dba0", "#b2182b", "#f4a582",
-    "#762a83", "#c2a5cf", "#8c510a", "#dfc27d", "#4d4d4d", "#bdbdbd", "#01665e", "#80cdc1",
-)  # fmt: skip
+FAVOURED = "#b2182b"
+
+
+def has_matplotlib() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def new_figure(width: float, height: float, layout: str | None = "constrained") -> "Figure":
+    """An empty figure, in inches. Matplotlib takes long to import, and most commands do not need it."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout=layout)
+
+
+def line_style(number: int) -> dict[str, str]:
+    """Of the number-th of several lines: colours that the colour-blind can tell apart (Okabe and Ito), then dashes."""
+    count = len(COLOURS)
+    return {"color": COLOURS[number % count], "linestyle": ("-", "--", ":")[number // count % 3]}
 
 
 class Curve(NamedTuple):
-    """Of a run: (epoch, accuracy in per cent, loss) in training, and (epoch, accuracy in per cent) on other images."""
+    """Of a run: train (epoch, accuracy in per cent, loss), held_out (epoch, accuracy in per cent)."""
 
     name: str
     train: Sequence[tuple[float, float, float]]
     held_out: Sequence[tuple[float, float]]
 
 
-def binned(intervals: Sequence[Any]) -> list[Sequence[Any]]:
-    """The intervals in groups of as many, MOST_POINTS groups at most; the last may hold fewer."""
-    size = -(-len(intervals) // MOST_POINTS)
+def binned(intervals: Sequence[Any], most: int = MOST_POINTS) -> list[Sequence[Any]]:
+    """The intervals in at most `most` groups of equal size; the last may be smaller."""
+    size = -(-len(intervals) // most)
     return [intervals[start : start + size] for start in range(0, len(intervals), size)]
 
 
 def curves(of_runs: Sequence[Curve]) -> "Figure":
-    figure = figure_class()(figsize=(11, 4.2), layout="constrained")
+    figure = new_figure(11, 4.2)
     loss, accuracy, held_out = figure.subplots(1, 3, sharex=True)
     for number, curve in enumerate(of_runs):
-        style = {"color": COLOURS[number % 8], "linestyle": ("-", "--", ":")[number // 8 % 3], "label": curve.name}
-        style["marker"] = "o" if len(curve.train) < 3 else None
+        style = {**line_style(number), "label": curve.name, "marker": "o" if len(curve.train) < 3 else None}
         epochs, right, losses = zip(*curve.train, strict=True)
         loss.plot(epochs, losses, **style)
         accuracy.plot(epochs, right, **style)
@@ -57,56 +70,62 @@ def curves(of_runs: Sequence[Curve]) -> "Figure":
     return figure
 
 
-def stacked(
-    epochs: Sequence[float], keys: Sequence[Any], shares: Sequence[Sequence[float]], what: str, *, sequential: bool
+def share_panels(
+    epochs: Sequence[float],
+    names: Sequence[str],
+    share_KT: Sequence[Sequence[float]],
+    chance_T: Sequence[tuple[float, float]],
+    favoured: Collection[str],
 ) -> "Figure":
-    """Shares in 0..1 of each key over the epochs, one upon the other, the first at the bottom; dotted: equal ones."""
-    from matplotlib import colormaps
-
-    figure = figure_class()(figsize=(9, 4.8), layout="constrained")
-    axes = figure.subplots()
-    colours = [STACK[number % len(STACK)] for number in range(len(keys))]
-    if sequential:
-        colours = [colormaps["viridis"](number / max(1, len(keys) - 1)) for number in range(len(keys))]
-    if len(epochs) == 1:  # an area needs two points
-        epochs, shares = [0.0, *epochs], [[*share, *share] for share in shares]
-    percent = 100 * np.array(shares)
-    names = [f"level {key}" if sequential else str(key) for key in keys]
-    labels = [f"{name}  {share:.1f}" for name, share in zip(names, percent[:, -1], strict=True)]
-    for even in 100 * np.arange(1, len(keys)) / len(keys):
-        axes.axhline(even, color="black", linestyle=":", linewidth=0.8, alpha=0.6)
-    axes.stackplot(epochs, percent, colors=colours, labels=labels, edgecolor="white", linewidth=0.3)
-    axes.set(xlabel="epoch", ylabel=what, ylim=(0, 100), xlim=(epochs[0], epochs[-1]))
-    handles, labels = axes.get_legend_handles_labels()
-    if len(labels) > 20:
-        every = -(-len(labels) // 20)
-        handles, labels = handles[::every], labels[::every]
-    place = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5), "frameon": False}
-    axes.legend(handles[::-1], labels[::-1], title="at the end (%)", **place)
+    """A panel for each choice: its share of the draws in 0..1 over the epochs, and what chance would give (grey)."""
+    shown = range(0, len(names), -(-len(names) // MOST_PANELS))
+    columns = min(4 if len(shown) > 10 else 5, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = new_figure(10, 0.7 + 1.45 * rows)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    low, high = (100 * np.array(bound) for bound in zip(*chance_T, strict=True))
+    for axes, number in zip(grid.flat, shown, strict=False):
+        is_favoured = names[number] in favoured
+        axes.fill_between(epochs, low, high, color="#cccccc", linewidth=0)
+        axes.axhline(100 / len(names), color="black", linestyle=":", linewidth=0.8)
+        colour = FAVOURED if is_favoured else COLOURS[0]
+        marker = "o" if len(epochs) < 30 else None
+        axes.plot(epochs, 100 * np.array(share_KT[number]), color=colour, marker=marker, markersize=2.5, linewidth=1.2)
+        style = {"color": FAVOURED, "fontweight": "bold"} if is_favoured else {}
+        axes.set_title(names[number], size=9, pad=3, **style)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25)
+    for axes in grid.flat[len(shown) :]:
+        axes.axis("off")
+    grid[0, 0].set_ylim(bottom=0)
+    figure.supxlabel("epoch", size=9)
+    figure.supylabel("share of the draws (%)", size=9)
     return figure
 
 
-def entropy(
-    points: Sequence[tuple[float, float]], largest: float, alarm: float, collapsed: Sequence[float]
-) -> "Figure":
-    figure = figure_class()(figsize=(9, 3.6), layout="constrained")
+def entropy(points: Sequence[tuple[float, float]], limit: float, collapsed: Sequence[float]) -> "Figure":
+    """points: (epoch, per cent of the maximal entropy). limit: below which it is a collapse, 0 for none."""
+    lowest = min(value for _, value in points)
+    zoomed = lowest > 80 and not collapsed  # on the whole axis a few per cent could not be seen
+    bounds = (min(95, lowest - 1), 100.5) if zoomed else (-2, 106)
+    figure = new_figure(9, 3.2)
     axes = figure.subplots()
-    axes.axhline(largest, color="grey", linestyle="--", label=f"uniformly random: {largest:.1f}")
-    if alarm:
-        axes.axhline(alarm, color="#d55e00", linestyle=":", label=f"alarm: {alarm:.1f}")
+    axes.axhline(100, color="grey", linestyle="--", label="uniformly random")
+    if limit and not zoomed:
+        axes.axhline(limit, color=COLOURS[5], linestyle=":", label="collapse")
     axes.plot(*zip(*points, strict=True), color=COLOURS[0], marker="o" if len(points) < 3 else None, label="policies")
     if collapsed:
-        axes.plot(collapsed, [0] * len(collapsed), "|", color="#b2182b", markersize=14, label="collapsed")
-    axes.set(xlabel="epoch", ylabel="entropy of a policy (nats)", ylim=(-0.02 * largest, 1.06 * largest))
+        axes.plot(collapsed, [0] * len(collapsed), "|", color=FAVOURED, markersize=14, label="collapsed")
+    axes.set(xlabel="epoch", ylabel="entropy (% of its maximum)", ylim=bounds)
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return figure
 
 
-def spread(rows: Sequence[tuple[float, float, float, float, float]]) -> "Figure":
+def loss_spread(rows: Sequence[tuple[float, float, float, float, float]]) -> "Figure":
     """rows: epoch, loss of the easiest policy, mean, loss of the hardest, standard deviation."""
     epochs, low, mean, high, deviation = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
-    figure = figure_class()(figsize=(9, 5), layout="constrained")
+    figure = new_figure(9, 5)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     marker = "o" if len(rows) < 3 else None
     above.fill_between(epochs, low, high, color=COLOURS[4], alpha=0.4, linewidth=0, label="easiest to hardest policy")
@@ -122,11 +141,11 @@ def spread(rows: Sequence[tuple[float, float, float, float, float]]) -> "Figure"
 
 
 def rows_of_images(rows: Sequence[tuple[str, Tensor]]) -> "Figure":
-    """Each row's words above its images, uint8 (N, C, H, W)."""
+    """Rows of images, uint8 (N, C, H, W), each below its caption."""
     columns = len(rows[0][1])
-    wrapped = [textwrap.wrap(words, 150) for words, _ in rows]
+    wrapped = [textwrap.wrap(caption, 150) for caption, _ in rows]
     heights = [1.25 + 0.2 * len(lines) for lines in wrapped]
-    figure = figure_class()(figsize=(1.25 * columns, sum(heights)))
+    figure = new_figure(1.25 * columns, sum(heights), layout=None)
     top = 1.0
     for (_, images_NCHW), lines, height in zip(rows, wrapped, heights, strict=True):
         share, text = height / sum(heights), 0.2 * len(lines) / sum(heights)
@@ -141,8 +160,8 @@ def rows_of_images(rows: Sequence[tuple[str, Tensor]]) -> "Figure":
 
 
 def operations(rows: Sequence[tuple[str, Sequence[str], Tensor]], levels: Sequence[int]) -> "Figure":
-    """A row for each operation: its name, what it does at each of the levels, and an image after that, uint8."""
-    figure = figure_class()(figsize=(1.3 * len(levels) + 1.4, 1.22 * len(rows)), layout="constrained")
+    """A row for each operation: its name, and for each level a caption and an image, uint8 (L, C, H, W)."""
+    figure = new_figure(1.3 * len(levels) + 1.4, 1.22 * len(rows))
     grid = figure.subplots(len(rows), len(levels), squeeze=False)
     for axes_of_row, (name, captions, images_LCHW) in zip(grid, rows, strict=True):
         for axes, caption, image_CHW in zip(axes_of_row, captions, images_LCHW, strict=True):
@@ -156,24 +175,36 @@ def operations(rows: Sequence[tuple[str, Sequence[str], Tensor]], levels: Sequen
 
 
 def heat_map(
-    percent: Sequence[Sequence[float]], names: Sequence[str], levels: int, neutral: Sequence[float | None]
+    percent: Sequence[Sequence[float]],
+    names: Sequence[str],
+    levels: int,
+    neutral: Sequence[float | None],
+    chance: tuple[float, float, float],
 ) -> "Figure":
-    """Of each operation and level the share, in per cent; a ring at the neutral level."""
+    """Of each operation and level the share, in per cent; a ring at the neutral level.
+
+    chance: the lowest, the uniform and the highest share that chance explains; shares between them are white.
+    """
+    from matplotlib.colors import TwoSlopeNorm
+
+    low, uniform, high = chance
     values = np.array(percent)
-    figure = figure_class()(figsize=(9.5, 1.6 + 0.36 * len(names)), layout="constrained")
+    inside = (values >= low) & (values <= high)
+    figure = new_figure(9.5, 1.6 + 0.36 * len(names))
     axes = figure.subplots()
-    image = axes.imshow(values, cmap="YlOrRd", vmin=0, aspect="auto")
+    norm = TwoSlopeNorm(uniform, 0, max(2 * uniform, values.max()))
+    image = axes.imshow(np.where(inside, uniform, values), cmap="RdBu_r", norm=norm, aspect="auto")
     axes.set_yticks(range(len(names)), names)
-    every = -(-levels // 20)
-    axes.set_xticks(range(0, levels, every))
+    axes.set_xticks(range(0, levels, -(-levels // 20)))
     axes.set(xlabel="level", ylabel="operation")
     if levels <= 12:
         for (row, column), value in np.ndenumerate(values):
-            ink = "white" if value > 0.6 * values.max() else "black"
+            far = abs(norm(value) - 0.5) > 0.35
+            ink = "#888888" if inside[row, column] else "white" if far else "black"
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, size=8)
     marked = [(level, row) for row, level in enumerate(neutral) if level is not None]
     if marked:
         at, rows = np.array(marked).T
-        axes.scatter(at, rows + 0.32, s=22, facecolors="none", edgecolors="#0072b2", linewidths=1.3)
-    figure.colorbar(image, label="share of all operations (%)")
+        axes.scatter(at, rows + 0.32, s=22, facecolors="none", edgecolors="#333333", linewidths=1.1)
+    figure.colorbar(image, label="share of all operations (%)", format="%.2g")
     return figure

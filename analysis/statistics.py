@@ -1,7 +1,7 @@
-"""Paired differences of runs that share their seeds: intervals of confidence, and what they allow to be said.
+"""Paired differences of runs with equal seeds: confidence intervals, and the verdicts that they support.
 
-Runs of one seed share the network's first weights and the order of the images, so that their differences vary less than
-they do. n pairs, differences d_1..d_n with mean and unbiased standard deviation s: the interval is
+Runs with one seed share the network's initial weights and the order of the images, so that their differences vary less
+than the runs do. n pairs, differences d_1..d_n with mean and unbiased standard deviation s: the interval is
 mean +- t s / sqrt(n), with t the quantile of Student's distribution with n - 1 degrees of freedom.
 """
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-FEWEST = 5  # pairs: below, the interval rests on an assumption that so few cannot support
+FEWEST = 5  # pairs: fewer cannot support the assumption behind the interval
 CONFIDENCE = 0.95
 
 
@@ -48,16 +48,16 @@ def t_quantile(degrees: int, confidence: float) -> float:
 
 
 def verdict(paired: Sequence[float], comparisons: int, names: tuple[str, str]) -> str:
-    """What paired differences of errors, the first arm's less the second's, allow to be said.
+    """Which arm is better, from paired differences of errors, the first arm's minus the second's.
 
-    comparisons: how many are drawn from the same runs. All their verdicts together are wrong about a difference that
-    is not there with a probability of 5 % at most: each interval is as much wider (Bonferroni).
+    comparisons: how many are made with the same runs. The probability that any of their verdicts names a difference
+    that does not exist is at most 5 %: intervals are wider accordingly (Bonferroni).
     """
     first, second = names
     if len(paired) < FEWEST:
-        return f"nothing: {len(paired)} pair{'s' * (len(paired) > 1)}, {FEWEST} are the least"
+        return f"nothing: {len(paired)} pair{'s' * (len(paired) > 1)}, at least {FEWEST} are needed"
     mean, half_width, _ = difference(paired, 1 - (1 - CONFIDENCE) / comparisons)
     if abs(mean) <= half_width:
-        return "not told apart"
+        return "no difference shown"
     better, worse = (first, second) if mean < 0 else (second, first)
     return f"{better} is better than {worse}"

@@ -61,7 +61,7 @@ from measuring import (
 from step import Steps, timed_steps
 
 import main as training
-from analysis.specs import Run, load_experiment, runs_of
+from analysis.specs import PlannedRun, load_experiment, runs_of
 from augmentations import apply
 from config import Config, load_config
 from dataloader import CIFAR_STATISTICS
@@ -460,7 +460,7 @@ def train(settings: Settings, world: World, report: Report) -> None:
         raise UserError(f"experiments.py ended with status {process.returncode}")
 
 
-def report_runs(runs: Sequence[Run], reported: set[str], report: Report, *, unfinished: bool = False) -> None:
+def report_runs(runs: Sequence[PlannedRun], reported: set[str], report: Report, *, unfinished: bool = False) -> None:
     """Report the runs that have been scored since the last call and, with `unfinished`, the state of the others."""
     for one in (one for one in runs if one.arm not in reported):
         if one.is_scored():

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from measuring import Spread
 
-from utils import Table
+from evaluation.text_table import Table
 
 
 def exactness_table(results: dict[str, Any]) -> Table:

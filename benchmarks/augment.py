@@ -35,10 +35,11 @@ from augmentations import OPS, Plan, apply, apply_op, family_settings, through_f
 from config import PAPER_OPS, Config
 from dataloader import Normalise, cutout_mask, draw_centres, draw_crops, make_copies
 from datasets.shapes import COUNTS, draw_shapes
+from evaluation.text_table import Table
 from policies import build_policies
 from policies.sources import PolicySource
 from training.distributed import exit_with_status, join
-from utils import Table, UserError, keyed_generator
+from utils import UserError, keyed_generator
 
 OURS, PILLOW, TORCHVISION, KORNIA = "batched, here", "per image, Pillow", "groups, torchvision", "batched, kornia"
 GRAPH = "batched, here, as a CUDA graph"

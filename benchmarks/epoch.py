@@ -38,11 +38,12 @@ from measuring import ROOT, Spread, count, in_turn, parse, parser, publish, rati
 import main as training
 from config import DEFAULT_CONF, Config, add_setting_arguments, load_config, overrides_from, plain_values
 from datasets.splits import ResidentSplit, StreamedSplit
+from evaluation.text_table import Table
 from policies.sources import PolicySource
 from training.distributed import World, exit_with_status, join
 from training.log import Progress, RunLog
 from training.manager import RunManager
-from utils import Table, UserError
+from utils import UserError
 
 # The functions of each part, by who holds them: main's own names, and the classes whose objects it calls.
 PARTS: dict[str, list[tuple[Any, str]]] = {

@@ -31,8 +31,9 @@ from measuring import Spread, cores, count, count_or_none, in_turn, parse, parse
 from config import Config
 from datasets.imagefiles import ImageFiles, RandomCrop
 from datasets.loading import class_folders
+from evaluation.text_table import Table
 from training.distributed import exit_with_status, join
-from utils import Table, UserError
+from utils import UserError
 
 DRAWN = ((500, 375), (375, 500), (500, 333), (640, 480))  # width and height, around ImageNet's usual ones
 

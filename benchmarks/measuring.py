@@ -22,7 +22,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from utils import CommandLine, Table, UserError, environment, first_line, render  # noqa: E402, found by the line above
+from evaluation.text_table import Table, render  # noqa: E402, found by the line above
+from utils import CommandLine, UserError, environment, first_line  # noqa: E402
 
 CPU = torch.device("cpu")
 LONGEST_REPORT = 3000  # characters of a failure that are kept

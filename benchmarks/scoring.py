@@ -22,9 +22,9 @@ from config import Config
 from dataloader import Normalise
 from datasets.splits import MappedSplit, ResidentSplit
 from evaluation.predict import predict
+from evaluation.text_table import Table
 from models import build_model
 from training.distributed import exit_with_status, join
-from utils import Table
 
 
 def main() -> None:

@@ -46,10 +46,11 @@ from others.perimage import PerImage
 import main as training
 from config import DEFAULT_CONF, Config, add_setting_arguments, load_config, overrides_from, plain_values
 from datasets.splits import ResidentSplit
+from evaluation.text_table import Table
 from models import build_model
 from training.distributed import World, exit_with_status, join
 from training.state import TrainingState
-from utils import Table, UserError, choose_kernels, keyed_generator, keyed_seed, seed_default_generators
+from utils import UserError, choose_kernels, keyed_generator, keyed_seed, seed_default_generators
 
 WAYS = ("policies", "limit", "per image")
 AHEAD = 2  # batches that each worker of the per-image pipeline prepares in advance: the loader's own default

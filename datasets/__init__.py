@@ -1,1 +1,1 @@
-"""Images and labels from arrays, class folders and downloads."""
+"""Data sets: embedded shapes, CIFAR, class folders and ImageNet; their splits, image files and downloads."""

@@ -1,4 +1,7 @@
-"""Image files: found whole or damaged, decoded by worker processes, cropped as they are read."""
+"""Image files: checked for damage, decoded by worker processes, cropped as they are read.
+
+torchvision takes seconds to import, so that it is imported where it is used.
+"""
 
 import contextlib
 import os
@@ -14,19 +17,16 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms import InterpolationMode, RandomResizedCrop
-from torchvision.transforms import functional as on_pillow
 
 from utils import first_line, keyed_seed, printable, require_file
 
-IMAGE_SUFFIXES = frozenset(IMG_EXTENSIONS)
-# What these suffixes stand for, whichever a file has. Pillow knows others, and hands some to programs that run code.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
+# The formats of these suffixes, whichever a file has. Pillow passes some others to programs that run code.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 
 
 class Reader(Protocol):
-    """Reads the image file at a path as uint8 (3, size, size); what is drawn for it follows from `seed`."""
+    """Reads the image file at a path as uint8 (3, size, size); its random draws follow from `seed`."""
 
     size: int
 
@@ -35,10 +35,10 @@ class Reader(Protocol):
 
 @dataclass
 class ImageFiles(Dataset):
-    """Image files to be read by (epoch, position): the image, its position, and why it could not be read, if so.
+    """Image files, read by (epoch, position): the image, its position, and why it could not be read, or None.
 
-    substitute: the next file takes the place of an unreadable one, position and all. An image that cannot be had is
-    black, at position -1.
+    substitute: an unreadable file is replaced by the next one, with that one's position. Without a replacement the
+    image is black, at position -1.
     """
 
     paths: Sequence[Path]
@@ -50,12 +50,12 @@ class ImageFiles(Dataset):
         return len(self.paths)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, str | None]:
-        epoch, wanted = key
-        draws, reason = keyed_seed(self.seed, "crop", epoch, wanted), None
-        for position in (wanted, (wanted + 1) % len(self)) if self.substitute else (wanted,):
+        epoch, requested = key
+        draws, reason = keyed_seed(self.seed, "crop", epoch, requested), None
+        for position in (requested, (requested + 1) % len(self)) if self.substitute else (requested,):
             try:
                 return self.read(self.paths[position], draws), position, reason
-            except Exception as error:  # a decoder meets damage in its own way: OSError, SyntaxError, struct.error, ...
+            except Exception as error:  # damage raises many types: OSError, SyntaxError, struct.error, ...
                 reason = reason or _unreadable(self.paths[position], error)
         return torch.zeros(3, self.read.size, self.read.size, dtype=torch.uint8), -1, reason
 
@@ -69,16 +69,16 @@ class ImageFiles(Dataset):
             num_workers=workers,
             collate_fn=_collate,
             pin_memory=pinned,
-            worker_init_fn=leave_signals_to_the_parent,
+            worker_init_fn=leave_signals_to_parent,
             generator=torch.Generator(),  # otherwise the loader draws from the default generator
         )
 
 
 @dataclass
 class FileCheck(Dataset):
-    """A quick look at each file, at its header and whether its end is there: why it cannot be read, if so.
+    """A quick check of each file's header and last bytes: why it cannot be read, or None.
 
-    What the look leaves open is decoded.
+    A file is decoded only where these do not tell.
     """
 
     paths: Sequence[Path]
@@ -108,14 +108,17 @@ class RandomCrop:
     flip: bool
 
     def __call__(self, path: Path, seed: int) -> Tensor:
+        from torchvision.transforms import InterpolationMode, RandomResizedCrop
+        from torchvision.transforms import functional as F
+
         image = read_rgb(path)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             top, left, height, width = RandomResizedCrop.get_params(image, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
             flipped = self.flip and torch.rand(()) < 0.5
         size = [self.size, self.size]
-        image = on_pillow.resized_crop(image, top, left, height, width, size, InterpolationMode.BICUBIC)
-        return on_pillow.pil_to_tensor(on_pillow.hflip(image) if flipped else image)
+        image = F.resized_crop(image, top, left, height, width, size, InterpolationMode.BICUBIC)
+        return F.pil_to_tensor(F.hflip(image) if flipped else image)
 
 
 @dataclass(frozen=True)
@@ -126,8 +129,11 @@ class CentreCrop:
     size: int
 
     def __call__(self, path: Path, seed: int) -> Tensor:
-        image = on_pillow.resize(read_rgb(path), self.resize, InterpolationMode.BICUBIC)
-        return on_pillow.pil_to_tensor(on_pillow.center_crop(image, self.size))
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms import functional as F
+
+        image = F.resize(read_rgb(path), self.resize, InterpolationMode.BICUBIC)
+        return F.pil_to_tensor(F.center_crop(image, self.size))
 
 
 @dataclass(frozen=True)
@@ -153,12 +159,12 @@ class FitSquare:
 def open_image(path: Path) -> Iterator[Image.Image]:
     """An image file, not decoded yet.
 
-    Raises OSError for what is no file, DecompressionBombWarning from 89 million pixels on, where Pillow would print it,
-    ValueError for a strip, and whatever Pillow raises.
+    Raises OSError for what is not a file, DecompressionBombWarning above 89 million pixels, ValueError for a very
+    narrow image, and what Pillow raises.
     """
     require_file(path)
     with warnings.catch_warnings():
-        # However small the file, what Pillow warns of would take each worker a quarter of a GB and more.
+        # Pillow only prints this warning; such an image takes a worker at least a quarter of a GB.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image = Image.open(path, formats=FORMATS)
     with image:
@@ -176,7 +182,7 @@ def read_rgb(path: Path) -> Image.Image:
 
 def _collate(results: list[tuple[Tensor, int, str | None]]) -> tuple[Tensor, Tensor, list[str | None]]:
     images, positions, reasons = zip(*results, strict=True)
-    # Stacked as Pillow has them, pixel by pixel: ten times as fast. Whoever gets them puts the channels apart.
+    # Stacking in Pillow's memory order (NHWC) is ten times as fast.
     images_NHWC = torch.stack([image.permute(1, 2, 0) for image in images])
     return images_NHWC.permute(0, 3, 1, 2), torch.tensor(positions), list(reasons)
 
@@ -185,10 +191,10 @@ def _unreadable(path: Path, error: Exception) -> str:
     return f"{printable(str(path), 1000)} ({first_line(error)})"
 
 
-def leave_signals_to_the_parent(_: int = 0) -> None:
-    """For a process that decodes images: signals reach the whole group, and its images are needed until the end.
+def leave_signals_to_parent(_: int = 0) -> None:
+    """In a worker process: ignore SIGINT, and SIGTERM once, so that the main process can finish its step and save.
 
-    Only a second SIGTERM, which the parent sends to one that is stuck, ends it.
+    Both reach the whole process group. A second SIGTERM, which the main process sends to a stuck worker, ends it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -1,20 +1,22 @@
-"""From the settings to the splits of a data set: embedded shapes, CIFAR, or images in class folders."""
+"""From the settings to the splits of a data set.
+
+A data set of arrays takes a function that opens it, a row of REGISTRY, and its name in config.DATASETS.
+"""
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torchvision
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from config import Config
-from datasets.download import Downloads, Missing, Remote, unpack
+from datasets.download import Downloads, Missing, Remote
 from datasets.imagefiles import (
     IMAGE_SUFFIXES,
     CentreCrop,
@@ -22,18 +24,88 @@ from datasets.imagefiles import (
     FitSquare,
     ImageFiles,
     RandomCrop,
-    leave_signals_to_the_parent,
+    leave_signals_to_parent,
 )
 from datasets.shapes import CLASSES as SHAPE_CLASSES
 from datasets.shapes import draw_shapes
 from datasets.splits import ResidentSplit, Split, StreamedSplit
 from utils import UserError, keyed_generator, short_repr, warn
 
-PUBLIC = Downloads()  # from the public addresses, where something is missing
+PUBLIC = Downloads()  # missing files are downloaded from their public addresses
+RGB = tuple[float, float, float]
+
+
+class Arrays(NamedTuple):
+    """A split of a data set: images uint8 (I, 3, H, W), labels int64 (I,), and the names of the classes."""
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+
+
+class DataSet(NamedTuple):
+    """A data set by name.
+
+    mean, std: of red, green and blue in 0..1, for normalisation. test_images: what results.json calls its test images,
+    "official" (the published ones), "embedded" (in this project) or "own". open_arrays: from the settings, "train" or
+    "test", and where missing files come from; None: images in class folders, <dataroot>/<split>/<class>/.
+    """
+
+    mean: RGB
+    std: RGB
+    test_images: str
+    open_arrays: Callable[[Config, str, Downloads], Arrays] | None
+
+
+def open_shapes(config: Config, split: str, downloads: Downloads) -> Arrays:
+    return Arrays(*draw_shapes(split), SHAPE_CLASSES)
+
+
+def open_cifar(config: Config, split: str, downloads: Downloads) -> Arrays:
+    from torchvision.datasets import CIFAR10, CIFAR100  # takes seconds
+
+    kind, root = {"cifar10": CIFAR10, "cifar100": CIFAR100}[config.dataset], Path(config.dataroot)
+    try:
+        dataset = kind(root, train=split == "train")  # checks the md5 of every file
+    except RuntimeError:  # missing or incomplete
+        downloads.fetch_and_unpack(Remote(kind.url, md5=kind.tgz_md5), root)
+        dataset = kind(root, train=split == "train")
+    images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
+    return Arrays(images, torch.tensor(dataset.targets), tuple(dataset.classes))
+
+
+# CIFAR's are those that AutoAugment and the papers after it use.
+CIFAR_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+REGISTRY = {
+    "shapes": DataSet(*IMAGENET_STATISTICS, "embedded", open_shapes),
+    "cifar10": DataSet(*CIFAR_STATISTICS, "official", open_cifar),
+    "cifar100": DataSet(*CIFAR_STATISTICS, "official", open_cifar),
+    "imagenet": DataSet(*IMAGENET_STATISTICS, "official", None),
+    "folder": DataSet(*IMAGENET_STATISTICS, "own", None),
+}
+
+
+def statistics(name: str) -> tuple[RGB, RGB]:
+    """Mean and standard deviation of red, green and blue, in 0..1, for the normalisation of a data set's images."""
+    row = _row(name)
+    return row.mean, row.std
+
+
+def source_of_test_images(name: str) -> str:
+    """For results.json: "official", "embedded" or "own". ImageNet's are official only where their number is."""
+    return _row(name).test_images
+
+
+def _row(name: str) -> DataSet:
+    if name not in REGISTRY:
+        raise UserError(f"dataset: {name!r} has no row in REGISTRY of datasets/loading.py")
+    return REGISTRY[name]
 
 
 class Data(NamedTuple):
-    """What a run reads. `valid` is None where nothing is held out."""
+    """The splits of a run. `valid` is None where nothing is held out."""
 
     train: Split
     valid: Split | None
@@ -41,16 +113,13 @@ class Data(NamedTuple):
     classes: tuple[str, ...]
 
     def fingerprint(self) -> str:
-        """A hash that tells these data from any others, wherever they lie."""
+        """A hash of all images and labels, which does not depend on where they are."""
         splits = [split and split.fingerprint() for split in (self.train, self.valid, self.test)]
         return hashlib.sha256(repr((self.classes, splits)).encode()).hexdigest()
 
 
 def load_data(config: Config, device: torch.device, downloads: Downloads = PUBLIC) -> Data:
-    """The splits that `config` asks for. What `downloads` says of bars goes for warnings too.
-
-    Raises UserError for data that is missing, unreadable or too small.
-    """
+    """The splits that `config` asks for. Raises UserError for data that are missing, unreadable or too few."""
     source = _open(config, "train", downloads)
     test_source = _open(config, "test", downloads, source.classes)
     order = balanced_order(source.labels)
@@ -84,9 +153,9 @@ def load_test(
 
 
 def balanced_order(labels: Tensor) -> Tensor:
-    """Indices of all images in an order whose every beginning is as balanced over the classes as the set allows.
+    """Indices of all images, ordered so that the first n are as balanced over the classes as possible, for every n.
 
-    It is the same for every seed: which images are held out, and which are trained on, belongs to the problem.
+    The order is the same for every seed: which images are held out and trained on is part of the problem.
     """
     shuffled = torch.randperm(len(labels), generator=keyed_generator("subset"))
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
@@ -95,21 +164,14 @@ def balanced_order(labels: Tensor) -> Tensor:
     return by_class[rank_within_class.argsort(stable=True)]
 
 
-@dataclass
-class _ArraySource:
-    """A data set that comes as arrays."""
-
-    images: Tensor
-    labels: Tensor
-    classes: tuple[str, ...]
-
+class _ArraySource(Arrays):
     def take(self, indices: Tensor, device: torch.device, *, training: bool = False) -> Split:
         return ResidentSplit(self.images[indices].to(device), self.labels[indices])
 
 
 @dataclass
 class _FolderSource:
-    """A data set that comes as files, <dataroot>/<split>/<class>/*."""
+    """A split whose images are files, <dataroot>/<split>/<class>/*."""
 
     paths: list[Path]
     labels: Tensor
@@ -118,7 +180,7 @@ class _FolderSource:
     quiet: bool
 
     def take(self, indices: Tensor, device: torch.device, *, training: bool = False) -> Split:
-        """Files that cannot be read are known before training: ImageNet's from a look, others by being decoded."""
+        """The given images, without unreadable ones: ImageNet's files are checked, others decoded, all at once."""
         config, paths = self.config, [self.paths[i] for i in indices]
         if config.dataset == "imagenet":
             read = RandomCrop(config.image_size, config.flip) if training else CentreCrop(*config.eval_view)
@@ -130,12 +192,12 @@ class _FolderSource:
         if not readable.all() and not config.skip_unreadable:
             raise UserError(
                 f"{(~readable).sum()} of {len(paths)} images cannot be read, first {next(filter(None, reasons))}\n"
-                "mend or remove them, or leave them out with --set skip_unreadable=true"
+                "repair or remove them, or skip them with --set skip_unreadable=true"
             )
         if not readable.any():
             raise UserError(f"{config.dataroot}: none of the {len(paths)} images can be read")
         if not readable.all() and not self.quiet:
-            warn(f"left out {(~readable).sum()} of {len(paths)} images, first {next(filter(None, reasons))}")
+            warn(f"skipped {(~readable).sum()} of {len(paths)} images, first {next(filter(None, reasons))}")
         labels = self.labels[indices][readable]
         if images is not None:
             return ResidentSplit(images[readable].to(device), labels)
@@ -144,7 +206,7 @@ class _FolderSource:
         return StreamedSplit(files, labels, device, config.workers)
 
     def _check(self, paths: list[Path]) -> list[str | None]:
-        """For each file why it cannot be read, as far as a quick look tells."""
+        """For each file why it cannot be read, or None, from a quick check."""
         reasons: list[str | None] = []
         if not self.config.check_files:
             return [None] * len(paths)
@@ -153,7 +215,7 @@ class _FolderSource:
             256,
             num_workers=self.config.workers,
             collate_fn=list,
-            worker_init_fn=leave_signals_to_the_parent,
+            worker_init_fn=leave_signals_to_parent,
             generator=torch.Generator(),
         )
         with self._bar("checking", len(paths)) as bar:
@@ -163,7 +225,7 @@ class _FolderSource:
         return reasons
 
     def _decode(self, files: ImageFiles) -> tuple[Tensor | None, list[str | None]]:
-        """All images, or None if they are too many to keep, and for each file why it cannot be read."""
+        """All images, or None where they exceed resident_gb, and for each file why it cannot be read, or None."""
         keep = len(files) * 3 * files.read.size**2 <= self.config.resident_gb * 1e9
         kept = torch.empty(len(files) if keep else 0, 3, files.read.size, files.read.size, dtype=torch.uint8)
         reasons: list[str | None] = []
@@ -177,21 +239,21 @@ class _FolderSource:
                 bar.update(len(images))
         return kept if keep else None, reasons
 
-    def _bar(self, doing: str, images: int) -> tqdm:
-        hidden = True if self.quiet else None  # None: where stderr is no terminal
-        return tqdm(total=images, desc=f"{doing} {self.config.dataroot}", unit="image", disable=hidden, leave=False)
+    def _bar(self, title: str, images: int) -> tqdm:
+        hidden = True if self.quiet else None  # None: hidden unless stderr is a terminal
+        return tqdm(total=images, desc=f"{title} {self.config.dataroot}", unit="image", disable=hidden, leave=False)
 
 
 def _open(
     config: Config, split: str, downloads: Downloads, classes: tuple[str, ...] | None = None
 ) -> _ArraySource | _FolderSource:
     """The "train" or "test" split of the data set, labelled by position in `classes` where they are given."""
-    if config.dataset in ("folder", "imagenet"):
+    row = _row(config.dataset)
+    if row.open_arrays is None:
         source = _open_folder(config, split, classes, downloads.quiet)
-    elif config.dataset == "shapes":
-        source = _ArraySource(*draw_shapes(split), SHAPE_CLASSES)
     else:
-        source = _open_cifar(config, split, downloads)
+        source = _ArraySource(*row.open_arrays(config, split, downloads))
+        _check_arrays(config.dataset, source)
     if classes is not None and classes != source.classes:
         raise UserError(
             f"{config.dataset}: its classes are not those expected: {_first_difference(source.classes, classes)}"
@@ -199,16 +261,15 @@ def _open(
     return source
 
 
-def _open_cifar(config: Config, split: str, downloads: Downloads) -> _ArraySource:
-    kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[config.dataset]
-    root = Path(config.dataroot)
-    try:
-        dataset = kind(root, train=split == "train")  # checks the md5 of every file
-    except RuntimeError:  # not there, or not whole
-        unpack(downloads.fetch(Remote(kind.url, md5=kind.tgz_md5), root), root, quiet=downloads.quiet)
-        dataset = kind(root, train=split == "train")
-    images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
-    return _ArraySource(images, torch.tensor(dataset.targets), tuple(dataset.classes))
+def _check_arrays(name: str, arrays: Arrays) -> None:
+    images, labels, classes = arrays
+    good_images = images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3 and len(images)
+    good_labels = labels.dtype == torch.int64 and labels.shape == images.shape[:1]
+    if not (good_images and good_labels and 0 <= labels.min() <= labels.max() < len(classes)):
+        raise UserError(
+            f"dataset: {name}: needs images uint8 (I, 3, H, W), labels int64 (I,) of 0..{len(classes) - 1}; got "
+            f"{images.dtype} {tuple(images.shape)}, {labels.dtype} {tuple(labels.shape)}"
+        )
 
 
 def _open_folder(config: Config, split: str, classes: tuple[str, ...] | None, quiet: bool) -> _FolderSource:
@@ -216,7 +277,7 @@ def _open_folder(config: Config, split: str, classes: tuple[str, ...] | None, qu
     names = ("train",) if split == "train" else ("test", "val")
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     if folder is None:
-        raise Missing(f"{root}: holds no folder {' or '.join(names)}; images belong in {root / names[0]}/<class>/")
+        raise Missing(_no_split(root, names))
     found = class_folders(folder)
     if classes is None and len(found) < 2:
         raise UserError(f"{folder}: holds {len(found)} class folders; a classifier needs at least two")
@@ -227,19 +288,39 @@ def _open_folder(config: Config, split: str, classes: tuple[str, ...] | None, qu
     return _FolderSource(paths, labels, classes, config, quiet)
 
 
+def _no_split(root: Path, names: Sequence[str]) -> str:
+    """What is wrong where `root` holds none of the folders `names`."""
+    belongs = f"images belong in {root / names[0]}/<class>/"
+    if root.is_dir() and class_folders(root):
+        full = root.resolve()
+        if full.name in ("train", "test", "val"):
+            above = root.parent if root.name == full.name else full.parent
+            return f"{root}: is the folder of a split; pass the folder above it: --dataroot {above}"
+        return f"{root}: holds folders, but none called {' or '.join(names)}; {belongs}"
+    return f"{root}: holds no folder {' or '.join(names)}; {belongs}"
+
+
 def class_folders(folder: Path) -> tuple[str, ...]:
-    """Names of the folders in `folder`, sorted; hidden ones are passed over."""
+    """Names of the folders in `folder`, sorted, without hidden ones."""
     return tuple(sorted(e.name for e in os.scandir(folder) if os.path.isdir(e) and not e.name.startswith(".")))
 
 
 def list_images(folder: Path, label_of: Mapping[str, int]) -> tuple[list[Path], Tensor]:
-    """The image files in the named class folders, sorted within each, and their labels. Raises UserError for none."""
+    """The image files in the named class folders and below, sorted within each, without hidden ones; their labels.
+
+    Raises UserError for a class without images.
+    """
+    from torchvision.datasets.folder import has_file_allowed_extension, make_dataset  # takes seconds
+
+    def is_image(path: str) -> bool:
+        return has_file_allowed_extension(path, IMAGE_SUFFIXES) and f"{os.sep}." not in path[len(str(folder)) :]
+
     paths, labels = [], []
     for name, label in label_of.items():
-        files = sorted(folder / name / entry.name for entry in image_files(folder / name))
+        files = make_dataset(folder, {name: label}, is_valid_file=is_image, allow_empty=True)
         if not files:
             raise UserError(f"{folder / name}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        paths += files
+        paths += [Path(path) for path, _ in files]
         labels += [label] * len(files)
     return paths, torch.tensor(labels)
 

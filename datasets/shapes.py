@@ -1,7 +1,7 @@
 """The embedded data set: ten classes of shapes at 32x32, drawn from a seed, nothing to download.
 
-The test split is moved, turned, sheared, relit and recoloured more than the training split, so that augmentation has
-something to win. It is there to try the software in a minute and to test it; it says nothing about photographs.
+The test split is shifted, rotated, sheared, lit and coloured more variably than the training split, so that
+augmentation can help. It is for trying and testing the software in a minute; it says nothing about photographs.
 """
 
 import math
@@ -15,7 +15,7 @@ CLASSES = ("disc", "ring", "square", "frame", "triangle", "star", "plus", "cresc
 SIZE = 32
 COUNTS = {"train": 4000, "test": 2000}
 # Half-widths of the uniform draws of each split: shift in pixels, turn in degrees, shear as a slope, colour and light
-# as shares of the range of brightness. swap: bound on a draw from -1..1, so -1 never and 0 for half of the images.
+# as shares of the range of brightness. swap: a draw from -1..1 below it swaps the colours: -1 never, 0 in half of them.
 SPREAD = {
     "train": {"shift": 2.0, "turn": 8.0, "shear": 0.05, "colour": 0.05, "swap": -1.0, "light": 0.08},
     "test": {"shift": 6.0, "turn": 35.0, "shear": 0.30, "colour": 0.35, "swap": 0.0, "light": 0.35},
@@ -87,9 +87,9 @@ def _inside(shape: str, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _colours(spread: dict[str, float], uniform) -> tuple[Tensor, Tensor]:
-    """Colours of shape and ground, (B, 3) each in 0..1; the shape differs from the ground by at least 0.35 in grey.
+    """Colours of shape and background, (B, 3) each in 0..1, which differ by at least 0.35 in brightness.
 
-    Light warm shapes on dark cool ground; the more spread the more any colours, some swapped to dark on light.
+    Light warm shapes on a dark cool background; a larger spread gives more varied colours, some of them swapped.
     """
     warm, cool = torch.tensor([0.85, 0.65, 0.45]), torch.tensor([0.15, 0.25, 0.40])
     ink_B3 = (warm + spread["colour"] * uniform(3)).clamp(0.05, 0.95)
@@ -101,7 +101,7 @@ def _colours(spread: dict[str, float], uniform) -> tuple[Tensor, Tensor]:
 
 
 def _lighting(spread: dict[str, float], uniform) -> Tensor:
-    """A slope of light across the image plus a change of the whole, (B, 32, 32), added to the colours."""
+    """A gradient of brightness across the image plus a constant, (B, 32, 32), added to the colours."""
     line = torch.linspace(-1, 1, SIZE)
     slope_x, slope_y, whole = (0.5 * spread["light"] * uniform(1, 1) for _ in range(3))
     return slope_x * line[None, None, :] + slope_y * line[None, :, None] + whole

@@ -1,4 +1,4 @@
-"""Parts of a data set, read in batches: on the device, mapped from a .npy file, or decoded by worker processes.
+"""Splits of a data set, read in batches: on the device, mapped from a .npy file, or decoded by worker processes.
 
 Shape suffixes: N images of a batch; C channels, H rows, W columns.
 """
@@ -17,7 +17,7 @@ from augmentations import upload
 from datasets.imagefiles import ImageFiles
 from utils import UserError, warn
 
-PIECE = 256  # images that a worker reads at a time and hands over through shared memory: large batches are put together
+PIECE = 256  # images that a worker reads and passes on through shared memory at a time; larger batches are joined
 
 
 class Readable(Protocol):
@@ -28,7 +28,7 @@ class Readable(Protocol):
     def batches(self, indices: Sequence[Tensor], epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """(images uint8 (N, 3, H, W), labels int64 (N,)) on the device, for each index tensor in turn.
 
-        epoch: key of whatever is drawn while an image is read.
+        epoch: key of the random draws made while an image is read.
         """
         ...
 
@@ -36,10 +36,10 @@ class Readable(Protocol):
 class Split(Readable, Protocol):
     """Part of a data set."""
 
-    resident: bool  # every image is at hand at no cost
+    resident: bool  # every image is on the device
 
     def fingerprint(self) -> str:
-        """A hash that tells this split from one with other images, labels or order."""
+        """A hash of the images, their labels and order."""
         ...
 
 
@@ -63,9 +63,9 @@ class ResidentSplit:
 
 @dataclass
 class MappedSplit:
-    """Images first..last of a .npy file, uint8 (..., H, W, 3), read from the disk when they are wanted.
+    """The images from number `first` on of a .npy file, uint8 (..., H, W, 3), read from the disk when needed.
 
-    Leading axes, such as frames of a sequence, are counted through. A label of -1 says that there is none.
+    Leading axes, such as frames of a sequence, are flattened. A label of -1 means that there is none.
     """
 
     path: Path
@@ -77,13 +77,13 @@ class MappedSplit:
         mapped = np.lib.format.open_memmap(self.path, mode="r")
         images = mapped.reshape(-1, *mapped.shape[-3:])
         for index in indices:
-            images_NHWC = torch.from_numpy(np.asarray(images[(index + self.first).numpy()]))  # copies these alone
+            images_NHWC = torch.from_numpy(np.asarray(images[(index + self.first).numpy()]))  # copies only these
             yield upload(images_NHWC, self.device).permute(0, 3, 1, 2), upload(self.labels[index], self.device)
 
 
 @dataclass
 class StreamedSplit:
-    """Images that are decoded anew by worker processes whenever they are wanted."""
+    """Images that worker processes decode each time they are needed."""
 
     files: ImageFiles
     labels: Tensor
@@ -93,9 +93,9 @@ class StreamedSplit:
 
     def batches(self, indices: Sequence[Tensor], epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         pieces = [index.split(PIECE) for index in indices]
-        reading = self.files.batches(sum(pieces, ()), epoch, self.workers, pinned=self.device.type == "cuda")
+        loaded = self.files.batches(sum(pieces, ()), epoch, self.workers, pinned=self.device.type == "cuda")
         for pieces_of_batch in pieces:
-            images, labels = zip(*(self._on_device(*next(reading)) for _ in pieces_of_batch), strict=True)
+            images, labels = zip(*(self._on_device(*next(loaded)) for _ in pieces_of_batch), strict=True)
             yield torch.cat(images), torch.cat(labels)
 
     def _on_device(self, images: Tensor, positions: Tensor, reasons: list[str | None]) -> tuple[Tensor, Tensor]:
@@ -103,8 +103,8 @@ class StreamedSplit:
             if reason and position < 0:
                 raise UserError(f"an image cannot be read: {reason}")
             if reason:
-                warn(f"an image cannot be read, the next one takes its place: {reason}")
-        images = images.to(self.device, non_blocking=True).contiguous()  # workers hand over NHWC
+                warn(f"an image cannot be read and is replaced by the next one: {reason}")
+        images = images.to(self.device, non_blocking=True).contiguous()  # workers stack NHWC
         return images, upload(self.labels[positions], self.device)
 
     def fingerprint(self) -> str:

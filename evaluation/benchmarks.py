@@ -1,54 +1,32 @@
-"""Benchmarks besides the test set: corrupted, perturbed and newly collected images, and how they are scored.
-
-    python robustness.py                                   # which there are, where they belong, which are there
-    python robustness.py --make --load_conf confs/folder.yaml --dataroot mydata    # corruptions of your own images
-    python evaluate.py --checkpoint FILE --benchmarks all
+"""Benchmarks besides the test set: corrupted, perturbed and newly collected images, and how they are opened.
 
 CIFAR-10-C, CIFAR-100-C, ImageNet-C (mean corruption error) and CIFAR-10-P, CIFAR-100-P (flip probability): Hendrycks
 and Dietterich, ICLR 2019, arXiv 1903.12261. CIFAR-10.1 and ImageNet-V2: Recht et al., ICML 2019, arXiv 1902.10811.
 
-Nothing is taken on trust: dtype, shape and counts of every array are checked, and its hash, which is the published one
-or, where none is published, the one noted at first use. `source` says what the numbers are of: the "official" images, a
-"subset" of them, images "generated" here, one's "own", or those "embedded" in the program.
+At every opening the dtype, shape and number of all images are checked, and their hash where one is published. `source`
+says which images the numbers are for: the "official" ones, a "subset" of them, images "generated" by this project, the
+user's "own", or those "embedded" in the program.
 """
 
-if __name__ == "__main__":
-    from training.signals import begin
-
-    begin()  # before all that takes its time to import
-
-import argparse
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from config import DEFAULT_CONF, Config, add_setting_arguments, load_config, overrides_from
-from datasets.download import Downloads, Ledger, Missing, Remote
+from config import Config
+from datasets.download import Downloads, Missing, Remote
 from datasets.imagefiles import CentreCrop, ImageFiles
-from datasets.loading import class_folders, image_files, list_images, load_test
+from datasets.loading import class_folders, list_images, load_test, source_of_test_images
 from datasets.splits import MappedSplit, Readable, Split, StreamedSplit
 from evaluation.corruptions import CORRUPTIONS, EXTRA, SEVERITIES, STANDARD
-from evaluation.generated import MANIFEST, generated_folder, make, read_manifest, side_of_test_images
-from training.distributed import exit_with_status
-from utils import (
-    CommandLine,
-    Table,
-    UserError,
-    did_you_mean,
-    first_line,
-    printable,
-    render,
-    require_file,
-    short_repr,
-    warn,
-)
+from evaluation.generated import MANIFEST, generated_folder, image_side, read_manifest
+from utils import UserError, did_you_mean, first_line, printable, require_file, sha256_of, short_repr
 
 # Perturbations of the flip probability: the ten of the reference evaluation, in its order.
 SEQUENCES = (
@@ -56,7 +34,7 @@ SEQUENCES = (
     "brightness", "translate", "rotate", "tilt", "scale",
 )  # fmt: skip
 
-# How many images the official sets hold: of a file of CIFAR-C, of a cell of ImageNet-C, and so on.
+# Images of the official sets: in a file of CIFAR-C, in a subset of ImageNet-C, and so on.
 CIFAR_C_IMAGES, CIFAR_P_SEQUENCES, IMAGENET_IMAGES, IMAGENET_V2_IMAGES = 50_000, 10_000, 50_000, 10_000
 IMAGENET_CLASSES = 1000
 CLASSES = {"cifar10": 10, "cifar100": 100}  # of a family; ImageNet's may be a subset
@@ -64,7 +42,7 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 
 
 class Subset(NamedTuple):
-    """Images that are scored together. `part`: corruption or sequence; frames: of each of its sequences."""
+    """Images that are scored together. part: corruption or kind of sequence; frames: of each sequence."""
 
     part: str
     severity: int | None
@@ -74,60 +52,21 @@ class Subset(NamedTuple):
 
 
 class Benchmark(NamedTuple):
-    """A benchmark that is there and has been checked. fingerprint: tells its images from any others."""
+    """A benchmark whose files are there and have been checked. fingerprint: a hash that identifies its images."""
 
     name: str
     kind: str  # "test set", "corruptions" or "perturbations"
     source: str  # "official", "subset", "generated", "own" or "embedded"
     checked_by: str
     fingerprint: str
-    cells: tuple[Subset, ...]
-    classes: tuple[str, ...] | None = None  # where the images' own folders say
+    subsets: tuple[Subset, ...]
+    classes: tuple[str, ...] | None = None  # where the images' folders name them
     note: str = ""
 
 
 @dataclass(frozen=True)
-class LookOnly(Downloads):
-    """For a folder that nobody has named but a checkpoint, which may be somebody else's: data that are there are used.
-
-    Nothing is fetched, or unpacked. Raises Missing for what would have to be.
-    """
-
-    def fetch(self, remote: Remote, folder: Path) -> Path:
-        if ".tar" in remote.name:  # there or not: whoever asks for one, unpacks it
-            self._refuse(folder, f"the content of {remote.name}")
-        if not (folder / remote.name).exists():
-            self._refuse(folder, remote.name)
-        return super().fetch(remote, folder)
-
-    def fetch_unpacked(self, archive: Remote, folder: Path, holds: Sequence[str]) -> list[Path]:
-        for name in holds:
-            if not (folder / name).is_dir():
-                self._refuse(folder, f"{name} of {archive.name}")
-        return [folder / name for name in holds]
-
-    def _refuse(self, folder: Path, what: str) -> NoReturn:
-        raise Missing(
-            f"{folder}: lacks {what}, and nothing is put there, for only the checkpoint says that data lie there\n"
-            "say where they lie, or may be put, with --dataroot DIR"
-        )
-
-
-class UnwrittenLedger(Ledger):
-    """For such a folder: hashes are compared with those that are noted, and none is noted."""
-
-    def _note(self, name: str, entry: dict[str, Any]) -> None:
-        _say_that_nothing_is_noted(self.folder)
-
-
-@cache
-def _say_that_nothing_is_noted(folder: Path) -> None:
-    warn(f"{folder}: no hashes are noted there, for only the checkpoint names it; if it is yours, say --dataroot DIR")
-
-
-@dataclass(frozen=True)
 class EvalRequest:
-    """What opening a benchmark needs to know of the classifier and the machine. classes: None where nobody says."""
+    """What opening a benchmark depends on besides its files. classes: None for weights that do not name them."""
 
     config: Config
     classes: tuple[str, ...] | None
@@ -139,13 +78,9 @@ class EvalRequest:
     def root(self) -> Path:
         return Path(self.config.dataroot)
 
-    @property
-    def ledger(self) -> Ledger:
-        return (UnwrittenLedger if isinstance(self.downloads, LookOnly) else Ledger)(self.root)
-
     @cached_property
     def test_set(self) -> tuple[Split, tuple[str, ...]]:
-        """The test split of the classifier's own data set, and its classes. Raises UserError for another number."""
+        """The test split of the classifier's data set, and its classes. Raises UserError for a wrong number of them."""
         split, classes = load_test(self.config, self.device, self.classes, self.downloads)
         if len(classes) != self.num_classes:
             raise UserError(f"{self.config.dataset}: has {len(classes)} classes, and the classifier {self.num_classes}")
@@ -153,27 +88,26 @@ class EvalRequest:
 
 
 class BenchmarkSpec(NamedTuple):
-    """A benchmark by name. family: the data set whose classes it has; None: any. sign: what shows that it is there."""
+    """A benchmark by name. family: the data set whose classes it has; None: any."""
 
     name: str
     family: str | None
-    where: str  # below dataroot
-    sign: str  # below that
-    comes_from: str
+    folder: str  # below dataroot
+    marker: str  # a file or folder in it that shows that the benchmark is there
+    origin: str
     open: Callable[["BenchmarkSpec", EvalRequest], Benchmark]
 
 
-def named(name: str) -> BenchmarkSpec:
+def find_spec(name: str) -> BenchmarkSpec:
     """Raises UserError for an unknown name."""
-    for spec in BENCHMARKS:
-        if spec.name == name:
-            return spec
-    names = [spec.name for spec in BENCHMARKS]
-    raise UserError(f"--benchmarks: {name!r} is none of {', '.join(names)}, all{did_you_mean(name, names)}")
+    specs = {spec.name: spec for spec in BENCHMARKS}
+    if name not in specs:
+        raise UserError(f"--benchmarks: {name!r} is none of {', '.join(specs)}, all{did_you_mean(name, specs)}")
+    return specs[name]
 
 
 def fits(spec: BenchmarkSpec, request: EvalRequest) -> bool:
-    """Whether the classifier is for the benchmark's classes: CIFAR-10's, from whatever files, are known by name."""
+    """Whether the classifier has the benchmark's classes. CIFAR-10's are recognised by name in any data set."""
     if CLASSES.get(spec.family, request.num_classes) != request.num_classes:
         return False
     if spec.family in (None, request.config.dataset):
@@ -182,178 +116,180 @@ def fits(spec: BenchmarkSpec, request: EvalRequest) -> bool:
 
 
 def _open_clean(spec: BenchmarkSpec, request: EvalRequest) -> Benchmark:
-    """The test set of the classifier's own data set."""
+    """The test set of the classifier's data set."""
     split, classes = request.test_set
-    images = len(split.labels)
-    source, checked_by = {
-        "shapes": ("embedded", "drawn by the program"),
-        "folder": ("own", "decoding"),
-        "imagenet": (_imagenet_source(images, IMAGENET_IMAGES, classes), "count"),
-    }.get(request.config.dataset, ("official", "md5"))
-    cell = Subset("", None, images, lambda: split)
-    return Benchmark(spec.name, "test set", source, checked_by, split.fingerprint(), (cell,), classes)
+    source, images = source_of_test_images(request.config.dataset), len(split.labels)
+    checked_by = {"official": "md5", "embedded": "drawn by the program"}.get(source, "decoding")
+    if request.config.dataset == "imagenet":
+        source, checked_by = _imagenet_source(images, IMAGENET_IMAGES, classes), "count"
+    subset = Subset("", None, images, lambda: split)
+    return Benchmark(spec.name, "test set", source, checked_by, split.fingerprint(), (subset,), classes)
 
 
 def _open_corruption_arrays(
     spec: BenchmarkSpec, request: EvalRequest, *, archive: Remote, md5: Mapping[str, str]
 ) -> Benchmark:
     """CIFAR-10-C and CIFAR-100-C: a file per corruption, uint8 (5 n, 32, 32, 3), one severity after another."""
-    (folder,) = request.downloads.fetch_unpacked(archive, request.root, (spec.where,))
-    cells, files = _corruption_cells(
-        folder, request, 32, "put a copy back, or remove the folder to have it fetched anew"
-    )
-    official = 5 * cells[0].images == CIFAR_C_IMAGES
-    ledger = request.ledger
-    hashes = [ledger.check(path, md5=md5[path.stem] if official else None) for path in files]
-    source, checked_by = ("official", "md5") if official else ("subset", "SHA-256 at first use")
-    return Benchmark(spec.name, "corruptions", source, checked_by, _digest(hashes), cells)
+    (folder,) = request.downloads.fetch_unpacked(archive, request.root, (spec.folder,))
+    remedy = f"replace it with a correct copy, or remove {folder} to download it again"
+    subsets, files = _corruption_subsets(folder, request, 32, remedy)
+    official = 5 * subsets[0].images == CIFAR_C_IMAGES
+    if official:
+        for path in files:
+            if (found := _md5(path)) != md5[path.stem]:
+                raise UserError(f"{path}: has md5 {found} instead of {md5[path.stem]}\n{remedy}")
+    source, checked_by = ("official", "md5") if official else ("subset", "shape")
+    fingerprint = _digest([sha256_of(path) for path in files])
+    return Benchmark(spec.name, "corruptions", source, checked_by, fingerprint, subsets)
 
 
 def _open_generated(spec: BenchmarkSpec, request: EvalRequest) -> Benchmark:
-    """What `--make` has drawn of the classifier's own test images."""
+    """The corruptions of the classifier's test images that `evaluate.py --make-corruptions` has drawn."""
     folder = generated_folder(request.config)
-    how = f"draw them with: python robustness.py --make --dataroot {request.root} and the conf or settings of the run"
+    remedy = f"draw them with: python evaluate.py --make-corruptions --dataroot {request.root} and the run's settings"
     if not (folder / MANIFEST).is_file():
-        raise Missing(f"{folder}: there are no generated corruptions; {how}")
-    made = read_manifest(folder)
-    lacking = [row.name for row in CORRUPTIONS if f"{row.name}.npy" not in made["files"]]
-    if lacking:
-        raise Missing(f"{folder}: {lacking[0]} has not been drawn yet; {how}")
+        raise Missing(f"{folder}: there are no generated corruptions; {remedy}")
+    manifest = read_manifest(folder)
+    if missing := [row.name for row in CORRUPTIONS if f"{row.name}.npy" not in manifest["files"]]:
+        raise Missing(f"{folder}: {missing[0]} has not been drawn yet; {remedy}")
     split, classes = request.test_set
-    if made["test_set"] != split.fingerprint():
-        raise UserError(f"{folder}: was drawn of other test images than the present ones; remove it, and {how}")
-    cells, files = _corruption_cells(folder, request, side_of_test_images(request.config), how)
-    ledger = request.ledger
+    if manifest["test_set"] != split.fingerprint():
+        raise UserError(f"{folder}: was drawn from other test images than the present ones; remove it, and {remedy}")
+    subsets, files = _corruption_subsets(folder, request, image_side(request.config, split), remedy)
     for path in files:
-        ledger.check(path, sha256=made["files"][path.name])
+        if sha256_of(path) != manifest["files"][path.name]:
+            raise UserError(f"{path}: has changed since it was drawn\n{remedy}")
     note = "generated from this test set; frost is procedural; not comparable with published numbers"
-    fingerprint = _digest(sorted(made["files"].values()))
-    return Benchmark(spec.name, "corruptions", "generated", "SHA-256", fingerprint, cells, classes, note)
+    fingerprint = _digest(sorted(manifest["files"].values()))
+    return Benchmark(spec.name, "corruptions", "generated", "SHA-256", fingerprint, subsets, classes, note)
 
 
 def _open_perturbation_arrays(spec: BenchmarkSpec, request: EvalRequest, *, drive: str) -> Benchmark:
-    """CIFAR-10-P and CIFAR-100-P: a file per perturbation, uint8 (V, T, 32, 32, 3), T as the file says."""
-    folder = request.root / spec.where
-    missing = [f"{name}.npy" for name in SEQUENCES if not (folder / f"{name}.npy").is_file()]
-    if missing:
+    """CIFAR-10-P and CIFAR-100-P: a file per perturbation, uint8 (V, T, 32, 32, 3); T differs between the files."""
+    folder = request.root / spec.folder
+    if missing := [f"{name}.npy" for name in SEQUENCES if not (folder / f"{name}.npy").is_file()]:
         raise Missing(
             f"{folder}: lacks {', '.join(missing)}\n"
-            f"{spec.name} lies in a shared drive, without hashes: fetch them by hand from {drive} into {folder}"
+            f"{spec.name} is in a shared drive: download its files by hand from {drive} into {folder}"
         )
-    cells, hashes, counts = [], [], set()
-    ledger = request.ledger
+    subsets, counts = [], set()
     for name in SEQUENCES:
         path = folder / f"{name}.npy"
         expected = "(sequences, frames, 32, 32, 3), frames at least 2"
         videos, frames, *_ = _array(path, expected, lambda shape: len(shape) == 5 and shape[1] > 1)
-        hashes.append(ledger.check(path))
         counts.add(videos)
         no_labels = torch.full((videos * frames,), -1)
         split = partial(MappedSplit, path, 0, no_labels, request.device)
-        cells.append(Subset(name, None, videos * frames, split, frames))
+        subsets.append(Subset(name, None, videos * frames, split, frames))
     if len(counts) > 1:
         found = ", ".join(map(str, sorted(counts)))
         raise UserError(f"{folder}: its files hold different numbers of sequences ({found})")
     source = "official" if counts == {CIFAR_P_SEQUENCES} else "subset"
-    return Benchmark(spec.name, "perturbations", source, "shape, SHA-256 at first use", _digest(hashes), tuple(cells))
+    fingerprint = _digest([sha256_of(folder / f"{name}.npy") for name in SEQUENCES])
+    return Benchmark(spec.name, "perturbations", source, "shape", fingerprint, tuple(subsets))
 
 
 def _open_array_test_set(
     spec: BenchmarkSpec, request: EvalRequest, *, images: Remote, labels: Remote, count: int
 ) -> Benchmark:
     """CIFAR-10.1: uint8 (n, 32, 32, 3) and integer labels; no hashes are published."""
-    folder = request.root / spec.where
+    folder = request.root / spec.folder
     image_file, label_file = (request.downloads.fetch(remote, folder) for remote in (images, labels))
-    shape = _array(image_file, f"({count}, 32, 32, 3)", lambda s: len(s) == 4 and s[0] == count)
-    label_I = _labels(label_file, shape[0], request.num_classes)
-    ledger = request.ledger
-    hashes = [ledger.check(path) for path in (image_file, label_file)]
-    cell = Subset("", None, count, partial(MappedSplit, image_file, 0, label_I, request.device))
-    return Benchmark(spec.name, "test set", "official", "shape, SHA-256 at first use", _digest(hashes), (cell,))
+    _array(image_file, f"({count}, 32, 32, 3)", lambda s: len(s) == 4 and s[0] == count)
+    label_I = _labels(label_file, count, request.num_classes)
+    subset = Subset("", None, count, partial(MappedSplit, image_file, 0, label_I, request.device))
+    fingerprint = _digest([sha256_of(path) for path in (image_file, label_file)])
+    return Benchmark(spec.name, "test set", "official", "shape", fingerprint, (subset,))
 
 
 def _open_imagenet_c(
     spec: BenchmarkSpec, request: EvalRequest, *, archives: Mapping[Remote, tuple[str, ...]]
 ) -> Benchmark:
-    """ImageNet-C: <corruption>/<severity>/<class>/*.JPEG, stored at 224x224 and scored as they are.
+    """ImageNet-C: <corruption>/<severity>/<class>/*.JPEG, stored at 224x224 and scored as stored.
 
-    The archives have hashes; unpacked files are known by names and sizes. The extra four, 15 GB, are not fetched.
+    The archives have hashes; unpacked files are checked by their number. The extra four, 15 GB, are not downloaded.
     """
-    place = request.root / spec.where
+    root = request.root / spec.folder
     found: dict[str, Path] = {}
     for archive, holds in archives.items():
-        found |= zip(holds, request.downloads.fetch_unpacked(archive, place, holds), strict=True)
-    found |= {name: place / name for name in EXTRA if (place / name).is_dir()}
-    classes = request.classes or class_folders(place / STANDARD[0] / str(SEVERITIES[0]))
-    cells, listing = [], hashlib.sha256()
+        found |= zip(holds, request.downloads.fetch_unpacked(archive, root, holds), strict=True)
+    found |= {name: root / name for name in EXTRA if (root / name).is_dir()}
+    classes = request.classes or class_folders(root / STANDARD[0] / str(SEVERITIES[0]))
+    subsets, listing = [], hashlib.sha256()
     for name, folder in found.items():
         for severity in SEVERITIES:
             tree = folder / str(severity)
             if not tree.is_dir():
-                raise Missing(f"{tree}: is missing; remove {folder} to have it fetched anew")
+                raise Missing(f"{tree}: is missing; remove {folder} to download it again")
             if class_folders(tree) != classes or len(classes) != request.num_classes:
                 raise UserError(f"{tree}: its classes are not the {request.num_classes} of the classifier")
-            files = [(c, file.name, file.stat().st_size) for c in classes for file in image_files(tree / c)]
+            files = _names_and_sizes(tree, classes)
             listing.update(repr((name, severity, sorted(files))).encode())
             split = partial(_streamed, tree, classes, CentreCrop(224, 224), request)
-            cells.append(Subset(name, severity, len(files), split))
-    fewest = min(cells, key=lambda cell: cell.images)
-    most = max(cell.images for cell in cells)
+            subsets.append(Subset(name, severity, len(files), split))
+    fewest = min(subsets, key=lambda subset: subset.images)
+    most = max(subset.images for subset in subsets)
     if fewest.images != most:
-        raise UserError(f"{place / fewest.part / str(fewest.severity)}: holds {fewest.images} images, others {most}")
+        raise UserError(f"{root / fewest.part / str(fewest.severity)}: holds {fewest.images} images, others {most}")
     source = _imagenet_source(most, IMAGENET_IMAGES, classes)
-    return Benchmark(spec.name, "corruptions", source, "count", listing.hexdigest(), tuple(cells), classes)
+    return Benchmark(spec.name, "corruptions", source, "count", listing.hexdigest(), tuple(subsets), classes)
 
 
 def _open_imagenet_v2(spec: BenchmarkSpec, request: EvalRequest, *, archive: Remote) -> Benchmark:
-    """ImageNet-V2: class folders "0".."999", which are numbers: 10 comes after 9, not after 1."""
-    (folder,) = request.downloads.fetch_unpacked(archive, request.root, (spec.where,))
+    """ImageNet-V2: class folders "0".."999", in the order of their numbers: 10 comes after 9, not after 1."""
+    (folder,) = request.downloads.fetch_unpacked(archive, request.root, (spec.folder,))
     names = tuple(map(str, range(request.num_classes)))
     if set(class_folders(folder)) != set(names):
         raise UserError(f"{folder}: its class folders are not 0..{request.num_classes - 1}")
-    images = sum(len(image_files(folder / name)) for name in names)
+    files = _names_and_sizes(folder, names)
     view = CentreCrop(*request.config.eval_view)
-    cell = Subset("", None, images, partial(_streamed, folder, names, view, request))
-    source = _imagenet_source(images, IMAGENET_V2_IMAGES, names)
-    fingerprint = request.ledger.check(folder)
-    return Benchmark(spec.name, "test set", source, "count, SHA-256 at first use", fingerprint, (cell,))
+    subset = Subset("", None, len(files), partial(_streamed, folder, names, view, request))
+    source, fingerprint = _imagenet_source(len(files), IMAGENET_V2_IMAGES, names), _digest(sorted(files))
+    return Benchmark(spec.name, "test set", source, "count", fingerprint, (subset,))
 
 
 def _streamed(tree: Path, classes: Sequence[str], view: CentreCrop, request: EvalRequest) -> StreamedSplit:
-    paths, labels = list_images(tree, {name: label for label, name in enumerate(classes)})
+    paths, labels = _list_images(tree, classes)
     return StreamedSplit(ImageFiles(paths, view), labels, request.device, request.config.workers)
+
+
+def _names_and_sizes(tree: Path, classes: Sequence[str]) -> list[tuple[str, str, int]]:
+    """(class, file name, bytes) of each image."""
+    return [(path.parent.name, path.name, path.stat().st_size) for path in _list_images(tree, classes)[0]]
+
+
+def _list_images(tree: Path, classes: Sequence[str]) -> tuple[list[Path], Tensor]:
+    return list_images(tree, {name: label for label, name in enumerate(classes)})
 
 
 def _imagenet_source(images: int, official: int, classes: Sequence[str]) -> str:
     return "official" if (images, len(classes)) == (official, IMAGENET_CLASSES) else "subset"
 
 
-def _corruption_cells(
+def _corruption_subsets(
     folder: Path, request: EvalRequest, side: int, remedy: str
 ) -> tuple[tuple[Subset, ...], list[Path]]:
-    """Cells of all corruptions in `folder`, the extra ones where they are there, and the files they are read from."""
+    """Subsets of all corruptions in `folder`, with the extra ones that are there, and the files they are read from."""
     names = [*STANDARD, *(name for name in EXTRA if (folder / f"{name}.npy").is_file())]
-    lacking = [f"{name}.npy" for name in (*STANDARD, "labels") if not (folder / f"{name}.npy").is_file()]
-    if lacking:
-        raise Missing(f"{folder}: lacks {', '.join(lacking)}; {remedy}")
+    if missing := [f"{name}.npy" for name in (*STANDARD, "labels") if not (folder / f"{name}.npy").is_file()]:
+        raise Missing(f"{folder}: lacks {', '.join(missing)}; {remedy}")
     files = [folder / f"{name}.npy" for name in names]
     expected = f"(5 n, {side}, {side}, 3)"
     lengths = {path: _array(path, expected, lambda s: len(s) == 4 and s[0] % 5 == 0, side)[0] for path in files}
     length = lengths[files[0]]
-    for path, other in lengths.items():
-        if other != length:
-            raise UserError(f"{path}: holds {other} images, {files[0].name} {length}")
+    if other := next((path for path in files if lengths[path] != length), None):
+        raise UserError(f"{other}: holds {lengths[other]} images, {files[0].name} {length}")
     label_file = folder / "labels.npy"
     label_5I = _labels(label_file, length, request.num_classes).view(5, -1)
     if not (label_5I == label_5I[0]).all():
         raise UserError(f"{label_file}: the five severities have different labels; each fifth must repeat the first")
     images = length // 5
-    cells = tuple(
+    subsets = tuple(
         Subset(path.stem, s, images, partial(MappedSplit, path, (s - 1) * images, label_5I[0], request.device))
         for path in files
         for s in SEVERITIES
     )
-    return cells, [*files, label_file]
+    return subsets, [*files, label_file]
 
 
 def _array(path: Path, expected: str, is_shape: Callable[[tuple], bool], side: int = 32) -> tuple[int, ...]:
@@ -361,9 +297,9 @@ def _array(path: Path, expected: str, is_shape: Callable[[tuple], bool], side: i
     array = _mapped(path)
     shape = array.shape
     if array.dtype != np.uint8 or not is_shape(shape) or shape[-3:] != (side, side, 3) or not array.size:
-        raise UserError(f"{path}: holds {_kind(array)}; expected uint8 of shape {expected}")
+        raise UserError(f"{path}: holds {_dtype_and_shape(array)}; expected uint8 of shape {expected}")
     if not array.flags.c_contiguous:
-        raise UserError(f"{path}: lies in column order; save it anew with numpy.ascontiguousarray")
+        raise UserError(f"{path}: is stored in column order; save it again with numpy.ascontiguousarray")
     return shape
 
 
@@ -371,13 +307,13 @@ def _labels(path: Path, count: int, num_classes: int) -> Tensor:
     """The labels in a .npy file, int64. Raises UserError that names the file."""
     labels = _mapped(path)
     if labels.dtype.kind not in "iu" or labels.shape != (count,):
-        raise UserError(f"{path}: holds {_kind(labels)}; expected {count} whole numbers")
+        raise UserError(f"{path}: holds {_dtype_and_shape(labels)}; expected {count} whole numbers")
     if not 0 <= labels.min() <= labels.max() < num_classes:
         raise UserError(f"{path}: holds labels {labels.min()}..{labels.max()}; there are {num_classes} classes")
     return torch.from_numpy(labels.astype(np.int64))
 
 
-def _kind(array: np.ndarray) -> str:
+def _dtype_and_shape(array: np.ndarray) -> str:
     return f"{printable(str(array.dtype), 80)} of shape {short_repr(array.shape)}"
 
 
@@ -386,14 +322,19 @@ def _mapped(path: Path) -> np.ndarray:
         require_file(path)
         with path.open("rb") as file:
             version = np.lib.format.read_magic(file)
-        if version != (1, 0):  # as numpy writes whatever is no record; later ones may have headers of GBs
-            raise ValueError(f"has version {version} of the format; save it anew with numpy.save")
-        with np.errstate(over="ignore"):  # of sizes that cannot be; they are refused all the same
+        if version != (1, 0):  # numpy's for all arrays but records; later versions allow headers of gigabytes
+            raise ValueError(f"has version {version} of the format; save it again with numpy.save")
+        with np.errstate(over="ignore"):  # impossible sizes are refused by open_memmap
             return np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except Exception as error:  # damage shows in many ways: ValueError, EOFError, SyntaxError, ...
         raise UserError(f"{path}: cannot be read as an array ({first_line(error)})") from None
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
 
 
 def _digest(content: Any) -> str:
@@ -445,6 +386,18 @@ IMAGENET_C = partial(
 )
 
 
+def _cifar_c(classes: int, opened: partial) -> BenchmarkSpec:
+    url = opened.keywords["archive"].url
+    return BenchmarkSpec(f"cifar{classes}-c", f"cifar{classes}", f"CIFAR-{classes}-C", "labels.npy", url, opened)
+
+
+def _cifar_p(classes: int, drive: str) -> BenchmarkSpec:
+    address = f"https://drive.google.com/drive/folders/{drive}"
+    opened = partial(_open_perturbation_arrays, drive=address)
+    folder, marker = f"CIFAR-{classes}-P", f"{SEQUENCES[0]}.npy"
+    return BenchmarkSpec(f"cifar{classes}-p", f"cifar{classes}", folder, marker, f"by hand: {address}", opened)
+
+
 def _cifar10_1(version: str, count: int, bytes_of_labels: int) -> BenchmarkSpec:
     address = "https://raw.githubusercontent.com/modestyachts/CIFAR-10.1/master/datasets/cifar10.1"
     images = Remote(f"{address}_{version}_data.npy")
@@ -455,65 +408,23 @@ def _cifar10_1(version: str, count: int, bytes_of_labels: int) -> BenchmarkSpec:
 
 def _imagenet_v2(variant: str) -> BenchmarkSpec:
     archive = Remote(f"https://huggingface.co/datasets/vaishaal/ImageNetV2/resolve/main/imagenetv2-{variant}.tar.gz")
-    where = f"imagenetv2-{variant}-format-val"
+    folder = f"imagenetv2-{variant}-format-val"
     opened = partial(_open_imagenet_v2, archive=archive)
-    return BenchmarkSpec(f"imagenet-v2-{variant}", "imagenet", where, "0", archive.url, opened)
+    return BenchmarkSpec(f"imagenet-v2-{variant}", "imagenet", folder, "0", archive.url, opened)
 
 
-def _cifar_p(classes: int, drive: str) -> BenchmarkSpec:
-    address = f"https://drive.google.com/drive/folders/{drive}"
-    opened = partial(_open_perturbation_arrays, drive=address)
-    where, sign = f"CIFAR-{classes}-P", f"{SEQUENCES[0]}.npy"
-    return BenchmarkSpec(f"cifar{classes}-p", f"cifar{classes}", where, sign, f"by hand: {address}", opened)
-
-
+_ZENODO_C, _MAKE = "https://zenodo.org/records/2235448", "python evaluate.py --make-corruptions"
 BENCHMARKS = (
     BenchmarkSpec("clean", None, "", "", "the data set's own test split", _open_clean),
-    BenchmarkSpec("cifar10-c", "cifar10", "CIFAR-10-C", "labels.npy", CIFAR10_C.keywords["archive"].url, CIFAR10_C),
+    _cifar_c(10, CIFAR10_C),
     _cifar_p(10, "1dY1_zeRyjMKdfmMbQ_uK8O1i0MVI9UbZ"),
     _cifar10_1("v4", 2021, 8212),
     _cifar10_1("v6", 2000, 8128),
-    BenchmarkSpec(
-        "cifar100-c", "cifar100", "CIFAR-100-C", "labels.npy", CIFAR100_C.keywords["archive"].url, CIFAR100_C
-    ),
+    _cifar_c(100, CIFAR100_C),
     _cifar_p(100, "1Tpssw4Vn6X_4hmIW8KK5LzkKCZpAaae8"),
-    BenchmarkSpec(
-        "imagenet-c", "imagenet", "ImageNet-C", STANDARD[-1], "https://zenodo.org/records/2235448", IMAGENET_C
-    ),
+    BenchmarkSpec("imagenet-c", "imagenet", "ImageNet-C", STANDARD[-1], _ZENODO_C, IMAGENET_C),
     _imagenet_v2("matched-frequency"),
     _imagenet_v2("threshold0.7"),
     _imagenet_v2("top-images"),
-    BenchmarkSpec(
-        "generated-c", None, "generated-c-<dataset>", MANIFEST, "python robustness.py --make", _open_generated
-    ),
+    BenchmarkSpec("generated-c", None, "generated-c-<dataset>", MANIFEST, _MAKE, _open_generated),
 )
-
-
-def main() -> None:
-    args = parse_arguments()
-    config = load_config(args.load_conf or DEFAULT_CONF, overrides_from(args))
-    if args.make:
-        folder = make(config, Downloads(args.data_url, not args.no_download))
-        print(f"{folder}: {len(CORRUPTIONS)} corruptions at five severities, generated, not official")
-        print("score a classifier of these classes: python evaluate.py --checkpoint FILE --benchmarks generated-c")
-        return
-    rows = []
-    for spec in BENCHMARKS[1:]:
-        where = generated_folder(config) if spec.name == "generated-c" else Path(config.dataroot) / spec.where
-        there = "yes" if (where / spec.sign).exists() else "no"
-        rows.append((spec.name, spec.family or "any", there, str(where), spec.comes_from))
-    header = ("benchmark", "classes of", "there", "lies in", "comes from")
-    print(render(Table(f"Benchmarks, and what of them is in {config.dataroot}", header, rows)))
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = CommandLine(prog="robustness.py", description=__doc__)
-    add_setting_arguments(parser)
-    parser.add_argument(
-        "--make", action="store_true", help="draw the corruptions of the conf's test images, below its dataroot"
-    )
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    exit_with_status(main)

@@ -1,23 +1,23 @@
-"""The nineteen corruptions of CIFAR-10-C and ImageNet-C, to be drawn over anybody's own images.
+"""The nineteen corruptions of CIFAR-10-C and ImageNet-C, to be drawn over any images.
 
 D. Hendrycks and T. Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations",
 ICLR 2019, https://arxiv.org/abs/1903.12261. Definitions and strengths are those of `make_cifar_c.py` in
-https://github.com/hendrycks/robustness, carried out on whole batches with torch and Pillow.
-Only the published arrays make a published number: eleven of the nineteen are random, the official script sets no seed,
-and two are other pictures here: `frost` is procedural, not the official photographs, and the water of `spatter` has the
-rims of its drops where the official one has Canny's edges.
+https://github.com/hendrycks/robustness, implemented on whole batches with torch and Pillow.
+Published numbers are comparable only with numbers for the published arrays: eleven of the nineteen are random, the
+official script sets no seed, and two differ here: `frost` is procedural instead of the official photographs, and the
+water of `spatter` uses the rims of its drops instead of Canny's edges.
 
-Images of other sizes: the strengths are official at 32x32, and `at_size` multiplies every length in pixels (radii,
+For other image sizes: the strengths are official at 32x32, and `at_size` multiplies every length in pixels (radii,
 standard deviations of blurs, reaches, the grain of snow) by min(H, W) / 32, whole numbers rounded and at least 1.
 White noise that is smoothed over a length is multiplied as well, since smoothing over f times the length divides it by
-f. Strengths of noise, factors, qualities and shares of the side stay. ImageNet-C's own strengths are stronger.
+f. Strengths of noise, factors, qualities and shares of the side are not scaled. ImageNet-C's strengths are stronger.
 
 Shape suffixes:
     B   images in the batch
     C   channels, 3 (red, green, blue)
     H, W   rows and columns of an image
     P   pixels of an image, H * W
-Images are float64 in 0..1 inside. HH and WW are matrices that act on the columns and on the rows of an image.
+Internally images are float64 in 0..1. HH and WW are matrices that act on the columns and on the rows of an image.
 """
 
 import io
@@ -33,7 +33,7 @@ from torch.nn import functional
 
 SEVERITIES = (1, 2, 3, 4, 5)
 SIDE = 32  # of the images that the strengths are official for
-Border = Callable[[Tensor, int], Tensor]  # (index, size) -> the pixel of a line that stands for one beyond its ends
+Border = Callable[[Tensor, int], Tensor]  # (index, size) -> the pixel of a line that replaces one beyond its ends
 
 
 def corrupt(images_BCHW: Tensor, name: str, severity: int, generator: Generator) -> Tensor:
@@ -51,7 +51,7 @@ def corrupt(images_BCHW: Tensor, name: str, severity: int, generator: Generator)
     parameters = at_size(row, severity, *images_BCHW.shape[2:])
     drawn_from = {"generator": generator} if row.random else {}
     corrupted_BCHW = row.kernel(images_BCHW.double() / 255, *parameters, **drawn_from)
-    # Cut, not rounded, as the official arrays are. The last bit of a sum must not decide, hence the millionth.
+    # Truncated, not rounded, like the official arrays. The millionth absorbs differences in the last bit of a sum.
     return (corrupted_BCHW.clamp(0, 1) * 255 + 1e-6).to(torch.uint8)
 
 
@@ -118,10 +118,10 @@ def glass_blur(x_BCHW: Tensor, std: float, reach: int, times: int, generator: Ge
 
 
 def _displaced(move_2BHW: Tensor, reach: int) -> Tensor:
-    """Whose value each pixel has in the end, (B, P), if from the last to the first each takes that at (dy, dx) from it.
+    """The source of each pixel, (B, P), where from the last to the first each takes the value at (dy, dx) from it.
 
-    Rows from H - reach down to reach + 1, and such columns, take part. The official code means to exchange two values,
-    but reads the second through a view of the first, overwritten by then: in effect it copies.
+    Rows from H - reach down to reach + 1, and the same columns, take part. The official code is meant to exchange two
+    values, but reads the second through a view of the first after overwriting it: in effect it copies.
     """
     height, width = move_2BHW.shape[2:]
     moves_HW = torch.zeros(height, width, dtype=torch.bool)
@@ -130,7 +130,7 @@ def _displaced(move_2BHW: Tensor, reach: int) -> Tensor:
     taken_BP = place_P + ((move_2BHW[0] * width + move_2BHW[1]) * moves_HW).flatten(1)
     replaced_BP = taken_BP > place_P
     source_BP, going_BP = taken_BP, replaced_BP
-    while going_BP.any():  # what was taken had been taken from elsewhere before
+    while going_BP.any():  # the value taken had been replaced before
         further_BP = taken_BP.gather(1, source_BP)
         going_BP, source_BP = going_BP & replaced_BP.gather(1, source_BP), torch.where(going_BP, further_BP, source_BP)
     return source_BP
@@ -142,14 +142,14 @@ def motion_blur(x_BCHW: Tensor, radius: int, std: float, generator: Generator) -
 
 def zoom_blur(x_BCHW: Tensor, end: float) -> Tensor:
     """Mean of the image and of its enlargements by 1.00, 1.01, ..."""
-    zooms = np.arange(1, end, 0.01).tolist()  # rounding decides that 1.06, 1.11 and 1.26 belong to it
+    zooms = np.arange(1, end, 0.01).tolist()  # by rounding, 1.06, 1.11 and 1.26 are included
     height, width = x_BCHW.shape[2:]
     zoomed_BCHW = _sum_of_products(x_BCHW, ((_enlarging(height, zoom), _enlarging(width, zoom)) for zoom in zooms))
     return (x_BCHW + zoomed_BCHW) / (len(zooms) + 1)
 
 
 def snow(x_BCHW: Tensor, *parameters: float, generator: Generator) -> Tensor:
-    """Whiten the image, and let flakes fall over it twice, the second time turned by 180 degrees."""
+    """Whiten the image, and add flakes twice, the second time turned by 180 degrees."""
     mean, std, grain, threshold, radius, blur, image_weight = parameters
     noise_B1HW = mean + std * _normal(x_BCHW[:, :1].shape, generator)
     angle_B = _uniform(-135, -45, len(x_BCHW), generator)
@@ -162,8 +162,8 @@ def snow(x_BCHW: Tensor, *parameters: float, generator: Generator) -> Tensor:
 def frost(x_BCHW: Tensor, image_weight: float, frost_weight: float, generator: Generator) -> Tensor:
     """Blend with ice: procedural, not the official photographs, whose licence is unknown; the weights are official.
 
-    Needles in three directions 60 degrees apart on a bluish ground, more of both along the ridges of a plasma; of our
-    own design, its light about 0.6 on average.
+    Needles in three directions 60 degrees apart on a bluish ground, more of both along the ridges of a plasma; the
+    mean brightness of the ice is about 0.6.
     """
     B, _, height, width = x_BCHW.shape
     scale, angle_B = _scale(x_BCHW), _uniform(0, 60, B, generator)
@@ -206,7 +206,7 @@ def spatter(x_BCHW: Tensor, *parameters: float, generator: Generator) -> Tensor:
     emboss = torch.tensor([[[[-2, -1, 0], [-1, 1, 1], [0, 1, 2]]]], dtype=torch.float64)
     light_B1HW = _box(functional.conv2d(_padded(depth_B1HW), emboss).clamp(0, 255))
     light_B1HW = torch.where(inside_B1HW, drops_B1HW * light_B1HW, 0)
-    brightest_B111 = light_B1HW.amax((2, 3), keepdim=True).clamp(min=1e-9)  # where there is no drop at all
+    brightest_B111 = light_B1HW.amax((2, 3), keepdim=True).clamp(min=1e-9)  # where there is no drop
     return x_BCHW + strength * light_B1HW / brightest_B111 * _colour(175, 238, 238)
 
 
@@ -224,7 +224,7 @@ def contrast(x_BCHW: Tensor, factor: float) -> Tensor:
 
 
 def saturate(x_BCHW: Tensor, factor: float, added: float) -> Tensor:
-    """Multiply the S of HSV and add to it. Grey has the hue 0, which is red: the official code colours it so."""
+    """Multiply the S of HSV and add to it. Grey has the hue 0 and turns red, as in the official code."""
     low_B1HW, value_B1HW = x_BCHW.aminmax(dim=1, keepdim=True)
     chroma_B1HW = value_B1HW - low_B1HW
     red_C11 = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)[:, None, None]
@@ -234,7 +234,7 @@ def saturate(x_BCHW: Tensor, factor: float, added: float) -> Tensor:
 
 
 def elastic_transform(x_BCHW: Tensor, strength: float, smoothing: float, jitter: float, generator: Generator) -> Tensor:
-    """Move three points, and all with them, then each pixel a little; all three parameters are shares of the side."""
+    """An affine map by three points, then a small move of each pixel; all three parameters are shares of the side."""
     B, _, height, width = x_BCHW.shape
     side = min(height, width)
     x, y, third = width // 2, height // 2, max(1, side // 3)
@@ -262,7 +262,7 @@ def pixelate(x_BCHW: Tensor, factor: float) -> Tensor:
 
 
 def jpeg_compression(x_BCHW: Tensor, quality: int) -> Tensor:
-    """`Image.save` as JPEG, and read again."""
+    """`Image.save` as JPEG, and read it back."""
 
     def compressed(image: Image.Image) -> Image.Image:
         file = io.BytesIO()
@@ -351,7 +351,7 @@ def _blurred(x_BCHW: Tensor, std: float, border: Border = _nearest, truncate: fl
 
 
 def _moved(x_BCHW: Tensor, radius: int, std: float, angle_B: Tensor) -> Tensor:
-    """ImageMagick's motion blur, edges repeated: a comet's tail of half a Gaussian, in degrees; rounded to 8 bits."""
+    """ImageMagick's motion blur with repeated edges: half a Gaussian along the angle (degrees); rounded to 8 bits."""
     tap_T = torch.arange(2 * radius + 1).double()
     weight_T = torch.exp(-0.5 * (tap_T / std) ** 2)
     weight_T /= weight_T.sum()
@@ -368,7 +368,7 @@ def _moved(x_BCHW: Tensor, radius: int, std: float, angle_B: Tensor) -> Tensor:
 
 
 def _streaks(noise_B1HW: Tensor, grain: float, threshold: float, radius: int, blur: float, angle_B: Tensor) -> Tensor:
-    """Noise above a threshold, enlarged to grains of `grain` pixels, cut to 8 bits and drawn out along the angle."""
+    """Noise above a threshold, enlarged to grains of `grain` pixels, cut to 8 bits and blurred along the angle."""
     height, width = noise_B1HW.shape[2:]
     enlarging = (_enlarging(height, max(1.0, grain)), _enlarging(width, max(1.0, grain)))
     grains_B1HW = _sum_of_products(noise_B1HW, [enlarging])
@@ -379,7 +379,7 @@ def _streaks(noise_B1HW: Tensor, grain: float, threshold: float, radius: int, bl
 def _plasma(B: int, height: int, width: int, decay: float, generator: Generator) -> Tensor:
     """Clouds in 0..1, (B, 1, H, W): diamonds and squares on a map that wraps around, halved down to pixels.
 
-    Each new point is the mean of its four neighbours plus noise of +-100², and 1/decay² of that after each halving.
+    Each new point is the mean of its four neighbours plus noise of +-100², divided by decay² after each halving.
     """
     size = 1 << max(1, max(height, width) - 1).bit_length()
     map_BHW = torch.zeros(B, size, size, dtype=torch.float64)
@@ -439,7 +439,7 @@ def _distances(to_B1HW: Tensor, most: int) -> Tensor:
 
 
 def _equalized(grey_B1HW: Tensor) -> Tensor:
-    """Whole numbers of 0..255, spread so that each is the share of the pixels up to it, the darkest ones left out."""
+    """Whole numbers of 0..255, spread so that each is the share of the pixels up to it, without the darkest ones."""
     grey_BP = grey_B1HW.flatten(1).long()
     count_B256 = grey_BP.new_zeros(len(grey_BP), 256).scatter_add_(1, grey_BP, torch.ones_like(grey_BP))
     up_to_B256 = count_B256.cumsum(1)
@@ -453,9 +453,9 @@ class Corruption(NamedTuple):
     """One corruption: kernel(x_BCHW, *parameters[, generator]) -> x_BCHW, pure; x and result float64, about 0..1.
 
     severities: the official parameters at 32x32 of severities 1..5, in the order that `parameters` names.
-    lengths: which of them are lengths in pixels.
-    random: whether it draws from the generator.
-    extra: one of the four kept for validation, which the mean over the fifteen leaves out.
+    lengths: indices of the parameters that are lengths in pixels.
+    random: whether the kernel takes the generator.
+    extra: one of the four for validation, which are not in the mean over the fifteen.
     """
 
     name: str
@@ -505,4 +505,4 @@ CORRUPTIONS: tuple[Corruption, ...] = (
                "factor of S, added to S", extra=True),
 )  # fmt: skip
 STANDARD = tuple(row.name for row in CORRUPTIONS if not row.extra)  # the fifteen that the mean is over
-EXTRA = tuple(row.name for row in CORRUPTIONS if row.extra)  # reported apart
+EXTRA = tuple(row.name for row in CORRUPTIONS if row.extra)  # reported separately

@@ -1,4 +1,4 @@
-"""From what a classifier says of each image to the numbers that are reported; pure functions, counts before shares.
+"""From the predictions for each image to the reported numbers; pure functions.
 
 Shape suffixes: I images of a split, V sequences of T frames.
 """
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 BINS = 15  # of the calibration error
-MISTAKES = 24  # kept of a test set, the most confident first
+MISTAKES = 24  # kept for a test set, the most confident first
 
 # Error of AlexNet on ImageNet-C, mean over the severities, by which the mean corruption error is normalised. Its keys
 # are the fifteen standard corruptions, which the means are taken over.
@@ -23,7 +23,7 @@ ALEXNET_ERROR = {
 
 
 class Predictions(NamedTuple):
-    """What a classifier says of each image of a split, on the CPU. A label of -1: there is none."""
+    """A classifier's output for each image of a split, on the CPU. label_I is -1 where there is no label."""
 
     label_I: Tensor
     predicted_I: Tensor
@@ -42,7 +42,7 @@ class Scores:
 
     images: int
     top1_correct: int
-    top5_correct: int | None  # None with five classes or fewer, where it says nothing
+    top5_correct: int | None  # None with five classes or fewer
     loss: float
     class_images: list[int]
     class_correct: list[int]
@@ -87,14 +87,14 @@ def measure(kind: str, predictions: Predictions, num_classes: int, *, part: str,
         "class_images": scores.class_images,
         "class_correct": scores.class_correct,
         "reliability": reliability,
-        "mistakes": surest_mistakes(predictions),
+        "mistakes": most_confident_mistakes(predictions),
     }
 
 
 def measure_sequences(predicted_VT: Tensor, perturbation: str) -> dict[str, Any]:
-    """Flip probability (arXiv 1903.12261, section 4.2): in how many of V * (T - 1) comparisons the class changes.
+    """Flip probability (arXiv 1903.12261, section 4.2): the share of V * (T - 1) comparisons where the class changes.
 
-    Frames are compared with the one before; those of noise, which do not follow from one another, with the first.
+    Frames are compared with the previous one, or for noise, whose frames are independent, with the first.
     """
     reference = predicted_VT[:, :1] if "noise" in perturbation else predicted_VT[:, :-1]
     changed = predicted_VT[:, 1:] != reference
@@ -109,7 +109,7 @@ def measure_sequences(predicted_VT: Tensor, perturbation: str) -> dict[str, Any]
 
 
 def reliability_bins(predictions: Predictions) -> dict[str, list[float]]:
-    """Images, correct ones and mean confidence of each of BINS equal intervals (low, high] of confidence."""
+    """Images, correct predictions and mean confidence in each of BINS equal intervals (low, high] of confidence."""
     bin_I = (predictions.confidence_I * BINS).ceil().long().clamp(1, BINS) - 1
     images = bin_I.bincount(minlength=BINS)
     confidence = bin_I.bincount(predictions.confidence_I, minlength=BINS) / images.clamp(min=1)
@@ -118,16 +118,16 @@ def reliability_bins(predictions: Predictions) -> dict[str, list[float]]:
 
 
 def calibration_error(reliability: Mapping[str, Sequence[float]]) -> float:
-    """Expected calibration error (Guo et al., ICML 2017, equation 3): the gap of accuracy and confidence, by images."""
+    """Expected calibration error (Guo et al., ICML 2017, equation 3): mean gap of accuracy and confidence."""
     bins = zip(reliability["images"], reliability["correct"], reliability["confidence"], strict=True)
     return sum(abs(correct - confidence * images) for images, correct, confidence in bins) / sum(reliability["images"])
 
 
-def surest_mistakes(predictions: Predictions) -> list[dict[str, Any]]:
+def most_confident_mistakes(predictions: Predictions) -> list[dict[str, Any]]:
     """The wrong predictions of highest confidence: position in the split, label, predicted class, confidence."""
     wrong = (~predictions.correct_I).nonzero().flatten()
-    surest = wrong[predictions.confidence_I[wrong].argsort(descending=True, stable=True)][:MISTAKES]
-    columns = (surest, predictions.label_I[surest], predictions.predicted_I[surest], predictions.confidence_I[surest])
+    first = wrong[predictions.confidence_I[wrong].argsort(descending=True, stable=True)][:MISTAKES]
+    columns = (first, predictions.label_I[first], predictions.predicted_I[first], predictions.confidence_I[first])
     names = ("image", "label", "predicted", "confidence")
     return [dict(zip(names, row, strict=True)) for row in zip(*(c.tolist() for c in columns), strict=True)]
 

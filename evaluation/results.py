@@ -1,7 +1,8 @@
-"""results.json: what has been scored of a checkpoint, kept on disk cell by cell, and read back with care.
+"""results.json: the scores of a checkpoint, saved after every subset, and checked when they are read.
 
-A file says at its head what was scored and how, and under "benchmarks" for each one where its images come from, its
-cells (a test set, or a corruption at a severity, or a kind of sequence) and, when all are there, their means.
+The file records what was scored and how, and under "benchmarks" for each one where its images come from, its "cells",
+one for each subset that has been scored (a test set, a corruption at a severity, or a kind of sequence), and, once all
+subsets have been scored, their means.
 """
 
 import json
@@ -10,18 +11,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from config import load_config, plain_values
-from evaluation.benchmarks import Benchmark, Subset
 from evaluation.corruptions import STANDARD
 from evaluation.metrics import summarise
 from utils import UserError, first_line, has_shape, warn, write_text
 
-# Scores of other versions of these, or on another device, are not those of now.
+if TYPE_CHECKING:
+    from evaluation.benchmarks import Benchmark, Subset  # slow to import; who only reads results does not need them
+
+# Scores computed with other versions of these, or on another device, are computed again.
 VERSIONS = ("torch", "torchvision", "numpy", "pillow", "device")
 
-# What a results.json holds, as far as it is read here. KINDS: of a cell, and of the summary, of each kind of benchmark.
+# The entries of a results.json that are read here. KINDS: those of a cell and of the summary, by kind of benchmark.
 NUMBER = (int, float)
 RESULT = {
     "checkpoint": str, "sha256": str, "model": str, "epoch": (int, type(None)), "precision": str,
@@ -42,7 +45,7 @@ KINDS = {
 
 @dataclass
 class Results:
-    """The content of a results.json, the same in every process; one of them writes it after every cell."""
+    """The content of a results.json, the same in every process; the main process writes it after every subset."""
 
     file: Path
     head: dict[str, Any]
@@ -51,16 +54,16 @@ class Results:
     benchmarks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
-    def pictures(self) -> Path:
-        """Where pictures and TensorBoard's events go: "evaluation" beside results.json, named alike beside others."""
+    def plots(self) -> Path:
+        """The folder of plots and TensorBoard events: "evaluation" beside results.json, or NAME.evaluation."""
         name = self.file.stem.removesuffix("results")
         return self.file.with_name(f"{name.removesuffix('.')}.evaluation" if name else "evaluation")
 
-    def take_over(self, asked: Sequence[Benchmark], *, overwrite: bool, replace: bool) -> None:
-        """Keep what the file says of the same checkpoint, precision and settings, and is still true of those asked for.
+    def take_over(self, requested: Sequence["Benchmark"], *, overwrite: bool, replace: bool) -> None:
+        """Keep the file's scores with the same checkpoint, precision and settings, and for the same images.
 
-        overwrite: score anew what is asked for, whatever the file says. replace: scores of weights that are no longer
-        there may go. Raises UserError where other scores would be lost, and where the file cannot be written.
+        overwrite: score the requested benchmarks again in any case. replace: scores of weights that no longer exist may
+        be lost. Raises UserError where other scores would be lost, and where the file cannot be written.
         """
         if not os.access(self.file.parent, os.W_OK):
             raise UserError(f"{self.file}: cannot be written there; name another place with --output")
@@ -75,48 +78,48 @@ class Results:
             raise UserError(f"{error}\n{remedy}") from None
         differing = [key for key in ("sha256", "precision", "scored_with") if before[key] != self.head[key]]
         if "sha256" in differing and replace:
-            warn(f"{self.file}: is of other weights, gone since; it is written anew")
+            warn(f"{self.file}: holds scores of earlier weights; it is replaced")
         elif differing and not overwrite:
             raise UserError(f"{self.file}: holds scores with another {' and '.join(differing)}\n{remedy}")
         if not differing:
-            current = {benchmark.name: benchmark for benchmark in asked}
+            current = {benchmark.name: benchmark for benchmark in requested}
             self.benchmarks = {
-                name: noted
-                for name, noted in before["benchmarks"].items()
-                if name not in current or (not overwrite and self._still_true(noted, current[name]))
+                name: record
+                for name, record in before["benchmarks"].items()
+                if name not in current or (not overwrite and self._is_valid(record, current[name]))
             }
 
-    def share(self, benchmarks: dict[str, dict[str, Any]], asked: Sequence[Benchmark]) -> None:
-        """Begin with what another process has taken over, and with room for what is asked for."""
+    def share(self, benchmarks: dict[str, dict[str, Any]], requested: Sequence["Benchmark"]) -> None:
+        """Take the scores that the main process has kept, and add an empty record for each other benchmark."""
         self.benchmarks = benchmarks
-        for benchmark in asked:
-            self.benchmarks.setdefault(benchmark.name, self._empty(benchmark))
+        for benchmark in requested:
+            self.benchmarks.setdefault(benchmark.name, self._empty_record(benchmark))
 
-    def of(self, benchmark: Benchmark) -> dict[str, Any]:
+    def of(self, benchmark: "Benchmark") -> dict[str, Any]:
         return self.benchmarks[benchmark.name]
 
-    def lacking(self, benchmark: Benchmark) -> list[Subset]:
-        """The cells that have not been scored."""
+    def unscored(self, benchmark: "Benchmark") -> "list[Subset]":
         scored = {(cell["part"], cell["severity"]) for cell in self.of(benchmark)["cells"]}
-        return [cell for cell in benchmark.cells if (cell.part, cell.severity) not in scored]
+        return [subset for subset in benchmark.subsets if (subset.part, subset.severity) not in scored]
 
-    def add(self, benchmark: Benchmark, record: dict[str, Any], seconds: float) -> None:
-        """Note a cell; after a benchmark's last one, its means and the time of day."""
-        noted = self.of(benchmark)
-        noted["cells"].append(record | {"seconds": round(seconds, 3)})
-        if not self.lacking(benchmark):
-            noted["summary"] = summarise(benchmark.name, benchmark.kind, noted["cells"])
-            noted["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
+    def add(self, benchmark: "Benchmark", subset: "Subset", scores: dict[str, Any], seconds: float) -> None:
+        """Record a subset's scores; after a benchmark's last subset, also its means and the time of day."""
+        record = self.of(benchmark)
+        cell = {"part": subset.part, "severity": subset.severity, "images": subset.images}
+        record["cells"].append(cell | scores | {"seconds": round(seconds, 3)})
+        if not self.unscored(benchmark):
+            record["summary"] = summarise(benchmark.name, benchmark.kind, record["cells"])
+            record["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
         if self.writes:
             write_text(self.file, json.dumps(self.head | {"benchmarks": self.benchmarks}, indent=2) + "\n")
 
-    def _still_true(self, noted: dict[str, Any], benchmark: Benchmark) -> bool:
-        """Of the same images and versions; and, as long as cells are lacking, scored by the same source."""
-        must_be_same = VERSIONS if noted["summary"] else (*VERSIONS, "git_revision")
-        same = all(noted["environment"].get(key) == self.environment[key] for key in must_be_same)
-        return same and noted["fingerprint"] == benchmark.fingerprint
+    def _is_valid(self, record: dict[str, Any], benchmark: "Benchmark") -> bool:
+        """Whether it is for the same images and versions and, unless it is complete, scored by the same source."""
+        must_be_same = VERSIONS if record["summary"] else (*VERSIONS, "git_revision")
+        same = all(record["environment"].get(key) == self.environment[key] for key in must_be_same)
+        return same and record["fingerprint"] == benchmark.fingerprint
 
-    def _empty(self, benchmark: Benchmark) -> dict[str, Any]:
+    def _empty_record(self, benchmark: "Benchmark") -> dict[str, Any]:
         return {
             "kind": benchmark.kind,
             "source": benchmark.source,
@@ -132,7 +135,7 @@ class Results:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """A results.json, or that of a run's directory. Raises UserError."""
+    """The content of a results.json, or of the one in a run directory. Raises UserError."""
     file = path / "results.json" if path.is_dir() else path
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -141,16 +144,16 @@ def read_results(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read as results of evaluate.py ({first_line(error)})") from None
     if not has_shape(content, RESULT) or not all(map(_is_benchmark, content["benchmarks"].values())):
-        raise UserError(f"{file}: holds no results of this version of evaluate.py")
+        raise UserError(f"{file}: does not hold results of this version of evaluate.py")
     if content["config"] is not None:
         config = load_config(None, {field: (str(file), value) for field, value in content["config"].items()})
         content["config"] = plain_values(config)
     return content
 
 
-def _is_benchmark(noted: Any) -> bool:
-    if not has_shape(noted, BENCHMARK) or noted["kind"] not in KINDS:
+def _is_benchmark(record: Any) -> bool:
+    if not has_shape(record, BENCHMARK) or record["kind"] not in KINDS:
         return False
-    cell, summary = KINDS[noted["kind"]]
-    finished = bool(noted["cells"]) and has_shape(noted["summary"], summary)
-    return has_shape(noted["cells"], [cell]) and (noted["summary"] is None or finished)
+    cell, summary = KINDS[record["kind"]]
+    is_complete = bool(record["cells"]) and has_shape(record["summary"], summary)
+    return has_shape(record["cells"], [cell]) and (record["summary"] is None or is_complete)

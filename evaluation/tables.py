@@ -1,4 +1,4 @@
-"""Scores in words: of one checkpoint, of several, and of recorded runs beside the published numbers.
+"""Tables of scores: of one checkpoint, of several, and of recorded runs beside the published numbers.
 
 Numbers are per cent, means over runs with their sample standard deviation.
 """
@@ -15,14 +15,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from config import FROM_A_FILE, PER_IMAGE, Config
+from evaluation.benchmarks import BENCHMARKS
 from evaluation.corruptions import SEVERITIES, STANDARD
+from evaluation.generated import generated_folder
 from evaluation.results import read_results
-from utils import Table, UserError, printable, render
+from evaluation.text_table import Table, render
+from utils import UserError, printable
 
 FORMATS = ("table", "markdown", "json", "csv")
 Result = Mapping[str, Any]  # the content of a results.json
 
-# Operations of policies that resemble corruptions of the benchmark, so that it is not unseen by such policies.
+# Operations that resemble corruptions of the benchmarks: policies with them have seen such images in training.
 RESEMBLING = ("Posterize", "Contrast", "Color", "Brightness", "Sharpness")
 
 
@@ -51,13 +54,13 @@ PUBLISHED = {  # by benchmark, data set trained on, and network
     ("cifar10-c", "cifar10", "wresnet40_2"): Published("-", "-", "AugMix with JSD 11.2"),
     ("imagenet-c", "imagenet", "resnet50"): Published("-", "-", "mCE: none 76.7, AugMix 65.3"),
 }
-TRANSFERRED = {  # likewise, under the policies that ResNet-50 has learned on ImageNet
+TRANSFERRED = {  # the same, with the policies that ResNet-50 has learned on ImageNet
     ("clean", "cifar10", "wresnet28_10"): Published("2.45 +- 0.13"),
     ("clean", "cifar100", "wresnet28_10"): Published("16.48 +- 0.15"),
     ("clean", "imagenet", "resnet50d"): Published("20.20 +- 0.05"),
     ("clean", "imagenet", "resnet200"): Published("19.05 +- 0.10"),
 }
-# Of the paper's method: the policies' sources, and settings that must be as they are by default.
+# The paper's method: sources of policies, and settings that must have their defaults.
 PAPERS_SOURCES = ("controller", *FROM_A_FILE)
 PAPERS_SETTINGS = ("reward", "reward_ema", "divide_by_std", "logit_bound", "clean_share", "entropy_bonus", "optimizer")
 
@@ -68,30 +71,30 @@ def report(results: Sequence[Result], form: str) -> str:
         return json.dumps(results[0] if len(results) == 1 else list(results), indent=2)
     if form == "csv":
         return _csv(*_all_cells(results))
-    tables = _in_full(results[0]) if len(results) == 1 else [_side_by_side(results)]
+    tables = _full_tables(results[0]) if len(results) == 1 else [_side_by_side(results)]
     return "\n\n".join(render(table, form) for table in tables)
 
 
 def compare(paths: Iterable[Path], form: str) -> str:
-    """Recorded results as rows of the README's table: runs that differ in nothing but the seed are one row.
+    """Recorded results as rows of a table: runs that differ in the seed alone are one row.
 
-    Published numbers stand beside what they are comparable with alone, see `_comparable`. Raises UserError for a file
-    that is no results.json.
+    Published numbers are shown only where they are comparable, see `_comparable`. Raises UserError for a file that is
+    not a results.json.
     """
-    different = {  # a copy of a result is no other run
-        (_row_key(result, name, noted), result["sha256"]): (result, name, noted)
+    different = {  # copies of a result count once
+        (_row_key(result, name, record), result["sha256"]): (result, name, record)
         for result in map(read_results, paths)
-        for name, noted in result["benchmarks"].items()
-        if noted["summary"]
+        for name, record in result["benchmarks"].items()
+        if record["summary"]
     }
     entries = [(key, *found) for (key, _), found in different.items()]
     if not entries:
         raise UserError("--compare: none of the files holds a finished benchmark")
     rows, notes = [], {}
     for _, same in itertools.groupby(sorted(entries, key=lambda entry: entry[0]), key=lambda entry: entry[0]):
-        _, results, names, noted = zip(*same, strict=True)
-        rows.append(_row(results, names[0], noted))
-        notes |= dict.fromkeys(_remarks(results[0], names[0], noted[0]))
+        _, results, names, records = zip(*same, strict=True)
+        rows.append(_row(results, names[0], records))
+        notes |= dict.fromkeys(_notes(results[0], names[0], records[0]))
     header = ("benchmark, network", "run", "policies", "images", "paper", "re-implementation", "others", "here", "runs")
     table = Table("Per cent; several runs: mean and standard deviation", header, rows, list(notes))
     if form == "json":
@@ -99,8 +102,19 @@ def compare(paths: Iterable[Path], form: str) -> str:
     return _csv(header, rows) if form == "csv" else render(table, form)
 
 
+def benchmark_table(config: Config) -> Table:
+    """All benchmarks besides the test set, where they belong, and which of them are there."""
+    rows = []
+    for spec in BENCHMARKS[1:]:
+        folder = generated_folder(config) if spec.name == "generated-c" else Path(config.dataroot) / spec.folder
+        found = "yes" if (folder / spec.marker).exists() else "no"
+        rows.append((spec.name, spec.family or "any", found, str(folder), spec.origin))
+    header = ("benchmark", "classes of", "found", "folder", "origin")
+    return Table(f"Benchmarks, and which of them are in {config.dataroot}", header, rows)
+
+
 def headline(summary: Mapping[str, Any]) -> tuple[str, float]:
-    """The one number that a benchmark is quoted by, in 0..1, and its name."""
+    """The main number of a benchmark, in 0..1, and its name."""
     for key, name in (
         ("mce", "mCE"),
         ("mean_corruption_error", "mean corruption error"),
@@ -111,32 +125,32 @@ def headline(summary: Mapping[str, Any]) -> tuple[str, float]:
     return "error", summary["error"]
 
 
-def _in_full(result: Result) -> list[Table]:
+def _full_tables(result: Result) -> list[Table]:
     trained = f", after epoch {result['epoch']} of {result['config']['epochs']}" if result["config"] else ""
     title = f"{result['checkpoint']}: {result['model']}{trained}, scored in {result['precision']}"
     rows, tables = [], []
-    for name, noted in result["benchmarks"].items():
-        if noted["kind"] == "test set":
-            (cell,) = noted["cells"]
+    for name, record in result["benchmarks"].items():
+        if record["kind"] == "test set":
+            (cell,) = record["cells"]
             top5 = "-" if cell["top5"] is None else _percent(cell["top5"])
             numbers = (_percent(cell["error"]), _percent(cell["top1"]), top5, f"{cell['loss']:.4f}")
-            rows.append((name, _origin(noted), f"{cell['images']:,}", *numbers, _percent(cell["calibration_error"])))
-            tables.append(_by_class(result, name, noted))
+            rows.append((name, _source(record), f"{cell['images']:,}", *numbers, _percent(cell["calibration_error"])))
+            tables.append(_by_class(result, name, record))
         else:
-            tables.append(_by_severity(name, noted) if noted["kind"] == "corruptions" else _by_sequence(name, noted))
+            tables.append(_by_severity(name, record) if record["kind"] == "corruptions" else _by_sequence(name, record))
     if rows:
         header = ("test set", "data", "images", "error", "top-1", "top-5", "loss", "calibration error")
         tables.insert(0, Table(title, header, rows))
     else:
         tables[0] = tables[0]._replace(title=f"{title}\n\n{tables[0].title}")
-    tables[-1] = tables[-1]._replace(notes=[*tables[-1].notes, *_all_remarks(result)])
+    tables[-1] = tables[-1]._replace(notes=[*tables[-1].notes, *_all_notes(result)])
     return tables
 
 
-def _by_class(result: Result, name: str, noted: Mapping[str, Any]) -> Table:
+def _by_class(result: Result, name: str, record: Mapping[str, Any]) -> Table:
     """Top-1 by class; of more than twenty classes the ten with the most errors."""
-    (cell,) = noted["cells"]
-    names = noted["classes"] or result["classes"] or [f"class {i}" for i in range(len(cell["class_images"]))]
+    (cell,) = record["cells"]
+    names = record["classes"] or result["classes"] or [f"class {i}" for i in range(len(cell["class_images"]))]
     rows = [
         (correct / images, class_name, images)
         for class_name, images, correct in zip(names, cell["class_images"], cell["class_correct"], strict=True)
@@ -149,9 +163,9 @@ def _by_class(result: Result, name: str, noted: Mapping[str, Any]) -> Table:
     return Table(title, ("class", "top-1", "images"), [(c, _percent(share), f"{n:,}") for share, c, n in rows])
 
 
-def _by_severity(name: str, noted: Mapping[str, Any]) -> Table:
-    cells = {(cell["part"], cell["severity"]): cell["error"] for cell in noted["cells"]}
-    summary, images = noted["summary"], noted["cells"][0]["images"]
+def _by_severity(name: str, record: Mapping[str, Any]) -> Table:
+    cells = {(cell["part"], cell["severity"]): cell["error"] for cell in record["cells"]}
+    summary, images = record["summary"], record["cells"][0]["images"]
     rows = [
         (part, *(_percent(cells[part, severity]) for severity in SEVERITIES), _percent(mean))
         for part, mean in summary["error"].items()
@@ -167,26 +181,26 @@ def _by_severity(name: str, noted: Mapping[str, Any]) -> Table:
     notes.append(f"Mean calibration error {_percent(summary['mean_calibration_error'])}.")
     if "mce" in summary:
         notes.append(f"mCE, normalised by AlexNet: {_percent(summary['mce'])}.")
-    title = f"{name}: error (%) by severity, {len(noted['cells'])} x {images:,} images, {_origin(noted)}"
+    title = f"{name}: error (%) by severity, {len(record['cells'])} x {images:,} images, {_source(record)}"
     return Table(title, ("corruption", *map(str, SEVERITIES), "mean"), [*counted, mean_row, *extra], notes)
 
 
-def _by_sequence(name: str, noted: Mapping[str, Any]) -> Table:
+def _by_sequence(name: str, record: Mapping[str, Any]) -> Table:
     rows = [
         (cell["part"], f"{cell['sequences']:,}", str(cell["frames"]), _percent(cell["flip_probability"]))
-        for cell in noted["cells"]
+        for cell in record["cells"]
     ]
-    mean = ("mean", "", "", _percent(noted["summary"]["mean_flip_probability"]))
+    mean = ("mean", "", "", _percent(record["summary"]["mean_flip_probability"]))
     header = ("perturbation", "sequences", "frames", "flip probability")
-    return Table(f"{name}: flip probability (%), {_origin(noted)}", header, [*rows, mean])
+    return Table(f"{name}: flip probability (%), {_source(record)}", header, [*rows, mean])
 
 
-def _origin(noted: Mapping[str, Any]) -> str:
-    return f"{noted['source']} (checked by {noted['checked_by']})"
+def _source(record: Mapping[str, Any]) -> str:
+    return f"{record['source']} (checked by {record['checked_by']})"
 
 
 def _side_by_side(results: Sequence[Result]) -> Table:
-    """A column for each checkpoint. Numbers of other images stand in other rows: they have no common mean."""
+    """A column for each checkpoint, and a row for each quantity of the same images."""
     quantities = [_quantities(result) for result in results]
     rows = []
     for key in dict.fromkeys(key for of_run in quantities for key in of_run):
@@ -194,7 +208,7 @@ def _side_by_side(results: Sequence[Result]) -> Table:
         of_runs = (_percent(of_run[key]) if key in of_run else "-" for of_run in quantities)
         rows.append((key[0], *of_runs, _over_runs(values)))
     notes = [f"run {i}: {result['checkpoint']}" for i, result in enumerate(results, start=1)]
-    notes += dict.fromkeys(itertools.chain.from_iterable(map(_all_remarks, results)))
+    notes += dict.fromkeys(itertools.chain.from_iterable(map(_all_notes, results)))
     header = ("per cent", *(f"run {i}" for i in range(1, len(results) + 1)), "mean +- std")
     return Table(f"{len(results)} checkpoints, scored in {results[0]['precision']}", header, rows, notes)
 
@@ -202,13 +216,13 @@ def _side_by_side(results: Sequence[Result]) -> Table:
 def _quantities(result: Result) -> dict[tuple[str, str], float]:
     """(name with the source of its images, fingerprint of the images) -> share."""
     quantities = {}
-    for name, noted in result["benchmarks"].items():
-        prefix = f"{name} ({noted['source']})"
-        for key, value in noted["summary"].items():
+    for name, record in result["benchmarks"].items():
+        prefix = f"{name} ({record['source']})"
+        for key, value in record["summary"].items():
             if isinstance(value, dict):
-                quantities |= {(f"{prefix} {part}", noted["fingerprint"]): share for part, share in value.items()}
+                quantities |= {(f"{prefix} {part}", record["fingerprint"]): share for part, share in value.items()}
             elif value is not None and key not in ("top1", "loss"):
-                quantities[f"{prefix} {key.replace('_', ' ')}", noted["fingerprint"]] = value
+                quantities[f"{prefix} {key.replace('_', ' ')}", record["fingerprint"]] = value
     return quantities
 
 
@@ -218,80 +232,80 @@ def _over_runs(values: Sequence[float]) -> str:
     return f"{_percent(statistics.mean(values))} +- {_percent(statistics.stdev(values))}"
 
 
-def _row_key(result: Result, name: str, noted: Mapping[str, Any]) -> tuple[str, ...]:
-    """Equal for results that may be averaged: of the same images, and runs that differ in the seed alone."""
+def _row_key(result: Result, name: str, record: Mapping[str, Any]) -> tuple[str, ...]:
+    """Equal for results that may be averaged: on the same images, from runs that differ in the seed alone."""
     if result["config"] is None:
         trained = result["sha256"]
     else:
         own = {field.name for field in dataclasses.fields(Config) if field.metadata["may_change"]} | {"seed"}
         settings = {key: value for key, value in result["config"].items() if key not in own}
         trained = json.dumps([settings, result["epoch"]])
-    scored = json.dumps([result["scored_with"], result["precision"], noted["source"], noted["fingerprint"]])
+    scored = json.dumps([result["scored_with"], result["precision"], record["source"], record["fingerprint"]])
     return name, result["scored_with"]["dataset"], result["model"], trained, scored
 
 
-def _comparable(result: Result, noted: Mapping[str, Any]) -> bool:
-    """Whether the paper's number is of the same: its policies, all training images, to the end, official data."""
+def _comparable(result: Result, record: Mapping[str, Any]) -> bool:
+    """Whether the paper's number is for the same: its policies, all training images and epochs, official test data."""
     config = result["config"]
     return (
-        noted["source"] == "official"
+        record["source"] == "official"
         and config is not None
         and result["epoch"] == config["epochs"]
         and config["policy"] in PAPERS_SOURCES
-        and not (config["policy_from"] or "").endswith((".json", ".yaml", ".yml"))  # somebody's own
+        and not (config["policy_from"] or "").endswith((".json", ".yaml", ".yml"))  # a file of the user's
         and all(config[name] == getattr(Config, name) for name in PAPERS_SETTINGS)
         and (config["train_size"], config["valid_size"], config["skip_unreadable"]) == (None, 0, False)
         and config["dataset"] == result["scored_with"]["dataset"]
     )
 
 
-def _row(results: Sequence[Result], name: str, noted: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+def _row(results: Sequence[Result], name: str, records: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     result, config = results[0], results[0]["config"]
     trained_on = config["dataset"] if config else result["scored_with"]["dataset"]
     table = TRANSFERRED if config and config["policy"] in FROM_A_FILE else PUBLISHED
     published = table.get((name, trained_on, result["model"]), Published())
-    if noted[0]["source"] != "official":
+    if records[0]["source"] != "official":
         published = Published()
-    elif not _comparable(result, noted[0]):
+    elif not _comparable(result, records[0]):
         published = Published(others=published.others)
-    quantity, _ = headline(noted[0]["summary"])
+    quantity, _ = headline(records[0]["summary"])
     return (
         f"{name} ({trained_on}), {result['model']}: {quantity}",
         re.sub(r"_\d+$", "", Path(result["checkpoint"]).parent.name) if config else result["checkpoint"],
-        _policies_in_words(config) if config else "-",
-        f"{noted[0]['source']}, {noted[0]['cells'][0]['images']:,}",
+        _policy_name(config) if config else "-",
+        f"{records[0]['source']}, {records[0]['cells'][0]['images']:,}",
         *published,
-        _over_runs([headline(of_run["summary"])[1] for of_run in noted]),
+        _over_runs([headline(record["summary"])[1] for record in records]),
         str(len(results)),
     )
 
 
-def _policies_in_words(config: Mapping[str, Any]) -> str:
-    words = "learned" if config["policy"] == "controller" else config["policy"]
+def _policy_name(config: Mapping[str, Any]) -> str:
+    name = "learned" if config["policy"] == "controller" else config["policy"]
     origin = f" from {printable(config['policy_from'], 60)}" if config["policy_from"] else ""
-    return f"{words}{origin}, M = {config['M']}"
+    return f"{name}{origin}, M = {config['M']}"
 
 
-def _all_remarks(result: Result) -> list[str]:
-    remarks = (_remarks(result, name, noted) for name, noted in result["benchmarks"].items())
-    return list(dict.fromkeys(itertools.chain.from_iterable(remarks)))
+def _all_notes(result: Result) -> list[str]:
+    notes = (_notes(result, name, record) for name, record in result["benchmarks"].items())
+    return list(dict.fromkeys(itertools.chain.from_iterable(notes)))
 
 
-def _remarks(result: Result, name: str, noted: Mapping[str, Any]) -> list[str]:
-    """What must be said beside a number."""
-    remarks = [f"{name}: {noted['note']}."] if noted.get("note") else []
+def _notes(result: Result, name: str, record: Mapping[str, Any]) -> list[str]:
+    """Notes that qualify a number."""
+    notes = [f"{name}: {record['note']}."] if record.get("note") else []
     config = result["config"]
     overlap = [op for op in RESEMBLING if op in _operations(config)] if config else []
-    if noted["kind"] == "corruptions" and overlap:
-        remarks.append(
+    if record["kind"] == "corruptions" and overlap:
+        notes.append(
             f"{name}: the policies hold {', '.join(overlap)}, which resemble corruptions; AugMix leaves out contrast, "
             "colour, brightness and sharpness. Train without them (ops) for a comparison."
         )
-    return remarks
+    return notes
 
 
 def _operations(config: Mapping[str, Any]) -> Sequence[str]:
-    """Those that the policies may hold, as far as they can resemble corruptions. AugMix leaves four of these out."""
+    """The operations of the policies, as far as they can resemble corruptions. AugMix leaves four of these out."""
     if config["policy"] in PER_IMAGE:
         return ("Posterize",) if config["policy"] == "augmix" else RESEMBLING
     return () if config["policy"] == "none" else config["ops"]
@@ -304,10 +318,10 @@ def _percent(share: float) -> str:
 def _all_cells(results: Sequence[Result]) -> tuple[list[str], list[list[Any]]]:
     """Header and rows: a row for each cell, a column for each plain number."""
     cells = [
-        {"checkpoint": result["checkpoint"], "benchmark": name, "source": noted["source"], **cell}
+        {"checkpoint": result["checkpoint"], "benchmark": name, "source": record["source"], **cell}
         for result in results
-        for name, noted in result["benchmarks"].items()
-        for cell in noted["cells"]
+        for name, record in result["benchmarks"].items()
+        for cell in record["cells"]
     ]
     plain = (key for cell in cells for key, value in cell.items() if not isinstance(value, (list, dict)))
     header = list(dict.fromkeys(plain))

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 SIGNIFICANCE = 0.05
+LEAST_RATIO = 1.2  # a controller's random initial weights alone raise a share by up to a tenth, as many draws reveal
 UNMOVED = 0.995  # share of the maximal entropy above which a controller without a favourite counts as unmoved
 
 
@@ -23,7 +24,7 @@ class Preference(NamedTuple):
 
 
 def favoured(counts: Mapping[str, int], comparisons: int | None = None) -> list[Preference]:
-    """What was drawn more often than chance explains, the most frequent first.
+    """What was drawn more often than chance and random initial weights explain, the most frequent first.
 
     counts: draws of every choice, those never drawn included. comparisons: how many choices are tested together, the
     number of counts by default. With uniform draws the probability of naming anything is at most 5 %.
@@ -33,7 +34,7 @@ def favoured(counts: Mapping[str, int], comparisons: int | None = None) -> list[
     found = [
         Preference(name, count / draws, 1 / choices)
         for name, count in counts.items()
-        if count * choices > draws and upper_tail(count, draws, 1 / choices) <= limit
+        if count * choices >= LEAST_RATIO * max(1, draws) and upper_tail(count, draws, 1 / choices) <= limit
     ]
     return sorted(found, key=lambda one: -one.share)
 
@@ -54,7 +55,7 @@ def verdict(entropy_share: float, counts: Mapping[str, int], most: int = 3) -> s
 
 @functools.cache
 def chance_range(draws: int, choices: int, comparisons: int = 1) -> tuple[float, float]:
-    """The shares, 0..1, between which that of one of `choices` is in uniform draws with at least 95 % probability.
+    """The shares, 0..1, between which the share of one of `choices` is in uniform draws with at least 95 % probability.
 
     comparisons: of so many shares, all are within the range with that probability (Bonferroni).
     """

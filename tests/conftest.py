@@ -23,11 +23,7 @@ from hypothesis import settings
 from PIL import Image
 from torch import nn
 
-import analysis.figures as reportfigures
-import analysis.summaries as summaries
 import evaluate
-import evaluation.benchmarks as robustness
-import evaluation.plots as pictures
 import experiments
 import main
 import report
@@ -44,7 +40,7 @@ processes.leave = sys.exit  # here and in what is forked from here; a script in 
 loading.draw_shapes = functools.cache(loading.draw_shapes)  # always the same, and wanted by every run
 
 ROOT = Path(__file__).parent.parent
-FIGURE_CLASS, DRAWING = pictures.figure_class, (pictures, summaries, report, reportfigures)
+DRAW_PLOTS = evaluate.draw_plots
 ALONE = World((torch.device("cpu"),))
 # The smallest run that still has several steps, policies and epochs.
 TINY = ("model=wresnet10_1", "train_size=40", "batch_size=10", "M=2", "epochs=3", "eval_every=3", "workers=0")
@@ -76,16 +72,14 @@ def device(request):
 
 
 @pytest.fixture(autouse=True)
-def plain_pictures(monkeypatch):
-    """Figures with axes take half a second each: only tests that ask for `with_axes` draw them."""
-    for module in DRAWING:
-        monkeypatch.setattr(module, "figure_class", lambda: None)
+def no_figures(monkeypatch):
+    """Plots take half a second each: only tests that ask for `with_axes` draw them."""
+    monkeypatch.setattr(evaluate, "draw_plots", lambda *_: None)
 
 
 @pytest.fixture
-def with_axes(monkeypatch):
-    for module in DRAWING:
-        monkeypatch.setattr(module, "figure_class", FIGURE_CLASS)
+def with_axes(monkeypatch, no_figures):
+    monkeypatch.setattr(evaluate, "draw_plots", DRAW_PLOTS)
 
 
 @pytest.fixture
@@ -98,7 +92,6 @@ def script(monkeypatch):
         entry = {
             "main.py": main.main,
             "evaluate.py": evaluate.main,
-            "robustness.py": robustness.main,
             "experiments.py": experiments.main,
             "report.py": report.main,
         }[name]

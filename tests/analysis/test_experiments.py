@@ -1,4 +1,4 @@
-"""Experiments: what a file stands for, what is run and what is not, and what is kept."""
+"""Experiments: what a file means, which runs are made and which are not, and what is kept of them."""
 
 import contextlib
 import json
@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import LITTLE, ROOT, assert_refused, files, lines, little_network
+from conftest import LITTLE, assert_refused, files, lines, little_network
 
 import evaluate
 import experiments
 import main
 import training.distributed as processes
+from analysis import summaries
 from analysis.specs import FOLDER, SIZES, load_experiment, runs_of
 from analysis.summaries import read_records
 from evaluation.results import read_results
@@ -27,10 +28,12 @@ from utils import UserError
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 SMALL = ("epochs=2", "eval_every=2", "train_size=40", "batch_size=10", "policy_interval=2", "workers=0", *LITTLE)
+TINY_SIZE = {"conf": "confs/demo.yaml", "seeds": [0], "note": "n"}
+ARMS = {"source": {"policy": "controller"}, "frozen": {"policy": "frozen", "policy_from": "@source"}}
 
 
 class InProcess:
-    """In the place of subprocess.Popen: runs one of our scripts here, with a little network, before it returns."""
+    """Replaces subprocess.Popen: runs main.py or evaluate.py in this process, with a small network."""
 
     commands = ()
 
@@ -59,45 +62,63 @@ class InProcess:
 
 @pytest.fixture
 def in_process(monkeypatch):
+    """Runs are made in this process, without figures; the list of their commands."""
     monkeypatch.setattr(InProcess, "commands", [])
     monkeypatch.setattr(experiments, "Popen", InProcess)
-    monkeypatch.setattr(experiments, "SECONDS_BETWEEN_LOOKS", 0)
+    monkeypatch.setattr(experiments, "POLL_SECONDS", 0)
+    monkeypatch.setattr(summaries, "has_matplotlib", lambda: False)
     return InProcess.commands
 
 
 @pytest.fixture
-def experiment(script, tmp_path):
-    """experiment("controls", "--seeds", 0) -> Finished, with runs and results below tmp_path."""
-    places = ("--logdir", tmp_path / "logs", "--results", tmp_path / "results")
-    return lambda *arguments: script("experiments.py", "--set", *SMALL, *places, *arguments)
+def experiment(script, tmp_path, monkeypatch):
+    """experiment("controls", "--seeds", 0) -> Finished, with logs/ and results/ in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+    return lambda name, *arguments: script("experiments.py", name, "--set", *SMALL, *arguments)
 
 
 @pytest.fixture
 def mine(experiment, tmp_path):
-    """mine(*arguments): the same for a file of one's own, with two arms, of which one takes from the other."""
-    arms = {"source": {"policy": "controller"}, "frozen": {"policy": "frozen", "policy_from": "@source"}}
-    tiny = TINY_SIZE | {"ranks": False}
-    content = {"question": "?", "arms": arms, "compare": [["frozen", "source"]], "sizes": {"tiny": tiny}}
-    path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-    return lambda *arguments: experiment(path, *arguments)
+    """mine(*arguments): the same for mine.yaml, with two arms, one of which takes the other's policies."""
+    write_experiment(tmp_path, sizes={"tiny": TINY_SIZE | {"ranks": False}})
+    return lambda *arguments: experiment("mine.yaml", *arguments)
 
 
-def test_there_are_the_experiments_that_the_readme_names():
-    assert {"M", "collapse", "controls", "sensitivity", "transfer"} <= set(NAMES)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert all(f"`{name}`" in readme for name in NAMES)
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    return tmp_path_factory.mktemp("finished")
+
+
+@pytest.fixture
+def finished(mine, in_process, tmp_path, template):
+    """mine, after its runs with seeds 0 and 1; they are made once and copied."""
+    for name in ("logs", "results"):
+        if (template / name).exists():
+            shutil.copytree(template / name, tmp_path / name)
+    if not (template / "results").exists():
+        assert mine("--seeds", 0, 1).status == 0
+        for name in ("logs", "results"):
+            shutil.copytree(tmp_path / name, template / name)
+    del in_process[:]
+    return mine
+
+
+def write_experiment(folder, **changes):
+    content = {"question": "?", "arms": ARMS, "compare": [["frozen", "source"]], "sizes": {"tiny": TINY_SIZE}}
+    (folder / "mine.yaml").write_text(yaml.safe_dump(content | changes, sort_keys=False))
+
+
+def identities(records):
+    return [(one["arm"], one["seed"], one["error"]) for one in records]
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_size_of_every_experiment_can_be_run(name, size, tmp_path):
-    one = load_experiment(name, size)
-    assert len(one.seeds) >= 3
+    assert len(load_experiment(name, size).seeds) >= 3
     one = load_experiment(name, size, [7])
     runs = list(runs_of(one, tmp_path))
-    assert len(runs) == len(one.arms)
-    assert len({run.directory for run in runs}) == len(runs)
+    assert len(runs) == len({run.directory for run in runs}) == len(one.arms)
     assert one.compare
     assert one.ranks is (size != "tiny"), "three tiny runs rank nothing"
     if size == "tiny":
@@ -108,52 +129,51 @@ def test_every_size_of_every_experiment_can_be_run(name, size, tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "sensitivity"])
-def test_small_experiments_make_as_many_updates_as_they_say(name, tmp_path):
+def test_small_sizes_make_as_many_updates_as_they_state(name, tmp_path):
     """At the paper's rate a controller does not leave the uniform distribution in some dozens of updates."""
     one = load_experiment(name, "small", [0])
-    (said,) = re.findall(r"in (\d+) updates", one.note)
+    (stated,) = re.findall(r"in (\d+) updates", one.note)
     for run in runs_of(one, tmp_path):
         config = run.config
         if config.policy == "controller":
             steps = (config.train_size or 50_000) // config.batch_size * config.epochs
-            assert math.ceil(steps / config.policy_interval) == int(said) >= 150
+            assert math.ceil(steps / config.policy_interval) == int(stated) >= 150
 
 
-def test_controls_are_those_that_a_claim_needs(tmp_path):
-    for size in SIZES:
-        runs = {run.arm: run.config for run in runs_of(load_experiment("controls", size, [0]), tmp_path)}
-        policies = {arm: (config.policy, config.reward) for arm, config in runs.items()}
-        assert policies == {
-            "none": ("none", "loss"),
-            "random": ("random", "loss"),
-            "trivialaugment": ("trivialaugment", "loss"),
-            "advaa": ("controller", "loss"),
-            "advaa_teacher": ("controller", "teacher"),
-            "equal_compute": ("none", "loss"),
-        }
-        alike = [config for arm, config in runs.items() if arm != "equal_compute"]
-        assert len({(c.M, c.epochs, c.batch_size, c.lr, c.model) for c in alike}) == 1
-        assert (runs["equal_compute"].M, runs["equal_compute"].epochs) == (1, alike[0].M * alike[0].epochs)
+@pytest.mark.parametrize("size", SIZES)
+def test_controls_are_those_that_a_claim_needs(size, tmp_path):
+    runs = {run.arm: run.config for run in runs_of(load_experiment("controls", size, [0]), tmp_path)}
+    assert {arm: (config.policy, config.reward) for arm, config in runs.items()} == {
+        "none": ("none", "loss"),
+        "random": ("random", "loss"),
+        "trivialaugment": ("trivialaugment", "loss"),
+        "advaa": ("controller", "loss"),
+        "advaa_teacher": ("controller", "teacher"),
+        "equal_compute": ("none", "loss"),
+    }
+    alike = [config for arm, config in runs.items() if arm != "equal_compute"]
+    assert len({(c.M, c.epochs, c.batch_size, c.lr, c.model) for c in alike}) == 1
+    assert (runs["equal_compute"].M, runs["equal_compute"].epochs) == (1, alike[0].M * alike[0].epochs)
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name == "transfer" else pytest.mark.slow) for name in NAMES]
 )
-def test_an_experiment_is_run_scored_summed_up_and_not_run_again(experiment, in_process, tmp_path, name):
-    done = experiment(name, "--seeds", 0, 1)
-    assert done.status == 0, done.err
+def test_runs_are_made_scored_and_summarised_once(experiment, in_process, tmp_path, name):
+    assert experiment(name, "--seeds", 0, 1).status == 0
     one = load_experiment(name, "tiny", [0, 1], SMALL)
-    runs = list(runs_of(one, tmp_path / "logs"))
+    runs = list(runs_of(one, Path("logs")))
     assert all(run.is_scored() for run in runs)
     assert len(in_process) == 2 * len(runs)
-    records = read_records(tmp_path / "results" / name / "runs.jsonl")
+    folder = tmp_path / "results" / name
+    records = read_records(folder / "runs.jsonl")
     assert [(record["arm"], record["seed"]) for record in records] == [(a, s) for a in one.arms for s in (0, 1)]
     for record in records:
         (run,) = (run for run in runs if (run.arm, run.seed) == (record["arm"], record["seed"]))
         assert record["error"] == read_results(run.directory)["benchmarks"]["clean"]["cells"][0]["error"]
         assert record["train_loss"] == lines(run.directory / "metrics.jsonl")[-1]["train_loss"]
         assert str(tmp_path) not in json.dumps(record), "no path of this machine"
-    summary = (tmp_path / "results" / name / "summary.md").read_text()
+    summary = (folder / "summary.md").read_text()
     for arm in one.arms:
         errors = [100 * record["error"] for record in records if record["arm"] == arm]
         assert f"{statistics.fmean(errors):.2f} +- {statistics.stdev(errors):.2f}" in summary
@@ -162,41 +182,36 @@ def test_an_experiment_is_run_scored_summed_up_and_not_run_again(experiment, in_
     mean = statistics.fmean(error[first, seed] - error[second, seed] for seed in (0, 1))
     assert f"| {first} - {second} | 2 | {mean:+.2f} | +- " in summary
     assert summary.count("nothing: too small") == len(one.compare)
-    assert "train_size 40" in summary, "what was said for all arms"
-    assert "`confs/demo.yaml`" in summary
-    assert f"python experiments.py {name} --set epochs=2" in summary
+    assert "train_size 40" in summary
+    assert f"\npython experiments.py {name} --set {' '.join(SMALL)} --seeds 0 1\n" in summary, "as it was typed"
     assert "Settings were changed on the command line" in summary
 
     again = experiment(name, "--seeds", 0, 1)
     assert (again.status, len(in_process)) == (0, 2 * len(runs)), "nothing is run twice"
-    assert (tmp_path / "results" / name / "summary.md").read_text() == summary
+    assert (folder / "summary.md").read_text() == summary
 
 
-def test_what_has_stopped_is_gone_on_with_and_what_is_trained_is_scored_alone(experiment, in_process, tmp_path, script):
-    only = ("transfer", "--seeds", 0)
-    assert experiment(*only).status == 0
-    (tmp_path / "whole").mkdir()
-    folder = tmp_path / "logs" / "transfer-tiny"
+def test_stopped_runs_are_resumed_and_trained_ones_only_scored(finished, in_process, tmp_path):
+    folder = tmp_path / "logs" / "mine-tiny"
     whole = {run.name: files(run) for run in folder.iterdir() if run.is_dir()}
-    del in_process[:]
-    for run in ("random_0", "frozen_0"):
+    for run in ("source_1", "frozen_1"):
         shutil.rmtree(folder / run)
-    (folder / "direct_0" / "results.json").unlink()
-    listed = experiment(*only, "--list")
-    assert [line.strip() for line in listed.out.splitlines() if line.startswith("  ") and line[2] != " "] == [
+    (folder / "frozen_0" / "results.json").unlink()
+    listed = finished("--seeds", 0, 1, "--list").out
+    assert re.findall(r"^  (\w+: .*)", listed, re.MULTILINE) == [
         "source_0: done",
-        "direct_0: trained, not scored",
-        "random_0: missing",
-        "frozen_0: missing",
-        "recorded_0: done",
+        "frozen_0: trained, not scored",
+        "source_1: missing",
+        "frozen_1: missing",
     ]
     assert in_process == []
-    (command,) = (line for line in listed.out.splitlines() if "--name random_0" in line)
-    stopped = command.split("main.py ")[1].replace("'", "").replace('"', "").split()
-    assert InProcess(["python", str(ROOT / "main.py"), *stopped, "--stop_epoch=1"], *streams(tmp_path), {}).status == 0
+    (command,) = (line for line in listed.splitlines() if "--name source_1" in line)
+    words = command.split("main.py ")[1].replace("'", "").replace('"', "").split()
+    with (tmp_path / "log").open("ab") as log:
+        InProcess(["python", "main.py", *words, "--stop_epoch=1"], log, log, {})
     del in_process[:]
-    assert "random_0: stopped after 1 of 2 epochs" in experiment(*only, "--list").out
-    assert experiment(*only).status == 0
+    assert "source_1: stopped after 1 of 2 epochs" in finished("--seeds", 0, 1, "--list").out
+    assert finished("--seeds", 0, 1).status == 0
     assert [(Path(command[1]).name, "--resume" in command) for command in in_process] == [
         ("evaluate.py", False),
         ("main.py", True),
@@ -207,91 +222,86 @@ def test_what_has_stopped_is_gone_on_with_and_what_is_trained_is_scored_alone(ex
     assert {run.name: files(run) for run in folder.iterdir() if run.is_dir()} == whole
 
 
-def test_a_run_that_was_killed_before_its_last_checkpoint_is_not_taken_for_trained(mine, in_process, tmp_path):
-    assert mine().status == 0
+def test_a_run_without_its_last_checkpoint_is_resumed(finished, tmp_path):
     run = tmp_path / "logs" / "mine-tiny" / "source_0"
     whole = files(run, "metrics.jsonl", "policies.jsonl", "model.pt")
     (run / "results.json").unlink()
     (last,) = run.glob("checkpoints/epoch-0002-*")
     last.unlink()
-    assert "source_0: stopped after 2 of 2 epochs" in mine("--list").out
-    assert mine().status == 0
+    assert "source_0: stopped after 2 of 2 epochs" in finished("--list").out
+    assert finished().status == 0
     assert files(run, "metrics.jsonl", "policies.jsonl", "model.pt") == whole
 
 
-def streams(tmp_path):
-    log = (tmp_path / "log").open("ab")
-    return log, log
-
-
-def test_more_seeds_join_those_that_are_there_and_other_sizes_stay(mine, in_process, tmp_path):
-    mine()
+def test_other_seeds_and_other_sizes_are_kept(finished, tmp_path):
     results = tmp_path / "results" / "mine"
     text = (results / "runs.jsonl").read_text()
     other = json.dumps(json.loads(text.splitlines()[0]) | {"size": "small"})
     (results / "runs.jsonl").write_text(f"{other}\n{text}")
     summary = (results / "summary.md").read_text()
     (results / "summary.md").write_text(f"{summary}\n## small\n\nas it was\n")
-    assert mine("--seeds", 1).status == 0
+    assert finished("--seeds", 1).status == 0
     records = read_records(results / "runs.jsonl")
     assert records[0]["size"] == "small"
     assert [record["seed"] for record in records[1:]] == [0, 1] * 2
-    assert "over seeds 0, 1" in (results / "summary.md").read_text()
-    assert (results / "summary.md").read_text().endswith("## small\n\nas it was\n")
+    summary = (results / "summary.md").read_text()
+    assert "over seeds 0, 1" in summary
+    assert summary.endswith("## small\n\nas it was\n")
 
 
-@pytest.mark.slow
-def test_figures_are_drawn_where_they_can_be(experiment, in_process, tmp_path, with_axes):
-    assert experiment("transfer", "--seeds", 0, 1).status == 0
-    figures = tmp_path / "results" / "transfer" / "figures"
+def test_figures_are_drawn_with_matplotlib(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(summaries, "has_matplotlib", lambda: True)
+    assert finished("--seeds", 0, 1).status == 0
+    figures = tmp_path / "results" / "mine" / "figures"
     assert {path.name for path in figures.iterdir()} == {f"tiny_{n}.png" for n in ("errors", "differences", "entropy")}
-    summary = (tmp_path / "results" / "transfer" / "summary.md").read_text()
+    summary = (tmp_path / "results" / "mine" / "summary.md").read_text()
     assert all(f"(figures/{path.name})" in summary for path in figures.iterdir())
 
 
-TINY_SIZE = {"conf": "confs/demo.yaml", "seeds": [0], "note": "n"}
-BAD = {
-    "nothing": ({}, "lacks one of question, arms, compare, sizes"),
-    "unknown": ({"arm": {}}, "unknown entry 'arm'; did you mean arms?"),
-    "size": ({"sizes": {"small": {}}}, "has no size tiny; it has small"),
-    "of size": ({"sizes": {"tiny": {"conf": "confs/demo.yaml"}}}, "size tiny: needs conf, seeds, note"),
-    "no seeds": ({"sizes": {"tiny": TINY_SIZE | {"seeds": []}}}, "seeds: [] are not different numbers"),
-    "seeds twice": ({"sizes": {"tiny": TINY_SIZE | {"seeds": [1, 1]}}}, "seeds: [1, 1] are not different numbers"),
-    "true as a seed": ({"sizes": {"tiny": TINY_SIZE | {"seeds": [True]}}}, "seeds: [True] are not different"),
-    "set": ({"sizes": {"tiny": TINY_SIZE | {"set": ["lr"]}}}, "and may have set, arms and ranks"),
-    "own arms": ({"sizes": {"tiny": TINY_SIZE | {"arms": 3}}}, "and may have set, arms and ranks"),
-    "ranks": ({"sizes": {"tiny": TINY_SIZE | {"ranks": "no"}}}, "and may have set, arms and ranks"),
-    "words": ({"words": ["a"]}, "words: is no mapping"),
-    "arm": ({"arms": {"a b": {}}}, "arm 'a b': needs a plain name"),
-    "no settings": ({"arms": {"a": 5}}, "arm 'a': needs a plain name, a text, and settings in a mapping"),
-    "pair": ({"compare": [["a", "c"]]}, "compare: every entry is a pair of arms"),
-    "setting": ({"arms": {"a": {"polcy": "none"}, "b": {}}}, "arm a: unknown setting 'polcy'; did you mean policy?"),
-    "value": ({"arms": {"a": {"lr": -1}, "b": {}}}, "arm a: lr: -1.0 must be above 0"),
-    "later": ({"arms": {"a": {"policy": "frozen", "policy_from": "@b"}, "b": {}}}, "arm a: @b is no arm before it"),
-    "no text": ({"arms": {False: {}, "b": {}}}, "arm False: needs a plain name, a text"),
-    "conf of a number": ({"arms": {"a": {"conf": 5}, "b": {}}}, "conf: 5 cannot be the name of a file"),
-    "conf of a nul": ({"arms": {"a": {"conf": "a\0b"}, "b": {}}}, "conf: 'a\\x00b' cannot be the name of a file"),
-    "long conf": ({"arms": {"a": {"conf": "x" * 5000}, "b": {}}}, "cannot be the name of a file"),
-    "conf": ({"arms": {"a": {"conf": "confs/none.yaml"}, "b": {}}}, "there is no such conf file"),
-}
+def in_tiny(**changes):
+    return {"sizes": {"tiny": TINY_SIZE | changes}}
 
 
-@pytest.mark.parametrize("what", BAD)
-def test_a_file_that_cannot_be_is_refused_before_anything_runs(script, tmp_path, what, in_process):
-    change, words = BAD[what]
-    content = {"question": "?", "arms": {"a": {}, "b": {}}, "compare": [["a", "b"]], "sizes": {"tiny": TINY_SIZE}}
-    path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump(content | change if change else {}))
-    done = script("experiments.py", path, "--logdir", tmp_path / "logs", "--results", tmp_path / "results")
-    assert_refused(done, words)
+BAD = [
+    ({"question": 1}, "needs question, arms, compare, sizes"),
+    ({"arm": {}}, "unknown key 'arm'; did you mean arms?"),
+    ({"words": {}}, "the key 'words' is now called 'labels'"),
+    ({"labels": ["a"]}, "labels: must map arms to texts"),
+    ({"sizes": {"small": {}}}, "has no size tiny; it has small"),
+    ({"sizes": {"tiny": {"conf": "confs/demo.yaml"}}}, "size tiny: needs conf, seeds, note"),
+    (in_tiny(seeds=[]), "seeds: [] must be different whole numbers"),
+    (in_tiny(seeds=[1, 1]), "seeds: [1, 1] must be different whole numbers"),
+    (in_tiny(seeds=[True]), "seeds: [True] must be different"),
+    (in_tiny(set=["lr"]), "set, arms and ranks are optional"),
+    (in_tiny(arms=3), "set, arms and ranks are optional"),
+    (in_tiny(ranks="no"), "set, arms and ranks are optional"),
+    ({"arms": {"a b": {}}}, "arm 'a b': needs a name of letters and digits"),
+    ({"arms": {"a": 5}}, "arm 'a': needs a name of letters and digits, and a mapping of settings"),
+    ({"arms": {False: {}, "b": {}}}, "arm False: needs a name of letters and digits"),
+    ({"compare": [["a", "c"]]}, "compare: every entry must be a pair of arms"),
+    ({"arms": {"a": {"polcy": "none"}, "b": {}}}, "arm a: unknown setting 'polcy'; did you mean policy?"),
+    ({"arms": {"a": {"lr": -1}, "b": {}}}, "arm a: lr: -1.0 must be above 0"),
+    ({"arms": {"a": {"policy": "frozen", "policy_from": "@b"}, "b": {}}}, "arm a: @b is not an earlier arm"),
+    ({"arms": {"a": {"conf": 5}, "b": {}}}, "conf: 5 is not a file name"),
+    ({"arms": {"a": {"conf": "a\0b"}, "b": {}}}, "conf: 'a\\x00b' is not a file name"),
+    ({"arms": {"a": {"conf": "x" * 5000}, "b": {}}}, "is not a file name"),
+    ({"arms": {"a": {"conf": "confs/none.yaml"}, "b": {}}}, "confs/none.yaml"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD)
+def test_an_invalid_file_is_refused_before_anything_runs(experiment, tmp_path, change, message, in_process):
+    write_experiment(tmp_path, **({"arms": {"a": {}, "b": {}}, "compare": [["a", "b"]]} | change))
+    assert_refused(experiment("mine.yaml"), message)
     assert in_process == []
     assert [item.name for item in tmp_path.iterdir()] == ["mine.yaml"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
-        (("control",), "there is no such experiment; did you mean controls? (M, collapse, controls"),
+        (("control",), "unknown experiment; did you mean controls? (M, collapse, controls"),
+        (("experiments/controls.yaml",), "was not found; write controls, or confs/experiments/controls.yaml"),
         (("controls", "--seeds", "1", "1"), "must be different numbers"),
         (("controls", "--jobs", "0"), "--jobs: 0 must be at least 1"),
         (("controls", "--sice", "tiny"), "did you mean --size?"),
@@ -299,114 +309,86 @@ def test_a_file_that_cannot_be_is_refused_before_anything_runs(script, tmp_path,
         (("controls", "--set", "lr"), "write it as setting=value"),
     ],
 )
-def test_mistakes_on_the_command_line(script, arguments, words):
-    assert_refused(script("experiments.py", *arguments), words)
+def test_mistakes_on_the_command_line(script, arguments, message):
+    assert_refused(script("experiments.py", *arguments), message)
 
 
-def test_a_run_with_other_settings_is_not_taken_for_it(mine, in_process, tmp_path):
-    assert mine().status == 0
-    done = mine("--set", "lr=0.3")
+def test_a_run_with_other_settings_is_refused(finished, tmp_path):
+    done = finished("--set", "lr=0.3")
     assert_refused(done, "source_0: holds a run with other settings (lr: 0.1 -> 0.3)", "choose another --logdir")
-
-
-def test_a_run_that_takes_its_policies_from_another_source_than_before_is_not_taken_for_it(mine, in_process, tmp_path):
-    assert mine().status == 0
     path = tmp_path / "mine.yaml"
-    path.write_text(
-        path.read_text().replace("source:", "origin:").replace("@source", "@origin").replace("- source", "- origin")
-    )
-    assert_refused(mine(), "frozen_0: holds a run with other settings (policy_from: ", "origin_0")
+    path.write_text(path.read_text().replace("source", "origin"))
+    assert_refused(finished(), "frozen_0: holds a run with other settings (policy_from: ", "origin_0")
 
 
-def test_epochs_in_which_no_interval_ends_are_passed_over(mine, in_process, tmp_path):
+def test_epochs_without_the_end_of_an_interval_have_no_entropy(mine, in_process, tmp_path):
     """An epoch has four steps here, an interval six."""
-    done = mine("--set", "policy_interval=6")
-    assert done.status == 0, done.err
+    assert mine("--set", "policy_interval=6").status == 0
     source, _ = read_records(tmp_path / "results" / "mine" / "runs.jsonl")
     metrics = lines(tmp_path / "logs" / "mine-tiny" / "source_0" / "metrics.jsonl")
     assert ["entropy" in one for one in metrics] == [False, True]
     assert len(source["entropy"]) == len(source["loss_spread"]) == 1
 
 
-def test_lines_of_other_seeds_go_with_their_source(mine, in_process, tmp_path):
-    assert mine("--seeds", 0, 1).status == 0
+def test_results_are_dropped_with_their_source(finished, tmp_path):
     results = tmp_path / "results" / "mine" / "runs.jsonl"
     changed = [record | ({"settings": {}} if record["arm"] == "source" else {}) for record in read_records(results)]
     results.write_text("".join(json.dumps(record) + "\n" for record in changed))
-    assert mine("--seeds", 1).status == 0
+    assert finished("--seeds", 1).status == 0
     assert [(record["arm"], record["seed"]) for record in read_records(results)] == [("source", 1), ("frozen", 1)]
-
-
-def test_a_run_that_fails_is_named_with_what_it_said(mine, in_process, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        main, "check_support", lambda *_: (_ for _ in ()).throw(UserError("no such device\nuse another"))
-    )
-    done = mine()
-    assert_refused(done, "source_0: main.py ended with status 2", "use another", "source_0.log")
 
 
 @pytest.fixture
 def frozen_fails(monkeypatch):
+    """The arm "frozen" cannot be run."""
     original = main.check_support
 
     def unsupported(config, world):
         if config.policy == "frozen":
-            raise UserError("no such device")
+            raise UserError("no such device\nuse another")
         return original(config, world)
 
-    return lambda: monkeypatch.setattr(main, "check_support", unsupported)
+    monkeypatch.setattr(main, "check_support", unsupported)
 
 
-def test_runs_that_have_ended_are_summed_up_though_another_fails(mine, in_process, tmp_path, frozen_fails):
-    frozen_fails()
+def test_finished_runs_are_summarised_if_another_fails(mine, in_process, tmp_path, frozen_fails):
     done = mine()
-    assert_refused(done, "frozen_0: main.py ended with status 2")
+    assert_refused(done, "frozen_0: main.py failed with status 2", "use another", "frozen_0.log")
     assert "summary.md (1 of 2 runs)" in done.out
-    records = read_records(tmp_path / "results" / "mine" / "runs.jsonl")
-    assert [record["arm"] for record in records] == ["source"]
+    assert [record["arm"] for record in read_records(tmp_path / "results" / "mine" / "runs.jsonl")] == ["source"]
 
 
-def test_earlier_results_outlast_an_interrupted_repetition(mine, in_process, tmp_path, frozen_fails):
-    assert mine("--seeds", 0, 1).status == 0
-    kept = tmp_path / "results" / "mine" / "runs.jsonl"
-    before = read_records(kept)
-    shutil.rmtree(tmp_path / "logs")
-    frozen_fails()
-    assert mine("--seeds", 0).status == 2
-    assert [(one["arm"], one["seed"], one["error"]) for one in read_records(kept)] == [
-        (one["arm"], one["seed"], one["error"]) for one in before
-    ]
-
-
-def test_unfinished_runs_do_not_replace_results_of_other_settings(mine, in_process, tmp_path, frozen_fails):
-    assert mine("--seeds", 0, 1).status == 0
+def test_an_interrupted_repetition_keeps_earlier_results(finished, tmp_path, frozen_fails):
     kept = tmp_path / "results" / "mine" / "runs.jsonl"
     before = kept.read_bytes()
     shutil.rmtree(tmp_path / "logs")
-    frozen_fails()
-    done = mine("--seeds", 0, "--set", "lr=0.05")
+    done = finished("--seeds", 0, "--set", "lr=0.05")
     assert done.status == 2
     assert "warning: " in done.err
     assert "holds results of other settings, which unfinished runs do not replace" in done.err
-    assert "frozen_0: main.py ended with status 2" in done.err
+    assert "frozen_0: main.py failed with status 2" in done.err
     assert kept.read_bytes() == before
+    shutil.rmtree(tmp_path / "logs")
+    records = read_records(kept)
+    assert finished("--seeds", 0).status == 2
+    assert identities(read_records(kept)) == identities(records)
 
 
-def test_what_is_kept_and_damaged_is_not_written_over(mine, in_process, tmp_path):
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "cannot be read"), ('{"size": "tiny"}\n', "was not written by experiments.py")]
+)
+def test_damaged_results_are_not_overwritten(finished, tmp_path, text, message):
     kept = tmp_path / "results" / "mine" / "runs.jsonl"
-    kept.parent.mkdir(parents=True)
-    for text, words in (("{", "cannot be read"), ('{"size": "tiny"}\n', "holds lines of another kind")):
-        kept.write_text(text)
-        assert_refused(mine(), "runs.jsonl", words)
-        assert kept.read_text() == text
+    kept.write_text(text)
+    assert_refused(finished(), "runs.jsonl", message)
+    assert kept.read_text() == text
 
 
 @pytest.mark.slow
-def test_stopped_by_ctrl_c_it_goes_on_to_the_same_end(start_process, tmp_path):
+def test_after_ctrl_c_the_same_command_ends_with_the_same_files(start_process, tmp_path):
     """Real processes, two at a time, both of which are saved."""
     arms = {"learned": {"policy": "controller"}, "random": {"policy": "random"}}
-    content = {"question": "?", "arms": arms, "compare": [], "sizes": {"tiny": TINY_SIZE}}
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+    write_experiment(tmp_path, arms=arms, compare=[])
     small = ("--set", "train_size=60", "batch_size=10", "epochs=3", "eval_every=3")
     command = ("experiments.py", tmp_path / "mine.yaml", "--jobs", 2, *small)
 
@@ -423,7 +405,7 @@ def test_stopped_by_ctrl_c_it_goes_on_to_the_same_end(start_process, tmp_path):
     first.send_signal(signal.SIGINT)
     status, err = first.wait(), first.communicate()[1]
     assert status == 130, err
-    assert "the runs under way are saved; the same command goes on" in err
+    assert "the runs in progress are saved; the same command continues" in err
     assert "Traceback" not in err
     second = start_process(*command, *places("parts"))
     assert second.wait() == 0, second.communicate()

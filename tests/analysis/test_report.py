@@ -1,4 +1,4 @@
-"""The page of pictures: the numbers behind it, what it holds, and what it refuses."""
+"""The report: the numbers behind it, what the page says and contains, and what it refuses."""
 
 import base64
 import json
@@ -8,140 +8,189 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import LITTLE, assert_refused, lines, little_network
+from conftest import LITTLE, TINY, assert_refused, lines, little_network
 
-import analysis.figures as reportfigures
 import main
-import report
-from analysis.page import levels_table, neutral_level
+from analysis import figures, sections
+from analysis.runs import final_draws, read_run, run_names, run_verdict
 from augmentations import OPS
 from utils import UserError, load_tensors, save_tensors
 
 SMALL = ("ops=[Rotate, Solarize, Color]", "levels=4", "Q=2", "policy_interval=2", "controller_lr=0.1", *LITTLE)
 
 
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
 @pytest.fixture
-def little(train, monkeypatch):
+def little(script, monkeypatch, template, tmp_path):
+    """little(name, *arguments): the directory of a small run; runs with equal arguments are made once and copied."""
     monkeypatch.setattr(main, "build_model", little_network)
-    return lambda name, *said: train(name, *SMALL, *said)
+
+    def run(name, *arguments):
+        flags = [word for word in arguments if word.startswith("-")]
+        settings = [word for word in arguments if not word.startswith("-")]
+        place = template / re.sub(r"\W", "_", "-".join(("run", *arguments)))
+        if not place.exists():
+            done = script(
+                "main.py", "--logdir", template, "--name", place.name, *flags, "--set", *TINY, *SMALL, *settings
+            )
+            assert done.status == 0, done.err
+        return shutil.copytree(place, tmp_path / name)
+
+    return run
 
 
 def pairs_of(run):
-    records = lines(run / "policies.jsonl")
-    return [pair for record in records for policy in record["policies"] for sub in policy for pair in sub]
+    return [
+        tuple(pair)
+        for record in lines(run / "policies.jsonl")
+        for policy in record["policies"]
+        for sub in policy
+        for pair in sub
+    ]
+
+
+def with_records(run, change):
+    """Replace the records of policies.jsonl by change(record)."""
+    records = [change(record) for record in lines(run / "policies.jsonl")]
+    (run / "policies.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def with_biases(run, ops, levels):
+    """Give the run a controller whose every decision is drawn from the softmax of these logits."""
+    content = load_tensors(run / "model.pt")
+    for value in content["controller"].values():
+        value.zero_()
+    content["controller"]["op_head.bias"], content["controller"]["level_head.bias"] = ops, levels
+    save_tensors(run / "model.pt", content)
 
 
 def test_shares_are_counted_over_groups_of_intervals(little):
     run = little("run")
     intervals = lines(run / "policies.jsonl")
     for place, keys in ((0, ["Rotate", "Solarize", "Color"]), (1, [0, 1, 2, 3])):
-        (column,) = zip(*report.share_of([intervals], keys, place), strict=True)
+        shares, draws = sections.share_of([intervals], keys, place)
         counted = Counter(pair[place] for pair in pairs_of(run))
-        assert column == pytest.approx([counted[key] / counted.total() for key in keys])
-    alone = report.share_of([intervals[:1], intervals[1:2]], [0, 1, 2, 3], 1)
+        assert draws == [counted.total()]
+        assert [share for (share,) in shares] == pytest.approx([counted[key] / counted.total() for key in keys])
+    alone, _ = sections.share_of([intervals[:1], intervals[1:2]], [0, 1, 2, 3], 1)
     assert [sum(column) for column in zip(*alone, strict=True)] == pytest.approx([1, 1])
+    _, draws = sections.share_of([[intervals[0], intervals[0]]], [0, 1, 2, 3], 1)
+    assert draws == [len(pairs_of(run)) / len(intervals)], "policies that are kept for two intervals are drawn once"
 
 
 @pytest.mark.parametrize("count", [1, 7, 120, 121, 12_345])
-def test_many_intervals_are_put_together(count):
-    groups = reportfigures.binned(range(count))
+def test_many_intervals_are_grouped(count):
+    groups = figures.binned(range(count))
     assert [one for group in groups for one in group] == list(range(count))
-    assert len(groups) <= 120
+    assert len(groups) <= figures.MOST_POINTS
     assert {len(group) for group in groups[:-1]} <= {len(groups[0])}
 
 
-def test_beliefs_are_the_controllers_probabilities(little, monkeypatch):
-    """Its weights are put to zero but for the heads' biases: every decision is drawn from their softmax."""
+def test_final_draws_have_the_controllers_probabilities(little):
     run = little("run")
-    content = load_tensors(run / "model.pt")
-    for value in content["controller"].values():
-        value.zero_()
     ops, levels = torch.tensor([0.0, 1.5, -1.0]), torch.tensor([0.5, 0.0, 2.0, -3.0])
-    content["controller"]["op_head.bias"], content["controller"]["level_head.bias"] = ops, levels
-    save_tensors(run / "model.pt", content)
-    seen = {}
-    monkeypatch.setattr(report.figures, "heat_map", lambda *told: seen.update(told=told))
-    words = report.beliefs(report.read_run(run)).words
-    percent, names, count, neutral = seen["told"]
-    assert (names, count) == (["Rotate", "Solarize", "Color"], 4)
-    torch.testing.assert_close(
-        torch.tensor(percent), 100 * ops.softmax(0)[:, None] * levels.softmax(0), atol=1.6, rtol=0, check_dtype=False
+    with_biases(run, ops, levels)
+    draws = final_draws(read_run(run))
+    assert (draws.ops, draws.levels) == (["Rotate", "Solarize", "Color"], 4)
+    assert [draws.op_counts[name] / draws.total for name in draws.ops] == pytest.approx(ops.softmax(0), abs=0.02)
+    assert [count / draws.total for count in draws.level_counts.values()] == pytest.approx(levels.softmax(0), abs=0.02)
+    assert "sampled from the controller as it is now" in draws.origin
+    (run / "model.pt").unlink()
+    draws = final_draws(read_run(run))
+    assert draws.pairs == Counter(pairs_of(run)), "without a controller, the last records"
+    assert "of the last 6 intervals" in draws.origin
+
+
+def test_a_moved_controller_is_named_with_what_it_favours(little):
+    run = little("run")
+    with_biases(run, torch.tensor([0.0, 1.5, -1.0]), torch.zeros(4))
+    maximum = read_run(run).maximal_entropy
+    with_records(run, lambda record: record | {"collapsed": None, "entropy": 0.9 * maximum})
+    text = run_verdict(read_run(run))
+    assert text.startswith("The controller has moved: 90.0 % of its maximal entropy is left; it favours Solarize (7")
+    assert text.endswith("where chance gives 33.33 %.")
+
+
+def test_a_controller_that_draws_uniformly_has_not_moved(little):
+    run = little("run")
+    with_biases(run, torch.zeros(3), torch.zeros(4))
+    maximum = read_run(run).maximal_entropy
+    with_records(run, lambda record: record | {"collapsed": None, "entropy": maximum})
+    assert run_verdict(read_run(run)).startswith("The controller has not moved yet: 100.0 %")
+
+
+def test_random_policies_differ_from_chance_in_nothing(little):
+    run = read_run(little("run", "policy=random"))
+    assert run_verdict(run) == (
+        "The policies are uniformly random: no operation is drawn more often than chance explains."
     )
-    assert neutral == [0.0, 3.0, pytest.approx(1.5)]
-    assert "sampled from the controller as it is now" in words
+    draws = final_draws(run)
+    captions = [image.caption for image in (*sections.shares(run, draws), sections.preferences_now(run, draws))]
+    assert "None of the operations differs from chance now." in captions[0]
+    assert "None of the levels differs from chance now." in captions[1]
+    assert "no cell differs from chance" in captions[2]
 
 
-def test_without_a_controller_the_last_records_stand_for_beliefs(little, monkeypatch):
-    run = little("run", "policy=random")
-    seen = {}
-    monkeypatch.setattr(report.figures, "heat_map", lambda *told: seen.update(told=told))
-    words = report.beliefs(report.read_run(run)).words
-    counted = Counter(map(tuple, pairs_of(run)))
-    percent, names, _, _ = seen["told"]
-    for row, name in zip(percent, names, strict=True):
-        assert row == pytest.approx([100 * counted[name, level] / counted.total() for level in range(4)])
-    assert "for there is no controller to ask" in words
+def test_the_heat_map_shows_cells_inside_chance_as_the_uniform_share():
+    figure = figures.heat_map([[20.0, 26.0], [24.0, 30.0]], ["a", "b"], 2, [None, 0.0], (22.0, 25.0, 28.0))
+    image = figure.axes[0].images[0]
+    assert image.get_array().tolist() == [[20.0, 25.0], [25.0, 30.0]]
+    assert image.cmap(image.norm(25.0))[:3] == pytest.approx((0.97, 0.97, 0.97), abs=0.01)
 
 
 def test_the_extremes_are_those_by_loss(little, monkeypatch):
     run = little("run", "M=8")
     seen = {}
-    monkeypatch.setattr(report.figures, "rows_of_images", lambda rows: seen.update(rows=rows))
-    one = report.read_run(run)
-    report.extremes(one, None)
+    monkeypatch.setattr(sections.figures, "rows_of_images", lambda rows: seen.update(rows=rows))
+    sections.extremes(read_run(run), None)
     losses = sorted(lines(run / "policies.jsonl")[-1]["losses"], reverse=True)
-    words = [row[0] for row in seen["rows"]]
-    assert words[0] == "as they are"
-    assert [float(re.search(r"loss ([\d.]+):", text)[1]) for text in words[1:]] == [
+    captions = [row[0] for row in seen["rows"]]
+    assert captions[0] == "unchanged"
+    assert [float(re.search(r"loss ([\d.]+):", text)[1]) for text in captions[1:]] == [
         pytest.approx(loss, abs=6e-4) for loss in (*losses[:3], *losses[-3:])
     ]
-    assert [text.split(",")[0] for text in words[1:]] == ["hardest"] * 3 + ["easiest"] * 3
+    assert [text.split(",")[0] for text in captions[1:]] == ["hardest"] * 3 + ["easiest"] * 3
     originals = seen["rows"][0][1]
     assert all(images.shape == originals.shape for _, images in seen["rows"])
     assert any(not torch.equal(images, originals) for _, images in seen["rows"][1:])
 
 
-def test_images_that_are_not_at_hand_are_replaced_and_it_is_said(little, tmp_path):
-    config = report.read_run(little("run")).config
-    _, origin = report.some_images(config, None)
-    assert origin == "the run's training images"
-    elsewhere = report.dataclasses.replace(config, dataset="cifar10", dataroot=str(tmp_path / "none"))
-    images, origin = report.some_images(elsewhere, None)
+def test_missing_images_are_replaced_by_shapes(little, tmp_path):
+    config = read_run(little("run")).config
+    assert sections.some_images(config, None)[1] == "the run's training images"
+    elsewhere = sections.dataclasses.replace(config, dataset="cifar10", dataroot=str(tmp_path / "none"))
+    images, origin = sections.some_images(elsewhere, None)
     assert images.shape == (8, 3, 32, 32)
-    assert "embedded shapes, for cifar10's images are not at hand" in origin
+    assert "embedded shapes, because cifar10 was not found" in origin
     assert not (tmp_path / "none").exists(), "nothing is fetched"
 
 
-def test_the_meaning_of_levels():
-    table = levels_table()
+def test_the_table_of_levels():
+    table = sections.levels_table()
     assert all(f"<td>{op.name}</td>" in table for op in OPS)
     assert "<td>Rotate</td><td>±0</td><td>±30</td><td>0</td><td>degrees</td>" in table
     assert "<td>Solarize</td><td>0</td><td>256</td><td>9</td><td>threshold</td>" in table
     assert "<td>Color</td><td>0.1</td><td>1.9</td><td>between 4 and 5</td>" in table
     for op in OPS:
-        level = neutral_level(op.name, 10)
+        level = sections.neutral_level(op.name, 10)
         if level is not None and level == int(level):
             assert op.magnitude(int(level)) == op.neutral
 
 
-def test_every_axis_is_named(with_axes):
-    curve = reportfigures.Curve("run", [(1, 20.0, 2.0), (2, 30.0, 1.5), (3, 40.0, 1.0)], [(3, 35.0)])
+def test_long_and_wide_figures_can_be_drawn():
+    curve = figures.Curve("run", [(1, 20.0, 2.0), (2, 30.0, 1.5), (3, 40.0, 1.0)], [(3, 35.0)])
     made = [
-        reportfigures.curves([curve._replace(name=f"run {n}") for n in range(10)]),
-        reportfigures.stacked([1, 2, 3], ["a", "b"], [[0.5, 0.6, 0.7], [0.5, 0.4, 0.3]], "share (%)", sequential=False),
-        reportfigures.stacked([1], list(range(30)), [[1 / 30]] * 30, "share (%)", sequential=True),
-        reportfigures.operations([("a", ["x", "y"], torch.zeros(2, 3, 4, 4, dtype=torch.uint8))], [0, 9]),
-        reportfigures.entropy([(1, 40.0), (2, 5.0)], 50.0, 12.5, [2.0]),
-        reportfigures.spread([(1, 1.0, 1.5, 2.0, 0.3), (2, 0.9, 1.0, 1.2, 0.1)]),
+        figures.curves([curve._replace(name=f"run {n}") for n in range(10)]),
+        figures.share_panels([1], [f"level {n}" for n in range(30)], [[1 / 30]] * 30, [(0.0, 0.1)], {"level 2"}),
+        figures.entropy([(1, 80.0), (2, 10.0)], 25.0, [2.0]),
     ]
     for figure in made:
-        axes = figure.axes
-        assert axes[0].get_ylabel()
-        assert axes[-1].get_xlabel()
-        assert all(one.get_ylabel() for one in axes if one.get_yticks().size)
-    heat = reportfigures.heat_map([[1.0, 2.0], [3.0, 4.0]], ["a", "b"], 2, [0.0, None])
-    assert (heat.axes[0].get_xlabel(), heat.axes[0].get_ylabel()) == ("level", "operation")
-    assert heat.axes[1].get_ylabel() == "share of all operations (%)"
+        figure.canvas.draw()
+    assert len([axes for axes in made[1].axes if axes.get_title()]) <= figures.MOST_PANELS
 
 
 @pytest.fixture
@@ -156,90 +205,86 @@ def page(script, tmp_path):
     return make
 
 
-def test_the_page_holds_everything_and_is_safe(little, page, tmp_path, with_axes):
-    run = little("<script>alert(1)<")
-    text = page(run)
-    pictures = sorted((tmp_path / "page").glob("*.png"))
-    assert {path.stem for path in pictures} == {"0_operations", "1_curves"} | {
-        f"2_{name}" for name in ("operations", "levels", "entropy", "spread", "policies", "beliefs")
+def test_the_page_is_complete_and_safe(little, page, tmp_path):
+    text = page(little("<script>alert(1)<"))
+    images = sorted((tmp_path / "page").glob("*.png"))
+    assert {path.stem for path in images} == {"1_curves", "3_operations"} | {
+        f"2_{name}" for name in ("entropy", "operations", "levels", "preferences", "spread", "policies")
     }
-    assert {base64.b64encode(path.read_bytes()).decode() for path in pictures} == set(
+    assert {base64.b64encode(path.read_bytes()).decode() for path in images} == set(
         re.findall(r"data:image/png;base64,([^\"]+)\"", text)
     )
     assert "http" not in re.sub(r"base64,[^\"]+", "", text)
     assert "<script" not in text
     assert "&lt;script&gt;alert(1)&lt;" in text
+    titles = re.findall(r"<h2[^>]*>(.*?)</h2>", text)
+    assert [title.split()[0] for title in titles] == ["Verdict", "Curves", "Policies", "What"], "the gallery is last"
+    assert text.index('class="verdict"') < text.index("<th>final accuracy</th>") < text.index("<img")
 
 
 @pytest.mark.slow
-def test_a_page_of_several_runs_is_the_same_every_time(little, page, tmp_path, with_axes):
+def test_a_page_of_several_runs_is_the_same_every_time(little, page, tmp_path):
     kinds = ("controller", "random", "none", "trivialaugment")
     runs = [little(policy, f"policy={policy}") for policy in kinds]
     first, second = page(*runs), page(*runs, out="again")
     assert first == second
     for path in (tmp_path / "page").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
-    assert all(f">{policy}</a>" in first for policy in kinds)
     assert "<td>policy</td><td>controller</td><td>random</td><td>none</td><td>trivialaugment</td>" in first
     assert first.count("there is no policy to show") == 2
-    for number, count in enumerate((1, 1, 6, 6, 1, 1)):
+    for number, count in enumerate((0, 1, 6, 6, 1, 1, 1)):
         assert len(list((tmp_path / "page").glob(f"{number}_*.png"))) == count
 
 
-def test_runs_of_the_same_name_are_told_apart(little, tmp_path):
+def test_equal_names_are_told_apart_by_their_folders(little, tmp_path):
     run = little("one")
     for folder in ("a", "b"):
         shutil.copytree(run, tmp_path / folder / "one")
-    runs = [report.read_run(tmp_path / folder / "one") for folder in ("a", "b")]
-    assert report.names_of([*runs, report.read_run(little("two"))]) == ["a/one", "b/one", "two"]
+    runs = [read_run(tmp_path / folder / "one") for folder in ("a", "b")]
+    assert run_names([*runs, read_run(little("two"))]) == ["a/one", "b/one", "two"]
 
 
 @pytest.mark.slow
-def test_a_run_under_way_is_shown_as_far_as_it_is(little, page, with_axes):
+def test_an_unfinished_run_and_a_long_one_can_be_shown(little, page):
     run = little("run", "--stop_epoch=2")
     (run / "model.pt").write_bytes(b"of no use")
     for name in ("metrics.jsonl", "policies.jsonl"):
         with (run / name).open("a") as file:
             file.write('{"epoch": 3, "cut sho')
     text = page(run)
-    assert "It is under way, or has stopped: 2 of 3 epochs are done." in text
-    assert "for there is no controller to ask" in text
-
-
-@pytest.mark.slow
-def test_a_long_run_of_the_papers_shape_can_be_shown(little, page, tmp_path, with_axes):
-    """Two hundred epochs, a thousand intervals: the record of a short run, over and over."""
-    run = little("run")
+    assert "The run is not finished: 2 of 3 epochs are done." in text
+    assert "operations of the last 4 intervals" in text
     for name, count in (("metrics.jsonl", 200), ("policies.jsonl", 1000)):
-        records = lines(run / name)
+        records = [json.loads(line) for line in (run / name).read_text().split("\n")[:-1]]
         steps = 2000 // count
         again = [records[n % len(records)] | {"epoch": n + 1, "step": steps * (n + 1)} for n in range(count)]
         (run / name).write_text("".join(json.dumps(one) + "\n" for one in again))
-    assert "each point the mean of 9 intervals" in page(run)
+    assert "A point is the mean of 63 intervals" in page(run)
 
 
-def test_what_is_no_run_is_refused(little, script, tmp_path, with_axes):
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metrics.jsonl", "{}\n", "metrics.jsonl: was written by another version"),
+        ("metrics.jsonl", "{\n", "metrics.jsonl: is damaged"),
+        ("metrics.jsonl", "", "has not finished an epoch yet"),
+        ("config.yaml", None, "is not the directory of a run"),
+    ],
+)
+def test_what_is_not_a_run_is_refused(little, script, tmp_path, name, content, message):
     run = little("run")
-    for change, words in (
-        (lambda: (run / "metrics.jsonl").write_text("{}\n"), "metrics.jsonl: is not of this version"),
-        (lambda: (run / "metrics.jsonl").write_text("{\n"), "metrics.jsonl: is damaged"),
-        (lambda: (run / "metrics.jsonl").write_text(""), "has not finished an epoch yet"),
-        (lambda: (run / "config.yaml").unlink(), "is no run's directory"),
-        (lambda: shutil.rmtree(run), "is no run's directory"),
-    ):
-        change()
-        assert_refused(script("report.py", run, "--output", tmp_path / "page"), words)
-        assert not (tmp_path / "page").exists()
+    (run / name).unlink() if content is None else (run / name).write_text(content)
+    assert_refused(script("report.py", run, "--output", tmp_path / "page"), message)
+    assert not (tmp_path / "page").exists()
 
 
-def test_without_matplotlib_it_says_what_to_install(little, script, tmp_path):
-    assert_refused(script("report.py", little("run")), "pip install -r requirements-dev.txt")
+def test_without_matplotlib_it_says_what_to_install(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "has_matplotlib", lambda: False)
+    assert_refused(script("report.py", tmp_path), "report.py needs matplotlib: pip install -r requirements-dev.txt")
 
 
-def test_losses_of_a_damaged_record_are_refused(little, tmp_path):
+def test_damaged_policies_are_refused(little):
     run = little("run")
-    records = lines(run / "policies.jsonl")
-    records[-1]["policies"][0][0][0] = ["Rotat", 1]
-    (run / "policies.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    with_records(run, lambda record: record | {"policies": [[[["Rotat", 1]]]] * 2})
     with pytest.raises(UserError, match="'Rotat' is no operation; did you mean Rotate"):
-        report.read_run(run)
+        read_run(run)

@@ -21,8 +21,9 @@ from conftest import ALONE, ROOT
 from analysis.specs import load_experiment, runs_of
 from augmentations import OPS
 from config import Config
+from evaluation.text_table import render
 from training.distributed import exit_with_status
-from utils import UserError, render
+from utils import UserError
 
 CPU = torch.device("cpu")
 COMMAND = (sys.executable, str(ROOT / "benchmarks" / "accelerator.py"), "--device", "cpu")

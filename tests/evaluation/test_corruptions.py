@@ -1,8 +1,7 @@
-"""Every corruption against its definition, made once more with Pillow, scipy or colorsys, or against its statistics."""
+"""Every corruption against its definition in Pillow, scipy or colorsys, or against its statistics."""
 
 import colorsys
 import io
-import itertools
 import math
 
 import numpy as np
@@ -56,7 +55,7 @@ def grey(level, count=48, side=32):
 
 
 def spread(name, severity, level):
-    """Mean and standard deviation, in 0..1, of what becomes of a grey image; cutting takes half a level, put back."""
+    """Mean and standard deviation, in 0..1, of a corrupted grey image; corrected for truncation by half a level."""
     corrupted = corrupt(grey(level), name, severity, generator()).double()
     return ((corrupted.mean() + 0.5) / 255).item(), (corrupted.std() / 255).item()
 
@@ -148,7 +147,7 @@ def test_the_corruptions_are_the_published_ones():
 
 @pytest.mark.parametrize("size", [(32, 32), (32, 47), (64, 64)], ids=lambda s: f"{s[0]}x{s[1]}")
 @pytest.mark.parametrize("name", EXACT)
-def test_equals_its_definition_to_a_grey_level(name, size):
+def test_equals_its_definition_within_one_grey_level(name, size):
     images = sample_images(*size)
     x = images.permute(0, 2, 3, 1).double().numpy() / 255
     for severity in SEVERITIES:
@@ -161,7 +160,7 @@ def test_equals_its_definition_to_a_grey_level(name, size):
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (2, 2), (23, 17), (224, 224)], ids=lambda s: f"{s[0]}x{s[1]}")
 @pytest.mark.parametrize("name", BY_NAME)
-def test_any_size_gives_as_many_bytes_and_leaves_the_input(name, size):
+def test_any_image_size_works_and_the_input_is_unchanged(name, size):
     images = sample_images(*size)[:2]
     before = images.clone()
     for severity in (1, 5):
@@ -189,22 +188,6 @@ def test_a_batch_equals_its_images_one_at_a_time(name):
     assert torch.equal(corrupt(images, name, 4, generator()), torch.cat(alone))
 
 
-# Left out by the official table itself: glass_blur blurs less at 4 than at 3, and what it displaces weighs more than
-# what it blurs; motion_blur at 4 only reaches further than at 3, with weights of 1e-9; frost takes from the image as it
-# adds ice; elastic_transform jitters its points less and less; spatter turns from water to mud at 4; saturate fades the
-# colours at 1 and 2, and deepens them from 3 on.
-GROWING = set(BY_NAME) - {"glass_blur", "motion_blur", "frost", "elastic_transform", "spatter", "saturate"}
-
-
-@pytest.mark.parametrize("name", sorted(GROWING))
-def test_severity_grows(name):
-    images = sample_images(32, 32)[:2].repeat(32, 1, 1, 1)
-    changes = [
-        (corrupt(images, name, severity, generator()).double() - images).abs().mean().item() for severity in SEVERITIES
-    ]
-    assert all(more > less for less, more in itertools.pairwise(changes)), changes
-
-
 @pytest.mark.parametrize("severity", SEVERITIES)
 def test_noise_has_the_spread_of_its_formula(severity):
     def parameter(name):
@@ -227,12 +210,7 @@ def test_impulses_are_half_salt_half_pepper(severity):
     assert (corrupted == 255).double().mean().item() == pytest.approx(half, abs=tolerance)
     assert (corrupted == 0).double().mean().item() == pytest.approx(half, abs=tolerance)
     assert set(corrupted.unique().tolist()) == {0, 120, 255}
-    assert (corrupted[:, 0] != corrupted[:, 1]).any(), "the channels are hit apart"
-
-
-def test_noise_leaves_black_where_light_is_multiplied():
-    for name in ("shot_noise", "speckle_noise"):
-        assert not corrupt(grey(0), name, 5, generator()).any()
+    assert (corrupted[:, 0] != corrupted[:, 1]).any(), "the channels are drawn separately"
 
 
 KEEPING_CONSTANTS = (
@@ -242,7 +220,7 @@ KEEPING_CONSTANTS = (
 
 
 @pytest.mark.parametrize("name", KEEPING_CONSTANTS)
-def test_blurs_and_moves_leave_a_constant_image(name):
+def test_blurs_and_displacements_keep_a_constant_image(name):
     images = torch.stack([torch.full((3, 40, 33), level, dtype=torch.uint8) for level in (0, 1, 77, 128, 254, 255)])
     for severity in SEVERITIES:
         assert torch.equal(corrupt(images, name, severity, generator()), images)
@@ -259,21 +237,10 @@ def displaced_in_turn(moves, reach):
 
 
 @pytest.mark.parametrize(("height", "width", "reach"), [(32, 32, 1), (19, 24, 2), (24, 19, 4), (5, 6, 2), (2, 2, 1)])
-def test_glass_displaces_as_pixel_after_pixel(height, width, reach):
+def test_glass_blur_displaces_like_the_official_loop(height, width, reach):
     moves = torch.randint(-reach, reach, (2, 3, height, width), generator=generator())
     expected = [displaced_in_turn(moves[:, b].numpy(), reach) for b in range(3)]
     assert np.array_equal(_displaced(moves, reach).numpy(), expected)
-
-
-def test_glass_moves_pixels_no_further_than_its_reach():
-    row, column = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
-    place = torch.stack((row, column, row * 0)).to(torch.uint8)[None]
-    moved = corrupt(place * 8, "glass_blur", 1, generator())[0] // 8  # its blur is too narrow to reach a neighbour
-    shift = place[0].short() - moved.short()
-    assert shift[:2].unique().tolist() == [0, 1]
-    assert not shift[:, :2].any()
-    assert not shift[:, :, :2].any()
-    assert shift[:2, 2:, 2:].double().mean().item() == pytest.approx(0.5, abs=0.05)
 
 
 @pytest.mark.parametrize("angle", [0.0, 30.0, -45.0, -90.0, -135.0, 17.3])
@@ -290,11 +257,6 @@ def test_motion_blur_of_a_point_is_its_taps(angle):
     assert np.abs(blurred - expected).max() <= 0.5001 / 255
 
 
-def test_motion_blur_draws_an_angle_per_image():
-    images = sample_images(32, 32)[:1].expand(16, -1, -1, -1)
-    assert len(corrupt(images, "motion_blur", 3, generator()).flatten(1).unique(dim=0)) > 8
-
-
 @pytest.mark.parametrize(("border", "mode"), [(_reflect, "reflect"), (_reflect_101, "mirror")])
 def test_sampling_equals_scipy_far_beyond_the_edges(border, mode):
     x = torch.rand(2, 3, 7, 9, generator=generator(), dtype=torch.float64)
@@ -306,10 +268,10 @@ def test_sampling_equals_scipy_far_beyond_the_edges(border, mode):
     assert _sampled(x, at[:, 0], at[:, 1], border).numpy() == pytest.approx(np.array(expected))
 
 
-def test_elastic_transform_without_strength_is_affine_and_reflects():
+def test_elastic_transform_of_no_strength_is_affine():
     row, column = torch.meshgrid(torch.arange(96), torch.arange(96), indexing="ij")
     place = (torch.stack((row, column, row * 0)) * 2).to(torch.uint8)[None]
-    inner = (slice(32, 64), slice(32, 64))  # nothing from beyond the edges comes so far
+    inner = (slice(32, 64), slice(32, 64))  # pixels from beyond the edges do not reach it
     design = np.stack([row[inner].ravel(), column[inner].ravel(), np.ones(32 * 32)], 1)
     for seed in range(5):
         moved = corrupt(place, "elastic_transform", 1, generator(seed))[0].double().numpy() / 2
@@ -323,7 +285,7 @@ def test_elastic_transform_without_strength_is_affine_and_reflects():
 
 
 @pytest.mark.parametrize("side", [32, 96])
-def test_elastic_transform_moves_by_the_same_share_of_any_side(side):
+def test_elastic_transform_scales_with_the_image(side):
     row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     place = torch.stack((row, column, row * 0)).double().expand(16, -1, -1, -1)
     moved = BY_NAME["elastic_transform"].kernel(place, 0.1, 0.03, 0.0, generator=generator())
@@ -334,7 +296,7 @@ def test_elastic_transform_moves_by_the_same_share_of_any_side(side):
     assert shift.mean().item() == pytest.approx(0, abs=2e-3)
 
 
-def test_fog_is_a_plasma_that_keeps_the_brightest():
+def test_fog_keeps_the_brightest_value():
     images = torch.zeros(4, 3, 32, 64, dtype=torch.uint8)
     images[..., ::2] = 250
     for severity in SEVERITIES:
@@ -358,7 +320,7 @@ def beyond_mean_of_four(plasma, step):
 
 
 @pytest.mark.parametrize("decay", [1.75, 2.0, 3.0])
-def test_a_plasma_strays_from_the_mean_of_four_neighbours_less_at_each_halving(decay):
+def test_plasma_noise_decays_with_each_halving(decay):
     plasma = _plasma(1, 256, 256, decay, generator())
     assert plasma.min() == 0
     assert plasma.max() == 1
@@ -370,7 +332,7 @@ def test_a_plasma_strays_from_the_mean_of_four_neighbours_less_at_each_halving(d
     assert torch.equal(_plasma(2, 20, 33, 2.0, generator()), _plasma(2, 64, 64, 2.0, generator())[..., :20, :33])
 
 
-def test_snow_only_lightens_and_falls_downwards():
+def test_snow_lightens_in_vertical_streaks():
     images = sample_images(32, 32)
     for severity in SEVERITIES:
         assert (corrupt(images, "snow", severity, generator()) >= images).all()
@@ -424,7 +386,7 @@ def test_water_lightens_and_mud_covers():
         else:
             assert on_black == pytest.approx([63, 42, 20], abs=1)
             on_white = corrupt(images * 0 + 255, "spatter", severity, generator())[:, 0]
-            assert on_white[on_white < 255].max() <= 0.2 * 255 + 0.8 * 63  # thinner mud is none
+            assert on_white[on_white < 255].max() <= 0.2 * 255 + 0.8 * 63  # thinner mud is cut off
 
 
 def test_distances_equal_scipy():
@@ -460,16 +422,7 @@ def test_lengths_grow_with_the_image():
     assert parameters("spatter", 5, 64, 64) == (0.65, 0.1, 1.0, 0.68, 0.6, 1)
 
 
-@pytest.mark.parametrize("severity", SEVERITIES)
-def test_spatter_covers_as_much_of_a_larger_image(severity):
-    small, large = (
-        (corrupt(grey(128, count, side), "spatter", severity, generator()) != 128).double().mean().item()
-        for side, count in ((32, 64), (128, 8))
-    )
-    assert 0.5 < large / small < 2
-
-
-def test_what_it_cannot_do_is_refused():
+def test_wrong_arguments_are_refused():
     images = sample_images(8, 8)
     with pytest.raises(ValueError, match="unknown corruption 'rain'; there are gaussian_noise, shot_noise"):
         corrupt(images, "rain", 1, generator())
@@ -485,43 +438,23 @@ def test_what_it_cannot_do_is_refused():
 
 
 def test_the_strengths_are_the_official_ones():
-    """`make_cifar_c.py`, written down once more, severities 1 to 5."""
+    """`make_cifar_c.py`, written down again, severities 1 to 5."""
     assert {row.name: row.severities for row in CORRUPTIONS} == {
-        "gaussian_noise": (0.04, 0.06, 0.08, 0.09, 0.10),
-        "shot_noise": (500, 250, 100, 75, 50),
-        "impulse_noise": (0.01, 0.02, 0.03, 0.05, 0.07),
-        "speckle_noise": (0.06, 0.1, 0.12, 0.16, 0.2),
-        "gaussian_blur": (0.4, 0.6, 0.7, 0.8, 1.0),
+        "gaussian_noise": (0.04, 0.06, 0.08, 0.09, 0.10), "shot_noise": (500, 250, 100, 75, 50),
+        "impulse_noise": (0.01, 0.02, 0.03, 0.05, 0.07), "speckle_noise": (0.06, 0.1, 0.12, 0.16, 0.2),
+        "gaussian_blur": (0.4, 0.6, 0.7, 0.8, 1.0), "zoom_blur": (1.06, 1.11, 1.16, 1.21, 1.26),
         "glass_blur": ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)),
         "defocus_blur": ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),
         "motion_blur": ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),
-        "zoom_blur": (1.06, 1.11, 1.16, 1.21, 1.26),
-        "snow": (
-            (0.1, 0.2, 1, 0.6, 8, 3, 0.95),
-            (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
-            (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
-            (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
-            (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8),
-        ),
+        "snow": ((0.1, 0.2, 1, 0.6, 8, 3, 0.95), (0.1, 0.2, 1, 0.5, 10, 4, 0.9), (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
+                 (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85), (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8)),
         "frost": ((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)),
-        "fog": ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),
-        "brightness": (0.05, 0.1, 0.15, 0.2, 0.3),
-        "contrast": (0.75, 0.5, 0.4, 0.3, 0.15),
-        "elastic_transform": (
-            (0, 0, 0.08),
-            (0.05, 0.2, 0.07),
-            (0.08, 0.06, 0.06),
-            (0.1, 0.04, 0.05),
-            (0.1, 0.03, 0.03),
-        ),
-        "pixelate": (0.95, 0.9, 0.85, 0.75, 0.65),
+        "fog": ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)), "brightness": (0.05, 0.1, 0.15, 0.2, 0.3),
+        "contrast": (0.75, 0.5, 0.4, 0.3, 0.15), "pixelate": (0.95, 0.9, 0.85, 0.75, 0.65),
+        "elastic_transform": ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05),
+                              (0.1, 0.03, 0.03)),
         "jpeg_compression": (80, 65, 58, 50, 40),
-        "spatter": (
-            (0.62, 0.1, 0.7, 0.7, 0.5, 0),
-            (0.65, 0.1, 0.8, 0.7, 0.5, 0),
-            (0.65, 0.3, 1, 0.69, 0.5, 0),
-            (0.65, 0.1, 0.7, 0.69, 0.6, 1),
-            (0.65, 0.1, 0.5, 0.68, 0.6, 1),
-        ),
+        "spatter": ((0.62, 0.1, 0.7, 0.7, 0.5, 0), (0.65, 0.1, 0.8, 0.7, 0.5, 0), (0.65, 0.3, 1, 0.69, 0.5, 0),
+                    (0.65, 0.1, 0.7, 0.69, 0.6, 1), (0.65, 0.1, 0.5, 0.68, 0.6, 1)),
         "saturate": ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)),
-    }
+    }  # fmt: skip

@@ -5,7 +5,14 @@ import torch
 
 import evaluation.metrics as metrics
 from evaluation.corruptions import EXTRA, SEVERITIES, STANDARD
-from evaluation.metrics import Predictions, measure, measure_sequences, reliability_bins, summarise, surest_mistakes
+from evaluation.metrics import (
+    Predictions,
+    measure,
+    measure_sequences,
+    most_confident_mistakes,
+    reliability_bins,
+    summarise,
+)
 
 
 def predictions(label, predicted, confidence=None, loss=None):
@@ -58,14 +65,14 @@ def test_a_sure_and_right_classifier_is_calibrated_and_a_sure_and_wrong_one_is_n
 
 def test_mistakes_are_listed_from_the_surest(monkeypatch):
     said = predictions([0, 1, 2, 0], [0, 2, 0, 1], [0.99, 0.4, 0.9, 0.6])
-    assert surest_mistakes(said) == [
+    assert most_confident_mistakes(said) == [
         {"image": 2, "label": 2, "predicted": 0, "confidence": 0.9},
         {"image": 3, "label": 0, "predicted": 1, "confidence": 0.6},
         {"image": 1, "label": 1, "predicted": 2, "confidence": 0.4},
     ]
     monkeypatch.setattr(metrics, "MISTAKES", 1)
-    assert [mistake["image"] for mistake in surest_mistakes(said)] == [2]
-    assert surest_mistakes(predictions([0], [0])) == []
+    assert [mistake["image"] for mistake in most_confident_mistakes(said)] == [2]
+    assert most_confident_mistakes(predictions([0], [0])) == []
 
 
 def cells_with(error_of):

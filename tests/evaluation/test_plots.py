@@ -1,12 +1,11 @@
-"""Pictures of scores: what they show is what was scored, with matplotlib and without."""
+"""Plots of scores: they show what was scored."""
 
 import pytest
 import torch
-from conftest import FIGURE_CLASS
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import evaluation.plots as pictures
+import evaluation.plots as plots
 from datasets.splits import ResidentSplit
 from evaluation.benchmarks import Benchmark, Subset
 from evaluation.corruptions import EXTRA, SEVERITIES, STANDARD
@@ -25,7 +24,7 @@ def corrupted():
     return benchmark, {"cells": cells, "summary": {"error": dict.fromkeys((*STANDARD, *EXTRA), 0.1)}}
 
 
-def plain_test_set(mistakes=((3, 5, 0.9), (7, 1, 0.8))):
+def scored_test_set(mistakes=((3, 5, 0.9), (7, 1, 0.8))):
     benchmark = Benchmark("clean", "test set", "own", "", "", (Subset("", None, 10, lambda: SPLIT),), ("a",) * 10)
     bins = {"images": [0] * 14 + [10], "correct": [0] * 14 + [8], "confidence": [0.0] * 14 + [0.97]}
     wrong = [dict(zip(("image", "predicted", "confidence"), m, strict=True), label=m[0]) for m in mistakes]
@@ -37,56 +36,54 @@ def perturbed():
     return benchmark, {"cells": [], "summary": {"flip_probability": {"tilt": 0.25, "scale": 0.5}}}
 
 
-@pytest.mark.parametrize("with_matplotlib", [True, False])
 @pytest.mark.parametrize(
     ("made", "names"),
     [
         (corrupted, {"cifar10-c_error"}),
-        (plain_test_set, {"clean_reliability", "clean_mistakes"}),
+        (scored_test_set, {"clean_reliability", "clean_mistakes"}),
         (perturbed, {"cifar10-p_flips"}),
     ],
 )
-def test_tensorboard_gets_them_always_and_files_are_written_with_matplotlib(
-    tmp_path, monkeypatch, with_matplotlib, made, names
-):
-    if with_matplotlib:
-        monkeypatch.setattr(pictures, "figure_class", FIGURE_CLASS)
-    pictures.draw_pictures(tmp_path / "evaluation", *made(), None)
+def test_plots_are_png_files_and_tensorboard_images(tmp_path, made, names):
+    plots.draw_plots(tmp_path / "evaluation", *made(), None)
     events = EventAccumulator(str(tmp_path / "evaluation")).Reload()
     assert set(events.Tags()["images"]) == names
     assert {tag.removesuffix("/text_summary") for tag in events.Tags()["tensors"]} == names
-    assert {path.stem for path in (tmp_path / "evaluation").glob("*.png")} == (names if with_matplotlib else set())
-    for path in (tmp_path / "evaluation").glob("*.png"):
-        with Image.open(path) as image:
+    for name in names:
+        with Image.open(tmp_path / "evaluation" / f"{name}.png") as image:
             assert min(image.size) > 200
 
 
-def test_the_heat_map_shows_every_cell_as_a_percentage(with_axes):
-    benchmark, noted = corrupted()
-    (picture,) = pictures.pictures_of(benchmark, noted, None)
-    (axes, _) = picture.figure().axes
+def test_without_matplotlib_plots_are_skipped(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plots, "figure_class", lambda: None)
+    plots._warn_without_matplotlib.cache_clear()
+    for name in ("a", "b"):
+        plots.draw_plots(tmp_path / name, *perturbed(), None)
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr().err.count("no plots are drawn, since matplotlib is not installed") == 1
+
+
+def test_the_heat_map_shows_every_error():
+    benchmark, record = corrupted()
+    (plot,) = plots.plots_of(benchmark, record, None)
+    (axes, _) = plot.figure().axes
     assert [label.get_text() for label in axes.get_yticklabels()] == [*STANDARD, *EXTRA]
-    assert [text.get_text() for text in axes.texts] == [f"{100 * cell['error']:.1f}" for cell in noted["cells"]]
+    assert [text.get_text() for text in axes.texts] == [f"{100 * cell['error']:.1f}" for cell in record["cells"]]
     assert "cifar10-c (subset)" in axes.get_title()
-    plain = picture.plain()
-    assert plain.shape == (3, 19 * 24, 5 * 24)
-    lighter = plain.float().mean(0)[::24, ::24]
-    assert (lighter[1:] < lighter[:-1]).all()
-    assert (lighter[:, 1:] < lighter[:, :-1]).all()
 
 
-def test_the_mistakes_are_the_images_that_were_mistaken(with_axes):
-    benchmark, noted = plain_test_set()
-    calibration, mistakes = pictures.pictures_of(benchmark, noted, [f"class{i}" for i in range(10)])
+def test_the_gallery_shows_the_mistaken_images():
+    benchmark, record = scored_test_set()
+    calibration, mistakes = plots.plots_of(benchmark, record, [f"class{i}" for i in range(10)])
     (axes,) = mistakes.figure().axes
     for shown, image in zip(axes.images, (3, 7), strict=True):
         assert torch.equal(torch.from_numpy(shown.get_array().data).permute(2, 0, 1), IMAGES[image])
     assert axes.texts[0].get_text() == "is class3\ncalled class5\n90.0% sure"
-    assert "1. is class3, called class5, 90.0% sure" in mistakes.words
-    assert "calibration error 17.00%" in calibration.words
+    assert "1. is class3, called class5, 90.0% sure" in mistakes.text
+    assert "calibration error 17.00%" in calibration.text
     heights = [bar.get_height() for bar in calibration.figure().axes[0].patches]
     assert heights == [0.0] * 14 + [0.8]
 
 
-def test_without_mistakes_there_is_no_picture_of_them():
-    assert [picture.name for picture in pictures.pictures_of(*plain_test_set(mistakes=()), None)] == ["reliability"]
+def test_without_mistakes_there_is_no_gallery():
+    assert [plot.name for plot in plots.plots_of(*scored_test_set(mistakes=()), None)] == ["reliability"]

@@ -1,4 +1,4 @@
-"""Results in words: means over runs by hand, published numbers only where they belong, what cannot be read refused."""
+"""Tables of results: means over runs by hand, published numbers only where they are comparable, damaged files."""
 
 import csv
 import json
@@ -10,10 +10,8 @@ from conftest import ROOT, assert_refused
 import evaluation.tables as tables
 from config import Config, load_config, plain_values
 from evaluation.corruptions import EXTRA, SEVERITIES, STANDARD
-from evaluation.results import read_results
-from utils import UserError
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS_PAGE = next(page for page in (ROOT / "docs" / "results.md", ROOT / "README.md") if page.exists())
 
 
 def result(error, corruption_error=None, *, seed=0, source="official", name="run", epoch=200, ours=True, **settings):
@@ -25,26 +23,20 @@ def result(error, corruption_error=None, *, seed=0, source="official", name="run
         "class_correct": [round(100 * (1 - error))] * 10, "reliability": {}, "mistakes": [],
     }  # fmt: skip
     keys = ("error", "top1", "top5", "loss", "calibration_error")
-    benchmarks = {"clean": noted("test set", [cell], {key: cell[key] for key in keys}, source)}
+    benchmarks = {"clean": record("test set", [cell], {key: cell[key] for key in keys}, source)}
     if corruption_error is not None:
         cells = [
-            {
-                "part": part,
-                "severity": s,
-                "images": 1000,
-                "error": corruption_error + s / 100,
-                "loss": 1.0,
-                "calibration_error": 0.04,
-            }
+            {"part": part, "severity": s, "images": 1000, "error": corruption_error + s / 100, "loss": 1.0,
+             "calibration_error": 0.04}
             for part in (*STANDARD, *EXTRA)
             for s in SEVERITIES
-        ]
+        ]  # fmt: skip
         means = {
             "error": dict.fromkeys((*STANDARD, *EXTRA), corruption_error + 0.03),
             "mean_corruption_error": corruption_error + 0.03,
             "mean_calibration_error": 0.04,
         }
-        benchmarks["cifar10-c"] = noted("corruptions", cells, means, source)
+        benchmarks["cifar10-c"] = record("corruptions", cells, means, source)
     return {
         "checkpoint": f"logs/{name}_{seed}/model.pt", "sha256": f"{name} {seed} {settings}", "model": config.model,
         "epoch": epoch if ours else None, "seed": seed, "classes": None, "precision": "float32",
@@ -53,7 +45,7 @@ def result(error, corruption_error=None, *, seed=0, source="official", name="run
     }  # fmt: skip
 
 
-def noted(kind, cells, summary, source):
+def record(kind, cells, summary, source):
     return {
         "kind": kind, "source": source, "checked_by": "md5", "note": "", "fingerprint": source, "classes": None,
         "environment": {}, "cells": cells, "summary": summary,
@@ -86,7 +78,7 @@ def test_one_checkpoint_in_full():
     ]  # fmt: skip
     assert "cifar10-c: error (%) by severity, 95 x 1,000 images, official (checked by md5)" in text
     fog, mean, spatter = (next(line for line in lines if line.startswith(w)) for w in ("fog", "mean", "(spatter"))
-    assert lines.index(fog) < lines.index(mean) < lines.index(spatter), "extra corruptions stand apart"
+    assert lines.index(fog) < lines.index(mean) < lines.index(spatter), "extra corruptions are listed separately"
     fog, mean = fog.split(), mean.split()
     assert fog == ["fog", "11.00", "12.00", "13.00", "14.00", "15.00", "13.00"]
     assert mean[-6:] == fog[1:]
@@ -102,7 +94,7 @@ def test_several_checkpoints_side_by_side():
     assert "run 2: logs/run_1/model.pt" in text
 
 
-def test_numbers_of_other_sources_stand_in_other_rows():
+def test_other_sources_get_their_own_rows():
     text = tables.report([result(0.05), result(0.07, source="subset", seed=1)], "markdown")
     rows = {row[0]: row[1:] for row in rows_of(text)}
     assert rows["clean (official) error"] == ["5.00", "-", "5.00"]
@@ -120,7 +112,7 @@ def test_json_is_the_file_and_csv_has_a_row_for_each_cell():
     assert all(None not in row for row in rows)
 
 
-def test_runs_that_differ_in_the_seed_are_one_row_beside_the_published_numbers(written):
+def test_seeds_share_a_row_beside_the_published_numbers(written):
     paths = written(*(result(e, e, seed=i) for i, e in enumerate((0.020, 0.030))))
     text = tables.compare(paths, "markdown")
     rows = {row[0]: row for row in rows_of(text)}
@@ -128,13 +120,8 @@ def test_runs_that_differ_in_the_seed_are_one_row_beside_the_published_numbers(w
         "clean (cifar10), wresnet28_10: error", "run", "learned, M = 8", "official, 1,000", "1.90 +- 0.15", "2.35", "-",
         "2.50 +- 0.71", "2",
     ]  # fmt: skip
-    assert rows["cifar10-c (cifar10), wresnet28_10: mean corruption error"][4:] == [
-        "-",
-        "10.41",
-        "no augmentation 26.54",
-        "5.50 +- 0.71",
-        "2",
-    ]
+    corrupted = rows["cifar10-c (cifar10), wresnet28_10: mean corruption error"]
+    assert corrupted[4:] == ["-", "10.41", "no augmentation 26.54", "5.50 +- 0.71", "2"]
     assert "the policies hold Posterize, Contrast, Color, Brightness, Sharpness, which resemble corruptions" in text
 
 
@@ -158,7 +145,7 @@ def test_runs_that_differ_in_the_seed_are_one_row_beside_the_published_numbers(w
         {"ours": False},
     ],
 )
-def test_published_numbers_stand_beside_what_is_comparable_alone(written, other):
+def test_published_numbers_need_comparable_runs(written, other):
     text = tables.compare(written(result(0.02), result(0.04, seed=1, **other)), "markdown")
     rows = rows_of(text)[2:]
     assert len(rows) == 2, "never averaged"
@@ -166,7 +153,7 @@ def test_published_numbers_stand_beside_what_is_comparable_alone(written, other)
     assert published == {"2.00": ["1.90 +- 0.15", "2.35"], "4.00": ["-", "-"]}
 
 
-def test_transferred_policies_stand_beside_the_papers_number_for_those(written):
+def test_transferred_policies_have_their_own_published_number(written):
     transferred = result(0.03, policy="frozen", policy_from="logs/resnet50_0")
     row = rows_of(tables.compare(written(transferred), "markdown"))[2]
     assert row[2:6] == ["frozen from logs/resnet50_0, M = 8", "official, 1,000", "2.45 +- 0.13", "-"]
@@ -179,13 +166,13 @@ def test_runs_with_other_settings_are_other_rows(written):
     assert {row[2] for row in rows} == {"learned, M = 8", "none, M = 8"}
 
 
-def test_runs_that_differ_in_what_cannot_matter_are_one_row_and_copies_count_once(written):
+def test_irrelevant_differences_share_a_row_and_copies_count_once(written):
     one, other = result(0.02), result(0.04, seed=1, workers=7, dataroot="elsewhere")
     (row,) = rows_of(tables.compare(written(one, other, one), "markdown"))[2:]
     assert row[7:] == ["3.00 +- 1.41", "2"]
 
 
-def test_other_weights_of_others_images_precisions_or_epochs_are_other_rows(written):
+def test_other_weights_images_and_precisions_get_their_own_rows(written):
     foreign = [result(e, ours=False, name=name) for e, name in ((0.02, "a"), (0.03, "b"))]
     rows = rows_of(tables.compare(written(*foreign), "markdown"))[2:]
     assert [row[7:] for row in rows] == [["2.00", "1"], ["3.00", "1"]]
@@ -201,7 +188,7 @@ def test_other_weights_of_others_images_precisions_or_epochs_are_other_rows(writ
     ]  # fmt: skip
 
 
-def test_what_resembles_corruptions_is_said_of_policies_that_hold_it_alone(written):
+def test_operations_that_resemble_corruptions_are_noted(written):
     apart = ("ShearX", "Rotate", "Cutout")
     assert "resemble" not in tables.compare(written(result(0.02, 0.1, ops=apart)), "table")
     assert "resemble" not in tables.compare(written(result(0.02, 0.1, policy="none")), "table")
@@ -211,27 +198,22 @@ def test_what_resembles_corruptions_is_said_of_policies_that_hold_it_alone(writt
     assert "resemble" not in tables.compare(written(result(0.02)), "table"), "the clean test set"
 
 
-def test_comparisons_in_every_form(written):
-    paths = written(result(0.02))
-    assert json.loads(tables.compare(paths, "json"))[0]["here"] == "2.00"
-    assert next(csv.DictReader(tables.compare(paths, "csv").splitlines()))["paper"] == "1.90 +- 0.15"
-    assert "1.90 +- 0.15" in tables.compare(paths, "table")
-
-
-def test_from_the_command_line(script, written, tmp_path):
+def test_compare_on_the_command_line(script, written, tmp_path):
     (path,) = written(result(0.02))
     done = script("evaluate.py", "--compare", path)
     assert done.status == 0, done.err
     assert rows_of(done.out)[2][7] == "2.00"
+    assert json.loads(tables.compare([path], "json"))[0]["here"] == "2.00"
+    assert next(csv.DictReader(tables.compare([path], "csv").splitlines()))["paper"] == "1.90 +- 0.15"
     path.rename(tmp_path / "results.json")
-    assert script("evaluate.py", "--compare", tmp_path).out == done.out, "a run's directory will do"
+    assert script("evaluate.py", "--compare", tmp_path).out == done.out, "a run directory"
     assert_refused(script("evaluate.py", "--compare", tmp_path / "none.json"), "none.json: there is no such file")
     for content, words in (
-        ("{", "cannot be read as results"),
-        ("[]", "holds no results"),
-        ('{"benchmarks": {}}', "holds no results"),
-        (json.dumps(result(0.02) | {"benchmarks": {"clean": {"kind": "test set"}}}), "holds no results"),
-        (json.dumps(result(0.02) | {"benchmarks": {"clean": 3}}), "holds no results"),
+        ("{", "other.json: cannot be read as results"),
+        ("[]", "does not hold results"),
+        ('{"benchmarks": {}}', "does not hold results"),
+        (json.dumps(result(0.02) | {"benchmarks": {"clean": {"kind": "test set"}}}), "does not hold results"),
+        (json.dumps(result(0.02) | {"benchmarks": {"clean": 3}}), "does not hold results"),
         (json.dumps(result(0.02) | {"config": {"lr": "fast"}}), "other.json: lr: 'fast' is not a number"),
         (json.dumps(result(0.02) | {"benchmarks": {}}), "none of the files holds a finished benchmark"),
     ):
@@ -239,13 +221,7 @@ def test_from_the_command_line(script, written, tmp_path):
         assert_refused(script("evaluate.py", "--compare", tmp_path / "other.json"), words)
 
 
-def test_a_damaged_results_file_is_not_written_over(tmp_path):
-    (tmp_path / "results.json").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"results.json: cannot be read as results"):
-        read_results(tmp_path)
-
-
-def test_numbers_of_corruptions_are_as_published():
+def test_published_corruption_errors():
     """AugMix's page and RobustBench, for CIFAR-10-C; the re-implementation's page; Hendrycks' leaderboard."""
     assert {key: value for key, value in tables.PUBLISHED.items() if key[0] != "clean"} == {
         ("cifar10-c", "cifar10", "wresnet28_10"): ("-", "10.41", "no augmentation 26.54"),
@@ -255,11 +231,12 @@ def test_numbers_of_corruptions_are_as_published():
     }
 
 
-def test_published_errors_are_those_of_the_readme():
+def test_published_errors_are_those_of_the_results_page():
+    page = RESULTS_PAGE.read_text(encoding="utf-8")
     confs = sorted(path for path in (ROOT / "confs").glob("*/*.yaml") if path.parent.name != "experiments")
     assert len(confs) >= 16
     for conf in confs:
-        (row,) = re.findall(rf"^\|.*\]\({conf.relative_to(ROOT).as_posix()}\).*$", README, re.MULTILINE)
+        (row,) = re.findall(rf"^\|.*\]\((?:\.\./)?{conf.relative_to(ROOT).as_posix()}\).*$", page, re.MULTILINE)
         paper, reimplementation = (word.strip() for word in row.split("|")[3:5])
         config = load_config(conf, {})
         table = tables.TRANSFERRED if config.policy == "frozen" else tables.PUBLISHED

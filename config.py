@@ -19,7 +19,7 @@ import yaml
 
 from augmentations import OPS
 from models import check_model
-from utils import UserError, did_you_mean, first_line, printable, require_file, short_repr, warn
+from utils import UserError, did_you_mean, first_line, printable, read_text, short_repr, warn
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_CONF = ROOT / "confs" / "demo.yaml"
@@ -36,107 +36,96 @@ LONGEST_CONF = 65536  # bytes; a conf that names every setting with its document
 LARGEST = 1e9  # of any number in a conf: far beyond any use, and below what overflows
 
 
-def setting(
-    default: Any,
-    doc: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    choices: tuple[str, ...] = (),
-    may_change: bool = False,
-) -> Any:
-    """A field with its one-line documentation and what it may be.
+def setting(default: Any, doc: str, *, low=None, high=None, above=None, choices=(), may_change=False) -> Any:
+    """A field with its one-line documentation and the values that it may have.
 
-    low, high: smallest and largest value; above: it must be larger. may_change: also in a resumed run.
+    low, high: smallest and largest number; above: it must be larger. may_change: also in a resumed run.
     """
+    allowed = ", ".join(choices)
+    if above is not None:
+        allowed = f"above {above}"
+    elif low is not None:
+        allowed = f"at least {low}" if high is None else f"{low} to {high}"
+    doc = f"{doc} [{allowed}]" if allowed else doc
     rules = {"low": low, "high": high, "above": above, "choices": choices}
     return dataclasses.field(default=default, metadata={"doc": doc, "may_change": may_change, **rules})
+
+
+def _problem(field: dataclasses.Field, value: Any) -> str | None:
+    """What is wrong with a setting's value, or with an item of it; None if nothing is."""
+    low, high, above, choices = (field.metadata[rule] for rule in ("low", "high", "above", "choices"))
+    if choices and value not in choices:
+        return f"is not one of {', '.join(choices)}"
+    for number in value if isinstance(value, tuple) else (value,):
+        if not isinstance(number, (int, float)):
+            continue
+        if isinstance(number, float) and not math.isfinite(number):
+            return "is not finite"
+        if above is not None and number <= above:
+            return f"must be above {above}"
+        if low is not None and number < low:
+            return f"must be at least {low}{', or null' if field.default is None else ''}"
+        if high is not None and number > high:
+            return f"is not between {low} and {high}"
+        if abs(number) > LARGEST:
+            return "is larger than 1e9"
+    return None
 
 
 @dataclass(frozen=True)
 class Config:
     """A run's settings. Raises ConfigError for a value that cannot be."""
 
-    # What is learned from what
+    # Network and data
     model: str = setting("wresnet28_10", "network, by name: see models/__init__.py")
     dropout: float = setting(0.0, "dropout probability inside the network's blocks", low=0, high=0.999)
-    dataset: str = setting(
-        "cifar10",
-        "shapes (embedded), cifar10, cifar100, imagenet or folder (images in class folders)",
-        choices=DATASETS,
-    )
+    dataset: str = setting("cifar10", "shapes: embedded; folder: images in class folders", choices=DATASETS)
     dataroot: str = setting("./data", "folder of the data set; CIFAR is downloaded to it", may_change=True)
-    image_size: int = setting(
-        32, "side in pixels: folder: of scaled and centre-cropped images; imagenet: of random crops", low=8, high=16384
-    )
-    eval_view: tuple[int, ...] = setting(
-        (256, 224), "imagenet: test images are scaled to this shorter side, then cropped to this square"
-    )
+    image_size: int = setting(32, "folder: side of the images; imagenet: of random crops (pixels)", low=8, high=16384)
+    eval_view: tuple[int, ...] = setting((256, 224), "imagenet: shorter side of scaled test images; side of the crop")
     train_size: int | None = setting(None, "train on this many images, balanced over the classes; null: all", low=1)
     valid_size: int = setting(0, "hold out this many training images, balanced over the classes, for the log", low=0)
     check_files: bool = setting(
-        True, "imagenet: look for damaged files before training; folder always does", may_change=True
+        True, "imagenet: check image files before training; folder always does", may_change=True
     )
     skip_unreadable: bool = setting(False, "folder, imagenet: skip unreadable images instead of refusing to start")
     resident_gb: float = setting(
-        8.0, "folder: decode a split in every epoch if it is larger than this (GB decoded)", above=0, may_change=True
+        8.0, "folder: larger splits (GB decoded) are not kept in memory", above=0, may_change=True
     )
     workers: int = setting(2, "folder, imagenet: processes that decode images", low=0, high=1024, may_change=True)
 
-    # What every copy of an image goes through besides the policy
+    # Every copy of an image, besides the policy
     crop_padding: int = setting(4, "random crop after zero padding of this many pixels; 0: no crop", low=0, high=16384)
     flip: bool = setting(True, "horizontal flip with probability one half")
     crop_per_copy: bool = setting(True, "draw crop and flip for each copy; false, and imagenet: once per image")
     cutout: int = setting(16, "side in pixels of the square that Cutout blanks last; 0: none", low=0, high=16384)
-    mean: tuple[float, ...] | None = setting(
-        None, "of red, green, blue for normalisation, in 0..1; null: the data set's"
-    )
-    std: tuple[float, ...] | None = setting(None, "the standard deviation, likewise")
+    mean: tuple[float, ...] | None = setting(None, "mean of red, green, blue, in 0..1; null: the data set's")
+    std: tuple[float, ...] | None = setting(None, "standard deviation, likewise")
 
     # The adversary
-    policy: str = setting(
-        "controller",
-        "source of policies: controller (learned); random or none (controls); recorded (a file's) or frozen (another "
-        "run's controller); or a published one, which draws for each image",
-        choices=POLICIES,
-    )
-    policy_from: str | None = setting(
-        None,
-        "recorded: a file of policies, or a run whose record is replayed; frozen: a run, or its model.pt",
-        may_change=True,
-    )
+    policy: str = setting("controller", "source of policies: see docs/policies.md", choices=POLICIES)
+    policy_from: str | None = setting(None, "recorded: a file of policies or a run; frozen: a run", may_change=True)
     M: int = setting(8, "policies in use at a time; every image of a batch is seen once per policy", low=1, high=10000)
     Q: int = setting(5, "sub-policies of a policy; every image draws one", low=1, high=1000)
     K: int = setting(2, "operations of a sub-policy, applied in order", low=1, high=1000)
     ops: tuple[str, ...] = setting(PAPER_OPS, "operations that policies may use, by name")
     levels: int = setting(10, "strengths of an operation", low=2, high=1000)
     policy_interval: int | None = setting(None, "steps between two updates of the policies; null: an epoch", low=1)
-    recurrence: str = setting(
-        "policy", "the controller's state lasts for a policy, or for a subpolicy", choices=("policy", "subpolicy")
-    )
+    recurrence: str = setting("policy", "span of the controller's LSTM state", choices=("policy", "subpolicy"))
     controller_lr: float = setting(0.00035, "learning rate of the controller (Adam)", above=0)
     entropy_bonus: float = setting(0.00001, "weight of the controller's entropy in its objective", low=0)
     logit_bound: float = setting(0.0, "c > 0 bounds the controller's logits, c * tanh(logits / c); 0: unbounded", low=0)
     reward: str = setting(
-        "loss", "the network's loss, or teacher: less teacher_weight times a teacher's", choices=("loss", "teacher")
+        "loss", "the network's loss; teacher: less teacher_weight times a teacher's", choices=("loss", "teacher")
     )
-    teacher_weight: float = setting(1.0, "lambda, of the teacher's loss in the reward", low=0)
-    teacher_rate: float = setting(
-        0.999, "share of the teacher, a moving average of the network, that a step keeps", low=0, high=0.9999999
-    )
-    reward_ema: float = setting(
-        0.0, "moving average of the losses over the interval's steps; 0: their mean", low=0, high=0.9999999
-    )
+    teacher_weight: float = setting(1.0, "lambda, weight of the teacher's loss in the reward", low=0)
+    teacher_rate: float = setting(0.999, "share of the averaged teacher that a step keeps", low=0, high=0.9999999)
+    reward_ema: float = setting(0.0, "moving average of an interval's losses; 0: mean", low=0, high=0.9999999)
     divide_by_std: bool = setting(True, "divide the rewards' distances from their mean by their standard deviation")
-    clean_share: float = setting(
-        0.0, "probability that a copy is not given the operations of its policy", low=0, high=1
-    )
+    clean_share: float = setting(0.0, "probability that a copy is not given its policy's operations", low=0, high=1)
     randaugment_n: int = setting(2, "randaugment: operations applied to an image", low=1, high=100)
-    randaugment_m: int = setting(9, "randaugment: their strength, 0..30", low=0, high=30)
-    jsd: float = setting(
-        0.0, "augmix: weight of the divergence between an image's M copies, whose first is then clean; 0: none", low=0
-    )
+    randaugment_m: int = setting(9, "randaugment: their strength", low=0, high=30)
+    jsd: float = setting(0.0, "augmix: weight of the divergence between an image's M copies; 0: none", low=0)
     collapse_entropy: float = setting(
         0.25, "report entropy below this share of its maximum as a collapse; 0: never", low=0, high=1, may_change=True
     )
@@ -145,16 +134,12 @@ class Config:
     batch_size: int = setting(128, "N, distinct images per step over all processes; a step sees M * N", low=1)
     accumulate: int = setting(1, "micro-batches of a step over all processes, each of which takes at least one", low=1)
     epochs: int = setting(200, "passes over the training images", low=1)
-    optimizer: str = setting(
-        "sgd", "of the network: sgd, or adamw (whose weight decay is decoupled)", choices=("sgd", "adamw")
-    )
+    optimizer: str = setting("sgd", "of the network; adamw decouples weight decay", choices=("sgd", "adamw"))
     lr: float = setting(0.1, "learning rate at the start", above=0)
     momentum: float = setting(0.9, "momentum of SGD", low=0, high=0.999)
     nesterov: bool = setting(True, "Nesterov's momentum")
     weight_decay: float = setting(0.0005, "L2 penalty, on all parameters", low=0)
-    schedule: str = setting(
-        "cosine", "learning rate: cosine (to zero, per step) or step (at the milestones)", choices=("cosine", "step")
-    )
+    schedule: str = setting("cosine", "of the learning rate: to zero, or at milestones", choices=("cosine", "step"))
     milestones: tuple[int, ...] = setting((), "step schedule: epochs at whose start the learning rate drops")
     gamma: float = setting(0.2, "step schedule: factor at each milestone", above=0)
     warmup_epochs: float = setting(0.0, "epochs of linear warm-up before the schedule's full rate", low=0)
@@ -164,42 +149,31 @@ class Config:
     # How it runs
     seed: int = setting(0, "of every random draw", low=0)
     amp: bool = setting(False, "mixed precision")
-    amp_dtype: str = setting(
-        "bfloat16",
-        "of mixed precision: bfloat16, or float16 (CUDA only, with loss scaling)",
-        choices=("bfloat16", "float16"),
-    )
+    amp_dtype: str = setting("bfloat16", "float16: CUDA only, with loss scaling", choices=("bfloat16", "float16"))
     tf32: bool = setting(True, "CUDA: TensorFloat-32 in what is not in mixed precision: faster; scores never use it")
     compile: bool = setting(False, "compile the network (torch.compile): slow to start, then faster", may_change=True)
     deterministic: bool = setting(False, "CUDA: same seed, same bits, at some cost in speed; the CPU always is")
     eval_every: int = setting(1, "epochs between two scorings for the log (held-out part, else test set)", low=1)
     checkpoint_every: int | None = setting(
-        1000,
-        "steps between two checkpoints within an epoch, besides the one at its end; null: none",
-        low=1,
-        may_change=True,
+        1000, "steps between checkpoints within an epoch (each ends with one); null: none", low=1, may_change=True
     )
     on_nonfinite: str = setting(
-        "stop",
-        "after a loss or gradient that is not finite: stop, or rewind to the last checkpoint, twice at most",
-        choices=("stop", "rewind"),
-        may_change=True,
+        "stop", "on a NaN loss or gradient; rewind: to the last checkpoint", choices=("stop", "rewind"), may_change=True
     )
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            if problem := problem_of(getattr(self, field.name), **_rules(field)):
-                raise ConfigError(field.name, f"{field.name}: {short_repr(getattr(self, field.name))} {problem}")
-        for ok, field, problem in (*self._of_data(), *self._of_policies(), *self._of_schedule()):
-            if not ok:
+        alone = ((field.name, _problem(field, getattr(self, field.name))) for field in dataclasses.fields(self))
+        rules = itertools.chain(self._data_rules(), self._policy_rules(), self._schedule_rules())
+        for field, problem in itertools.chain(alone, ((field, problem) for ok, field, problem in rules if not ok)):
+            if problem:
                 raise ConfigError(field, f"{field}: {short_repr(getattr(self, field))} {problem}")
         try:
             check_model(self.model, **self.model_options())
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # the last two: too large to exist
             raise ConfigError("model", f"model: {first_line(error)}") from None
 
-    def _of_data(self) -> Iterator[tuple[bool, str, str]]:
-        """(whether it holds, the field to name, what is wrong otherwise) for each rule."""
+    def _data_rules(self) -> Iterator[tuple[bool, str, str]]:
+        """(whether it holds, field to name, problem) for each rule about the data and the network."""
         small = "is for small images; those of imagenet are cropped as they are read: set it to 0"
         view = len(self.eval_view) == 2 and 8 <= self.eval_view[1] <= self.eval_view[0] <= 16384
         yield can_be_a_path(self.dataroot), "dataroot", "cannot be the name of a folder"
@@ -211,8 +185,8 @@ class Config:
         yield self.std is None or min(self.std) >= 1e-6, "std", "must be above 0 (at least 1e-6)"
         yield len(self.model) <= 60, "model", "is too long for the name of a network"
 
-    def _of_policies(self) -> Iterator[tuple[bool, str, str]]:
-        """As `_of_data`."""
+    def _policy_rules(self) -> Iterator[tuple[bool, str, str]]:
+        """As `_data_rules`, about the source of policies."""
         known, from_file, mixes = [op.name for op in OPS], self.policy in FROM_A_FILE, self.policy == "augmix"
         no_file = f"has no meaning with policy: {self.policy}; it is for {' and '.join(FROM_A_FILE)}"
         one_crop = self.jsd == 0 or self.cropped_when_read or not self.crop_per_copy
@@ -228,8 +202,8 @@ class Config:
             unknown = f"names an unknown operation {short_repr(name)}{did_you_mean(name, known)}"
             yield name in known, "ops", unknown
 
-    def _of_schedule(self) -> Iterator[tuple[bool, str, str]]:
-        """As `_of_data`."""
+    def _schedule_rules(self) -> Iterator[tuple[bool, str, str]]:
+        """As `_data_rules`, about the optimisation."""
         rising = all(a < b for a, b in itertools.pairwise((0, *self.milestones, self.epochs)))
         without = f"without them: --set epochs={self.epochs} schedule=cosine milestones=[]"
         yield self.nesterov is False or self.momentum > 0, "nesterov", "needs momentum above 0"
@@ -260,29 +234,6 @@ class Config:
     def model_options(self) -> dict[str, Any]:
         """Options for `models.build_model`: those that differ from the family's own defaults."""
         return {"dropout": self.dropout} if self.dropout else {}
-
-
-def problem_of(
-    value: Any, *, low: float | None, high: float | None, above: float | None, choices: tuple[str, ...], optional: bool
-) -> str | None:
-    """What is wrong with a setting's value, or with one of several; None if nothing is. optional: it may be null."""
-    if choices and value not in choices:
-        return f"is not one of {', '.join(choices)}"
-    numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, (int, float))]
-    if not all(math.isfinite(v) for v in numbers if isinstance(v, float)):
-        return "is not finite"
-    if above is not None and any(v <= above for v in numbers):
-        return f"must be above {above:g}"
-    if low is not None and any(v < low for v in numbers):
-        return "must not be negative" if low == 0 else f"must be at least {low:g}{', or null' if optional else ''}"
-    if high is not None and any(v > high for v in numbers):
-        return f"is not between {low:g} and {high:g}"
-    return f"is larger than {LARGEST:.0e}".replace("e+0", "e") if any(abs(v) > LARGEST for v in numbers) else None
-
-
-def _rules(field: dataclasses.Field) -> dict[str, Any]:
-    rules = {name: field.metadata[name] for name in ("low", "high", "above", "choices")}
-    return rules | {"optional": field.default is None}
 
 
 class ConfigError(UserError):
@@ -322,19 +273,16 @@ def load_config(conf_file: Path | None, overrides: dict[str, tuple[str, Any]]) -
 
 
 def warn_of_settings(config: Config, args: argparse.Namespace) -> None:
-    """Warn of settings that are allowed, but are probably not meant."""
+    """Warn about settings that are allowed, but probably a mistake."""
     side = config.side
     if config.cutout >= side:
-        warn(
-            f"cutout: {config.cutout} pixels blank most of an image of {side} by {side}; set it to {side // 2} or less"
-        )
-    if config.crop_padding >= side // 2:
-        warn(f"crop_padding: {config.crop_padding} pixels move images of {side} by {side} out of sight")
+        warn(f"cutout: {config.cutout} of {side} pixels blank most of an image; set it to {side // 2} or less")
+    if 2 * config.crop_padding >= side:
+        limit = f"set it to {side // 8} or less"
+        warn(f"crop_padding: {config.crop_padding} of {side} pixels can shift half an image out of view; {limit}")
     if args.load_conf is None and "dataset" in parse_overrides(args.set):
-        warn(
-            f"no --load_conf: all other settings are those of confs/demo.yaml ({config.model}, train_size "
-            f"{config.train_size}, {config.epochs} epochs, ...)"
-        )
+        demo = f"{config.model}, train_size {config.train_size}, {config.epochs} epochs, ..."
+        warn(f"no --load_conf: all other settings are those of confs/demo.yaml ({demo})")
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, several_seeds: bool = False) -> None:
@@ -464,12 +412,7 @@ class _Refused(yaml.MarkedYAMLError):
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a conf file, or in another one of at most LONGEST_CONF bytes. Raises UserError."""
     try:
-        require_file(path)
-        with path.open("rb") as file:
-            data = file.read(LONGEST_CONF + 1)
-        if len(data) > LONGEST_CONF:
-            raise OSError(f"is longer than {LONGEST_CONF} bytes")
-        text = data.decode("utf-8")
+        text = read_text(path, LONGEST_CONF)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such conf file; see confs/") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -85,6 +85,16 @@ def require_file(path: Path) -> None:
         raise OSError("is no file")
 
 
+def read_text(path: Path, longest: int) -> str:
+    """A file's UTF-8 text. Raises OSError, also for more than `longest` bytes, and UnicodeDecodeError."""
+    require_file(path)
+    with path.open("rb") as file:
+        data = file.read(longest + 1)
+    if len(data) > longest:
+        raise OSError(f"is longer than {longest} bytes")
+    return data.decode("utf-8")
+
+
 class _Shown(reprlib.Repr):
     """repr() of a few items on two levels, so that a list that contains itself ends."""
 

@@ -66,11 +66,11 @@ from config import Config, load_config
 from dataloader import CIFAR_STATISTICS
 from datasets.splits import ResidentSplit
 from evaluation.results import read_results
+from evaluation.text_table import Table
 from training.distributed import World, exit_with_status, join
 from training.signals import signals_raise
 from utils import (
     CommandLine,
-    Table,
     UserError,
     choose_kernels,
     duration,

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from augmentations import OPS, row_of
 from policies.sources import PolicySource, require_same_form
-from utils import UserError, did_you_mean, first_line, printable, require_file, short_repr
+from utils import UserError, did_you_mean, first_line, printable, read_text, short_repr
 
 LONGEST_FILE = 2**26  # bytes of policies.jsonl: 200 intervals of the paper's shape are half a million
 LONGEST_YAML = 2**20  # PyYAML takes a minute for a few of these
@@ -156,13 +156,7 @@ class _Reader:
 def _read_intervals(file: Path) -> list[dict[str, Any]]:
     """What a file holds for each of its intervals, not yet looked at."""
     try:
-        require_file(file)
-        longest = LONGEST_FILE if file.suffix in (".jsonl", ".json") else LONGEST_YAML
-        with file.open("rb") as opened:
-            data = opened.read(longest + 1)
-        if len(data) > longest:
-            raise OSError(f"is longer than {longest:,} bytes")
-        text = data.decode("utf-8")
+        text = read_text(file, LONGEST_FILE if file.suffix in (".jsonl", ".json") else LONGEST_YAML)
         if file.suffix == ".jsonl":
             content = [json.loads(line) for line in text.splitlines() if line.strip()]
         else:

@@ -268,8 +268,8 @@ def test_an_operation_that_is_added_changes_no_default():
     ("settings", "words"),
     [
         ((), []),
-        (("cutout=32",), ["cutout: 32 pixels blank most of an image of 32 by 32"]),
-        (("crop_padding=16",), ["crop_padding: 16 pixels move images of 32 by 32 out of sight"]),
+        (("cutout=32",), ["cutout: 32 of 32 pixels blank most of an image; set it to 16 or less"]),
+        (("crop_padding=16",), ["crop_padding: 16 of 32 pixels can shift half an image out of view; set it to 4"]),
         (("dataset=cifar100",), ["no --load_conf: all other settings are those of confs/demo.yaml (wresnet10_1,"]),
     ],
 )

@@ -66,7 +66,7 @@ from config import Config, load_config
 from dataloader import CIFAR_STATISTICS
 from datasets.splits import ResidentSplit
 from evaluation.results import read_results
-from evaluation.text_table import Table
+from evaluation.text_table import Table, render
 from training.distributed import World, exit_with_status, join
 from training.signals import signals_raise
 from utils import (
@@ -76,7 +76,6 @@ from utils import (
     duration,
     first_line,
     keyed_generator,
-    render,
     write_text,
 )
 

@@ -18,7 +18,7 @@ def all_decisions(Q, ops, levels):
 
 
 @pytest.mark.parametrize("recurrence", ["policy", "subpolicy"])
-def test_probabilities_of_all_policies_sum_to_one_and_give_the_entropy(recurrence):
+def test_probabilities_sum_to_one_and_give_the_entropy(recurrence):
     torch.manual_seed(0)
     controller = Controller(3, 2, Q=2, K=1, recurrence=recurrence, hidden=5, embedding=4)
     with torch.no_grad():
@@ -32,7 +32,7 @@ def test_probabilities_of_all_policies_sum_to_one_and_give_the_entropy(recurrenc
 
 
 @pytest.mark.parametrize("recurrence", ["policy", "subpolicy"])
-def test_sampling_and_scoring_agree_and_draw_from_the_same_probabilities(recurrence):
+def test_samples_follow_the_scored_probabilities(recurrence):
     torch.manual_seed(0)
     controller = Controller(2, 2, Q=1, K=1, recurrence=recurrence, hidden=5, embedding=4)
     with torch.no_grad():
@@ -162,7 +162,7 @@ def min_entropy(choices, most):
     return -most * math.log(most) - (choices - 1) * rest * math.log(rest)
 
 
-def test_without_the_division_differences_that_hardly_matter_hardly_count():
+def test_without_division_small_differences_count_little():
     """Rewards a thousandth apart: divided, they outweigh the entropy bonus, undivided they do not."""
     entropies = {}
     for divide_by_std in (True, False):

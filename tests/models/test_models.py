@@ -120,7 +120,7 @@ def two_branches(block, x):
 
 
 @pytest.mark.parametrize(("channels_out", "stride"), [(4, 1), (8, 1), (8, 2)])
-def test_shake_blocks_average_in_evaluation_and_shake_each_image_in_training(channels_out, stride):
+def test_shake_blocks_average_only_in_evaluation(channels_out, stride):
     torch.manual_seed(0)
     block, x = ShakeBlock(4, channels_out, stride).double(), torch.randn(16, 4, 6, 6, dtype=torch.float64)
     block.eval()
@@ -157,7 +157,7 @@ def test_shake_blocks_have_a_beta_of_their_own_in_the_gradient():
     assert (beta[:, 0] - alpha).abs().min() > 1e-6
 
 
-def test_the_two_path_shortcut_sees_each_pixel_and_its_upper_left_neighbour():
+def test_the_two_path_shortcut_reads_both_diagonal_pixels():
     torch.manual_seed(0)
     shortcut, x = TwoPathShortcut(4, 6, 2).eval(), torch.randn(2, 4, 6, 6)
     y = shortcut(x)

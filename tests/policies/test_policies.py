@@ -144,7 +144,7 @@ def test_the_mean_of_the_policy_losses_is_the_loss_of_the_batch(name):
     assert record["loss_spread"] == pytest.approx(torch.tensor(by_hand).std().item(), rel=1e-5)
 
 
-def test_losses_are_averaged_over_the_images_of_an_interval_and_then_forgotten():
+def test_losses_are_averaged_over_one_interval():
     source = SOURCES["random"]()
     for start in (1.0, 5.0):
         source.resample(generator())
@@ -200,7 +200,7 @@ def test_a_record_is_replayed_by_the_share_of_the_run_that_is_done():
             assert source.op_MQK.flatten().tolist() == [0, 1, 2], "as many as recorded keep their places"
 
 
-def test_of_a_record_with_other_numbers_of_policies_each_is_drawn_as_often():
+def test_recorded_policies_are_drawn_equally_often():
     for M, counts in ((2, {0, 1}), (7, {2, 3})):
         source, drawn = recorded(M), torch.zeros(3)
         for interval in range(300):

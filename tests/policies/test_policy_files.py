@@ -213,7 +213,7 @@ def test_a_record_is_replayed_over_a_run_of_another_length(little):
     assert [record["policies"] for record in lines(once / "policies.jsonl")] == [theirs[0], theirs[2], theirs[4]]
 
 
-def test_what_is_there_now_may_have_gone_elsewhere_but_not_have_another_form(little, script, tmp_path, policy_file):
+def test_a_resumed_source_may_move_but_not_change_its_form(little, script, tmp_path, policy_file):
     file = policy_file("mine.json", POLICIES)
     said = ("policy=recorded", "policy_interval=2", "M=2")
     whole = little("whole", *said, f"policy_from={file}")

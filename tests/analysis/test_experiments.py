@@ -23,6 +23,7 @@ import training.distributed as processes
 from analysis import summaries
 from analysis.specs import FOLDER, SIZES, load_experiment, runs_of
 from analysis.summaries import read_records
+from evaluation import weights
 from evaluation.results import read_results
 from utils import UserError
 
@@ -43,7 +44,7 @@ class InProcess:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", command[1:])
             patch.setattr(main, "build_model", little_network)
-            patch.setattr(evaluate, "build_model", little_network)
+            patch.setattr(weights, "build_model", little_network)
             text = os.fdopen(os.dup(stdout.fileno()), "a")
             out, err = contextlib.redirect_stdout(text), contextlib.redirect_stderr(text)
             with text, out, err, pytest.raises(SystemExit) as leaving:

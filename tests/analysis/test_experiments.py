@@ -182,7 +182,7 @@ def test_runs_are_made_scored_and_summarised_once(experiment, in_process, tmp_pa
     error = {(record["arm"], record["seed"]): 100 * record["error"] for record in records}
     mean = statistics.fmean(error[first, seed] - error[second, seed] for seed in (0, 1))
     assert f"| {first} - {second} | 2 | {mean:+.2f} | +- " in summary
-    assert summary.count("nothing: too small") == len(one.compare)
+    assert summary.count("none: too small") == len(one.compare)
     assert "train_size 40" in summary
     assert f"\npython experiments.py {name} --set {' '.join(SMALL)} --seeds 0 1\n" in summary, "as it was typed"
     assert "Settings were changed on the command line" in summary

@@ -51,7 +51,8 @@ from evaluation.predict import BATCH, predict
 from evaluation.results import Results
 from evaluation.tables import FORMATS, compare, report
 from models import build_model
-from training.distributed import World, exit_with_status, join
+from training.distributed import World, join
+from training.exit import exit_with_status
 from training.lock import sole_writer
 from training.log import ImageProgress
 from utils import CommandLine, UserError, environment, has_shape, load_hashed, printable, warn

@@ -30,7 +30,7 @@ import torch
 
 from analysis.specs import FOLDER, SIZES, Experiment, Run, are_seeds, load_experiment, runs_of
 from analysis.summaries import sum_up
-from training.distributed import exit_with_status
+from training.exit import exit_with_status
 from utils import CommandLine, UserError, duration, printable, warn
 
 SECONDS_BETWEEN_LOOKS = 0.1

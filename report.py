@@ -35,7 +35,7 @@ from datasets.loading import balanced_order, load_data
 from evaluation.plots import figure_class
 from policies.files import read_controller, recorded
 from policies.sources import RecordedPolicies
-from training.distributed import exit_with_status
+from training.exit import exit_with_status
 from utils import CommandLine, UserError, duration, has_shape, keyed_generator, printable, warn
 
 SAMPLED = 2000  # policies of the controller, for what it believes

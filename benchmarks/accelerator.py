@@ -67,7 +67,8 @@ from config import Config, load_config
 from dataloader import CIFAR_STATISTICS
 from datasets.splits import ResidentSplit
 from evaluation.results import read_results
-from training.distributed import World, exit_with_status, join
+from training.distributed import World, join
+from training.exit import exit_with_status
 from training.signals import signals_raise
 from utils import (
     CommandLine,

@@ -39,7 +39,8 @@ import main as training
 from config import DEFAULT_CONF, Config, add_setting_arguments, load_config, overrides_from, plain_values
 from datasets.splits import ResidentSplit, StreamedSplit
 from policies.sources import PolicySource
-from training.distributed import World, exit_with_status, join
+from training.distributed import World, join
+from training.exit import exit_with_status
 from training.log import Progress, RunLog
 from training.manager import RunManager
 from utils import Table, UserError

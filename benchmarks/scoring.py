@@ -23,7 +23,8 @@ from dataloader import Normalise
 from datasets.splits import MappedSplit, ResidentSplit
 from evaluation.predict import predict
 from models import build_model
-from training.distributed import exit_with_status, join
+from training.distributed import join
+from training.exit import exit_with_status
 from utils import Table
 
 

@@ -17,7 +17,8 @@ from measuring import Spread, count, parse, parser, publish, ratios, take_turns
 from step import Steps, timed_steps
 
 from config import DEFAULT_CONF, PER_IMAGE, add_setting_arguments, load_config, overrides_from
-from training.distributed import exit_with_status, join
+from training.distributed import join
+from training.exit import exit_with_status
 from utils import Table
 
 LEARNED = "controller"

@@ -47,7 +47,8 @@ import main as training
 from config import DEFAULT_CONF, Config, add_setting_arguments, load_config, overrides_from, plain_values
 from datasets.splits import ResidentSplit
 from models import build_model
-from training.distributed import World, exit_with_status, join
+from training.distributed import World, join
+from training.exit import exit_with_status
 from training.state import TrainingState
 from utils import Table, UserError, choose_kernels, keyed_generator, keyed_seed, seed_default_generators
 
@@ -135,7 +136,7 @@ class Steps:
         self.state = TrainingState.start(config, world, model)
         self.state.trained.train()
         self.state.policies.resample(keyed_generator(config.seed, "policies", 0))
-        self.micro_batches = world.deal(config.batch_size, config.accumulate)
+        self.micro_batches = world.split_batch(config.batch_size, config.accumulate)
         self.own = range(self.micro_batches[0].start, self.micro_batches[-1].stop)
         self.taken = itertools.count()
         images_NCHW, labels_N = self.noise()

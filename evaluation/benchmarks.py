@@ -36,7 +36,7 @@ from datasets.loading import class_folders, image_files, list_images, load_test
 from datasets.splits import MappedSplit, Readable, Split, StreamedSplit
 from evaluation.corruptions import CORRUPTIONS, EXTRA, SEVERITIES, STANDARD
 from evaluation.generated import MANIFEST, generated_folder, make, read_manifest, side_of_test_images
-from training.distributed import exit_with_status
+from training.exit import exit_with_status
 from utils import (
     CommandLine,
     Table,

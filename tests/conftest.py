@@ -31,16 +31,17 @@ import evaluation.plots as pictures
 import experiments
 import main
 import report
-import training.distributed as processes
+import training.exit as exits
 from datasets import loading
 from training.checkpoint import Checkpoints
-from training.distributed import World, exit_with_status, join
+from training.distributed import World, join
+from training.exit import exit_with_status
 
 settings.register_profile("project", deadline=None, derandomize=True, database=None)
 settings.load_profile("project")
 # Threads that wait for each other by spinning make small steps many times slower on a machine with other work.
 torch.set_num_threads(1)
-processes.leave = sys.exit  # here and in what is forked from here; a script in a process of its own leaves as it is
+exits.leave = sys.exit  # here and in what is forked from here; a script in a process of its own leaves as it is
 loading.draw_shapes = functools.cache(loading.draw_shapes)  # always the same, and wanted by every run
 
 ROOT = Path(__file__).parent.parent

@@ -19,10 +19,10 @@ from conftest import LITTLE, ROOT, assert_refused, files, lines, little_network
 import evaluate
 import experiments
 import main
-import training.distributed as processes
 from analysis.specs import FOLDER, SIZES, load_experiment, runs_of
 from analysis.summaries import read_records
 from evaluation.results import read_results
+from training.exit import exit_with_status
 from utils import UserError
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -44,7 +44,7 @@ class InProcess:
             text = os.fdopen(os.dup(stdout.fileno()), "a")
             out, err = contextlib.redirect_stdout(text), contextlib.redirect_stderr(text)
             with text, out, err, pytest.raises(SystemExit) as leaving:
-                processes.exit_with_status(entry)
+                exit_with_status(entry)
         self.status = leaving.value.code
 
     def poll(self):

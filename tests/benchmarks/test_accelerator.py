@@ -21,7 +21,7 @@ from conftest import ALONE, ROOT
 from analysis.specs import load_experiment, runs_of
 from augmentations import OPS
 from config import Config
-from training.distributed import exit_with_status
+from training.exit import exit_with_status
 from utils import UserError, render
 
 CPU = torch.device("cpu")

@@ -61,7 +61,7 @@ def all_well(ranks):
 
 @pytest.mark.parametrize(("images", "pieces", "size"), [(12, 1, 1), (12, 4, 1), (12, 1, 4), (12, 6, 2), (2048, 64, 8)])
 def test_every_image_is_dealt_once_in_equal_pieces(images, pieces, size):
-    dealt = [World((CPU,), rank, size).deal(images, pieces) for rank in range(size)]
+    dealt = [World((CPU,), rank, size).split_batch(images, pieces) for rank in range(size)]
     assert list(itertools.chain.from_iterable(itertools.chain.from_iterable(dealt))) == list(range(images))
     parts = [part for own in dealt for part in own]
     assert {len(part) for part in parts} == {images // max(pieces, size)}
@@ -80,7 +80,7 @@ def test_every_image_is_dealt_once_in_equal_pieces(images, pieces, size):
 )
 def test_what_cannot_be_dealt_is_refused_with_the_nearest_that_can(images, pieces, size, words):
     with pytest.raises(UserError, match=words):
-        World((CPU,), 0, size).deal(images, pieces)
+        World((CPU,), 0, size).split_batch(images, pieces)
 
 
 def test_micro_batches_that_do_not_come_out_even_are_refused_before_anything_is_written(script, tmp_path):

@@ -15,7 +15,7 @@ if __name__ == "__main__":
 import argparse
 from pathlib import Path
 
-from training.distributed import exit_with_status
+from training.exit import exit_with_status
 from utils import CommandLine, UserError
 
 

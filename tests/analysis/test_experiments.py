@@ -19,7 +19,7 @@ from conftest import LITTLE, assert_refused, files, lines, little_network
 import evaluate
 import experiments
 import main
-import training.distributed as processes
+import training.exit as exits
 from analysis import summaries
 from analysis.specs import FOLDER, SIZES, load_experiment, runs_of
 from analysis.summaries import read_records
@@ -48,7 +48,7 @@ class InProcess:
             text = os.fdopen(os.dup(stdout.fileno()), "a")
             out, err = contextlib.redirect_stdout(text), contextlib.redirect_stderr(text)
             with text, out, err, pytest.raises(SystemExit) as leaving:
-                processes.exit_with_status(entry)
+                exits.exit_with_status(entry)
         self.status = leaving.value.code
 
     def poll(self):

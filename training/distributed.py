@@ -56,12 +56,12 @@ class World:
         processes = f"{self.size} process{'es' if self.size > 1 else ''}"
         if parts % self.size:
             raise UserError(
-                f"accumulate: {micro_batches} micro-batches cannot be split between {processes}; the nearest number "
+                f"accumulate: {micro_batches} micro-batches cannot be split over {processes}; the nearest number "
                 f"that can is {_nearest_multiple(micro_batches, self.size)}"
             )
         if images % parts:
             raise UserError(
-                f"batch_size: {images} images cannot be split between {processes} in {parts} equal parts; the nearest "
+                f"batch_size: {images} images cannot be split over {processes} in {parts} equal parts; the nearest "
                 f"number that can is {_nearest_multiple(images, parts)}"
             )
         size, own = images // parts, parts // self.size

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 from augmentations import OPS, row_of
 from config import Config, load_config
-from policies.files import read_controller, recorded
+from policies.learned import read_controller
 from policies.preferences import Preference, favoured, verdict
+from policies.recorded import recorded
 from utils import UserError, has_shape, keyed_generator, printable, warn
 
 SAMPLED = 2000  # policies sampled from a controller to see what it favours

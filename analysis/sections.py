@@ -26,9 +26,8 @@ from analysis.runs import (
 )
 from augmentations import OPS, apply, apply_op, row_of
 from config import Config, plain_values
-from policies.files import recorded
 from policies.preferences import chance_range, favoured
-from policies.sources import RecordedPolicies
+from policies.recorded import RecordedPolicies, recorded
 from utils import UserError, duration, keyed_generator, printable
 
 IMAGES = 8  # shown under a policy

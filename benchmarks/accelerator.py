@@ -1,20 +1,19 @@
-"""What this project costs on a GPU, and whether it is exact there: one command, all within a few minutes.
+"""What a GPU costs and whether its results are exact: one command, a few minutes.
 
     python benchmarks/accelerator.py                                    # 8 minutes -> results/speed/<card>.json
     python benchmarks/accelerator.py --dataroot DIR                     # with real images, and training on them
     python benchmarks/accelerator.py --dataroot DIR --parts training    # continue the training
     python benchmarks/accelerator.py --device cpu --minutes 2           # the same in small sizes -> logs/results
 
-exactness   every operation, level and sign beside Pillow; the tests marked cuda: no step waits for the device, equal
-            runs give equal bits, a resumed run is the uninterrupted one, float16, NCCL, compile
-step        training steps with policies, beside the same steps on ready tensors
-operations  two operations per copy, beside torchvision's on the same device and Pillow's on one core
-epoch       an epoch of as many images as CIFAR-10 has; what `deterministic` costs and `compile` gains
-training    experiments.py controls, seed 0, for the time that is left; the next call continues it
+exactness   every operation, level and sign compared with Pillow; the tests marked cuda: no step waits for the device,
+            equal runs give equal bits, a resumed run equals the uninterrupted one, float16, NCCL, compile
+step        training steps with policies, compared with the same steps on ready tensors
+operations  two operations per copy, compared with torchvision on the same device and Pillow on one core
+epoch       an epoch of 50,000 images; what `deterministic` costs and `compile` gains
+training    experiments.py controls, seed 0, for the remaining time; the next call continues it
 
-Each part runs in its own process and is stopped when its time is up, so that a failure in one does not affect the
-others. Every result is written to the file at once: a call that is cut short keeps what it has measured. Measuring a
-part again replaces its results in the file.
+Each part runs in its own process and is stopped when its time is up; a failure in one does not affect the others.
+Every result is written at once. Measuring a part again replaces its results in the file.
 
 DIR holds train/<class>/* and test/<class>/*, or CIFAR-10 as it is distributed.
 
@@ -42,15 +41,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import augment
-from acceleratortables import epoch_table, exactness_table, operations_table, step_table, training_table
+from accelerator_tables import epoch_table, exactness_table, operations_table, step_table, training_table
 from cost import cost
-from exactness import beside_pillow, is_cifar10, run_marked_tests
+from exactness import compare_with_pillow, is_cifar10, run_marked_tests
 from measuring import (
     ROOT,
     Report,
     Spread,
     attempt,
-    describe,
+    describe_machine,
     host_waits,
     machine,
     ratios,
@@ -67,17 +66,16 @@ from config import Config, load_config
 from dataloader import CIFAR_STATISTICS
 from datasets.splits import ResidentSplit
 from evaluation.results import read_results
+from evaluation.text_table import Table, render
 from training.distributed import World, exit_with_status, join
 from training.signals import signals_raise
 from utils import (
     CommandLine,
-    Table,
     UserError,
     choose_kernels,
     duration,
     first_line,
     keyed_generator,
-    render,
     write_text,
 )
 
@@ -132,7 +130,7 @@ ON_CPU = Size(
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the parts need to know of the command line."""
+    """What the parts need from the command line."""
 
     device: str
     dataroot: Path | None
@@ -144,7 +142,7 @@ class Settings:
         return ON_CPU if torch.device(self.device).type == "cpu" else ON_CUDA
 
     def config(self, conf: str, M: int, N: int) -> Config:
-        """A conf at M policies and N images, with all of a step in one pass, and slow to diverge on noise."""
+        """A conf at M policies and N images, without micro-batches, at a learning rate that is stable on noise."""
         config = load_config(ROOT / "confs" / f"{conf}.yaml", {})
         return dataclasses.replace(config, M=M, batch_size=N, accumulate=1, lr=0.01, **self.size.changes)
 
@@ -171,16 +169,16 @@ def main() -> None:
     except KeyboardInterrupt as stop:
         raise type(stop)(f"the results so far are in {file.path}") from None
     print("\n" + "\n\n".join(render(table, "markdown") for table in tables(file.content)))
-    print(f"\n{describe(here)}\nwritten to {file.path}")
+    print(f"\n{describe_machine(here)}\nwritten to {file.path}")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = CommandLine(prog="benchmarks/accelerator.py", description=__doc__)
     add = parser.add_argument
     add("--device", default="cuda", help="cuda, cuda:1, ..., or cpu (default: %(default)s)")
-    add("--minutes", type=minutes, default=8.0, help="for everything together (default: %(default)g)")
+    add("--minutes", type=minutes, default=8.0, help="for all parts (default: %(default)g)")
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help="default: all of them")
-    add("--dataroot", type=Path, metavar="DIR", help="real images; without them a GPU trains nothing")
+    add("--dataroot", type=Path, metavar="DIR", help="real images; the training part on a GPU needs them")
     add("--results", type=Path, metavar="DIR", help="default: ./results, or ./logs/results on the CPU")
     add("--logdir", type=Path, default=Path("logs"), metavar="DIR", help="of the training (default: ./%(default)s)")
     return parser.parse_args()
@@ -200,14 +198,12 @@ def parts_to_run(names: Sequence[str], settings: Settings) -> list[str]:
     """In their order. Raises UserError for images that cannot be trained on."""
     root = settings.dataroot
     if root is not None and not (is_cifar10(root) or (root / "train").is_dir()):
-        raise UserError(
-            f"--dataroot {root}: holds neither train/<class>/* nor cifar-10-batches-py; name another folder"
-        )
+        raise UserError(f"--dataroot {root}: has neither train/<class>/* nor cifar-10-batches-py; name another folder")
     parts = [part for part in PARTS if part in names]
     if "training" in parts and root is None and settings.size is ON_CUDA:
         parts.remove("training")
         if not parts:
-            raise UserError("--parts training: needs real images; say where they are with --dataroot DIR")
+            raise UserError("--parts training: needs real images; add --dataroot DIR")
         print("training: skipped, it needs real images (--dataroot DIR)", flush=True)
     return parts
 
@@ -309,8 +305,8 @@ def run_in_process(part: str, settings: Settings, sending: Connection) -> None:
 
 def exactness(settings: Settings, world: World, report: Report) -> None:
     for side in settings.size.copies:
-        beside = functools.partial(beside_pillow, settings.dataroot, side, world.device)
-        attempt(report, f"Pillow, {side}x{side}", beside)
+        compare = functools.partial(compare_with_pillow, settings.dataroot, side, world.device)
+        attempt(report, f"Pillow, {side}x{side}", compare)
     run_marked_tests(settings.device, report)
 
 
@@ -322,7 +318,7 @@ def step(settings: Settings, world: World, report: Report) -> None:
 
 
 def matrix_product(size: Size, device: torch.device) -> tuple[str, dict[str, Any]]:
-    """Rate of a large matrix product in the precision of the steps: about the best that the device reaches."""
+    """Rate of a large matrix product in the precision of the steps: about the most that the device reaches."""
     n, dtype = size.product, torch.bfloat16 if device.type == "cuda" else torch.float32
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     times = 10 if device.type == "cuda" else 1
@@ -334,7 +330,7 @@ def matrix_product(size: Size, device: torch.device) -> tuple[str, dict[str, Any
 
 def one_step(config: Config, size: Size, world: World) -> tuple[str, dict[str, Any]]:
     steps, B, memory = Steps(config, world), config.M * config.batch_size, {}
-    inputs = {"policies": steps.with_policies, "bare": steps.at_the_limit}
+    inputs = {"policies": steps.with_policies, "bare": steps.with_ready_inputs}
     ways = {name: functools.partial(timed_steps, steps, way, size.steps_per_turn) for name, way in inputs.items()}
     turns = take_turns(ways, size.repeats)
     seconds = {name: [took / size.steps_per_turn for took in taken] for name, taken in turns.items()}
@@ -344,7 +340,7 @@ def one_step(config: Config, size: Size, world: World) -> tuple[str, dict[str, A
             torch.cuda.reset_peak_memory_stats(world.device)
             ways[name]()
             memory[name] = torch.cuda.max_memory_allocated(world.device)
-            vars(steps).pop("at_hand", None)  # the inputs of bare steps
+            vars(steps).pop("ready_inputs", None)  # of bare steps
     median, ratio = Spread.of(seconds["policies"]).median, ratios(seconds["policies"], seconds["bare"])
     measured = {
         "model": config.model,
@@ -368,12 +364,11 @@ def operations(settings: Settings, world: World, report: Report) -> None:
         ways = augment.operations(work)
         others = [way for way in ways if way not in (augment.OURS, augment.PILLOW)]
         for way in [*others, *([augment.GRAPH] if world.device.type == "cuda" else [])]:
-            beside = functools.partial(rates, work, side, way, settings.size.repeats)
-            attempt(report, f"{side}x{side}, {way}", beside)
+            attempt(report, f"{side}x{side}, {way}", functools.partial(rates, work, side, way, settings.size.repeats))
 
 
 def rates(work: augment.Work, side: int, way: str, repeats: int) -> tuple[str, dict[str, Any]]:
-    """Copies per second by this way, beside the batched operations and Pillow's."""
+    """Copies per second of this way, the batched operations and Pillow."""
     ways = augment.operations(work)
     if way == augment.GRAPH:
         ways[way] = augment.as_graph(work.copies_BCHW, work.plan)
@@ -393,10 +388,10 @@ def epoch(settings: Settings, world: World, report: Report) -> None:
     config = settings.config(*settings.size.epoch)
     attempt(report, "epoch", functools.partial(one_epoch, config, settings.size.epoch_images, world))
     for setting in ("deterministic", "compile"):
-        attempt(report, setting, functools.partial(beside_plain, config, setting, settings.size, world))
+        attempt(report, setting, functools.partial(compare_with_plain, config, setting, settings.size, world))
 
 
-class NoKeeper:
+class NoManager:
     """Replaces the RunManager of a run: nothing is saved or logged."""
 
     def after_step(self) -> None:
@@ -412,14 +407,14 @@ def one_epoch(config: Config, images: int, world: World) -> tuple[str, dict[str,
     shape = images, 3, config.image_size, config.image_size
     images_NCHW = torch.randint(256, shape, dtype=torch.uint8, generator=draws).to(world.device)
     split = ResidentSplit(images_NCHW, torch.randint(10, (images,), generator=draws))
-    seconds = timed(lambda: training.train_one_epoch(steps.state, split, NoKeeper()), world.device)
+    seconds = timed(lambda: training.train_one_epoch(steps.state, split, NoManager()), world.device)
     copies = images // config.batch_size * config.batch_size * config.M
     measured = {"model": config.model, "M": config.M, "N": config.batch_size, "images": images, "seconds": seconds}
     return f"{seconds:,.1f} s", measured | {"copies_per_second": copies / seconds}
 
 
-def beside_plain(config: Config, setting: str, size: Size, world: World) -> tuple[str, dict[str, Any]]:
-    """Steps with a setting of true relative to false; the first one, which may compile, is timed separately."""
+def compare_with_plain(config: Config, setting: str, size: Size, world: World) -> tuple[str, dict[str, Any]]:
+    """Steps with a setting on, relative to off; the first step, which may compile, is timed separately."""
     configs = {"plain": config, setting: dataclasses.replace(config, **{setting: True})}
     steps = {name: Steps(own, world) for name, own in configs.items()}
 
@@ -484,20 +479,17 @@ def data_settings(dataroot: Path | None) -> list[str]:
 
 
 def environment_for(device: torch.device) -> dict[str, str]:
-    """The environment for a process that is to use this device only."""
+    """The environment of a process that uses this device only."""
     if device.type == "cpu":
         return os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    index = device.index or 0
-    return os.environ | {
-        "CUDA_VISIBLE_DEVICES": visible[index] if index < len(visible) and visible[index] else str(index)
-    }
+    index, visible = device.index or 0, os.environ.get("CUDA_VISIBLE_DEVICES")
+    return os.environ | {"CUDA_VISIBLE_DEVICES": visible.split(",")[index] if visible else str(index)}
 
 
 def tables(content: dict[str, Any]) -> list[Table]:
-    """What is in a file of results, for people; a part that is not in it has none."""
+    """The tables of a file of results, one per part in it."""
     found = []
-    for part in (part for part in PARTS if part in content["parts"]):
+    for part in (name for name in PARTS if name in content["parts"]):
         whole, results = (content["parts"][part][what] for what in ("whole", "results"))
         table = PARTS[part].table({k: one for k, one in results.items() if "failed" not in one or "outcome" in one})
         failed = [f"{name}: failed ({one['failed']})" for name, one in results.items() if "failed" in one]

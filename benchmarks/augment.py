@@ -1,21 +1,20 @@
-"""Images per second through policies of two operations, against what people use today.
+"""Images per second through policies of two operations, compared with Pillow, torchvision and kornia.
 
     python benchmarks/augment.py                         # 32x32 (N = 128) and 224x224 (N = 32), M = 8, one thread
     python benchmarks/augment.py --threads 2 --sizes 32 --images 128
     python benchmarks/augment.py --device cuda
 
-In one run and in turn: the batched operations of augmentations.py; Pillow's, image by image, in one process, as the
-field has it (perimage.py); those of torchvision.transforms.v2 on groups of equal operation and magnitude, and kornia's,
-if it is installed (libraries.py). Before anything is timed the batched results are compared with Pillow's: they have to
-be equal.
+They take turns in one run: the batched operations of augmentations.py; Pillow, image by image in one process
+(others/perimage.py); torchvision.transforms.v2 on groups of equal operation and magnitude, and kornia if it is
+installed (others/libraries.py). First the batched results are compared with Pillow's: they must be equal.
 
 operations          uint8 copies through a plan
-and normalised      the same, to the float32 that a network wants, in the channels_last memory format
+and normalised      the same, to normalised float32 in the channels_last memory format
 all, shared crops   from N images: draws, copies, crop and flip (the same for all copies of an image), operations,
                     normalisation, Cutout
-all, own crops      likewise, each copy with a crop and flip of its own
+all, own crops      the same, with a crop and flip for each copy
 
-The images are the embedded shapes, enlarged where that is asked for; policies and draws are random, as in training.
+The images are the embedded shapes, enlarged where needed; policies and draws are random, as in training.
 """
 
 import argparse
@@ -47,7 +46,7 @@ Ways = Mapping[str, Callable[[], Any]]
 
 
 class Work(NamedTuple):
-    """N images, their M copies, and a plan for these; the same once more for Pillow."""
+    """N images, their M copies and a plan for them, also in the form that Pillow needs."""
 
     config: Config
     policies: PolicySource
@@ -59,7 +58,7 @@ class Work(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One way to do a work on images of this size: images/s, and how many times Pillow's."""
+    """One way to do some work on images of this size: its rate, also as a multiple of Pillow's."""
 
     size: int
     work: str
@@ -91,7 +90,7 @@ def measure_all(args: argparse.Namespace, device: torch.device) -> None:
         rows, alone, how = [], [], (args.repeats, device)
         for name, ways in works(work).items():
             rows += measure(size, name, ways, N * args.M, *how)
-        group = min(N * args.M, max(2, N * args.M // len(OPS)))  # as many as have an operation in common in a plan
+        group = min(N * args.M, max(2, N * args.M // len(OPS)))  # about as many as share an operation in a plan
         for name in PAPER_OPS:
             alone += measure(size, name, of_one(work, name, group), group, *how)
         tables += [works_table(size, N, args.M, rows), operations_table(size, group, alone)]
@@ -100,7 +99,7 @@ def measure_all(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def build_config(size: int, M: int) -> Config:
-    """As for CIFAR, or as for ImageNet, whose images are cropped and flipped when they are read."""
+    """As for CIFAR, or for large images as for ImageNet, which are cropped and flipped when they are read."""
     if size <= 64:
         return Config(dataset="cifar10", M=M, policy="random")
     return Config(dataset="imagenet", crop_padding=0, M=M, policy="random")
@@ -146,7 +145,7 @@ def require_equal_to_pillow(work: Work) -> None:
 
 
 def works(work: Work) -> dict[str, Ways]:
-    """By name, what there is to do, and the ways to do it."""
+    """By name of the work, the ways to do it."""
     config, copies_BCHW, plan = work.config, work.copies_BCHW, work.plan
     normalise = Normalise(config, copies_BCHW.device)
     mean, std = normalise.mean_C11.flatten().tolist(), normalise.std_C11.flatten().tolist()
@@ -174,7 +173,7 @@ def works(work: Work) -> dict[str, Ways]:
 
 
 def operations(work: Work) -> dict[str, Callable[[], Any]]:
-    """The ways to carry out the plan alone, uint8 in and out."""
+    """The ways to apply the plan alone, uint8 in and out."""
     copies_BCHW, plan, todo = work.copies_BCHW, work.plan, list(zip(work.pillow_B, work.operations_BK, strict=True))
     ways = {
         OURS: lambda: apply(copies_BCHW, plan),
@@ -185,7 +184,7 @@ def operations(work: Work) -> dict[str, Callable[[], Any]]:
 
 
 def for_network(inputs_BCHW: Tensor) -> Tensor:
-    """In the memory format that networks are fastest with, and that the batched way writes at once."""
+    """In the channels_last memory format, which the batched way writes directly."""
     return inputs_BCHW.contiguous(memory_format=torch.channels_last)
 
 
@@ -206,9 +205,9 @@ def from_images(work: Work, normalise: Normalise, *, crop_per_copy: bool) -> Way
 
 
 def as_graph(copies_BCHW: Tensor, plan: Plan) -> Callable[[], Tensor]:
-    """What `apply` does on the device, captured once, to be played with other images and settings.
+    """`apply` on the device as a CUDA graph, for plans with the same operations at the same positions.
 
-    It serves plans in which the same operations occur at the same positions; its result is written over by the next.
+    Each call overwrites the result of the one before.
     """
     settings_KSB, present = family_settings(plan, *copies_BCHW.shape[-2:])
     images_BCHW, on_device_KSB = copies_BCHW.clone(), settings_KSB.to(copies_BCHW.device)
@@ -238,7 +237,7 @@ def as_graph(copies_BCHW: Tensor, plan: Plan) -> Callable[[], Tensor]:
 
 
 def of_one(work: Work, name: str, group: int) -> Ways:
-    """One operation on so many copies, at random levels and signs."""
+    """One operation on `group` copies, at random levels and signs."""
     op, draws = OPS[PAPER_OPS.index(name)], keyed_generator("benchmark", name)
     levels, coins = (torch.randint(high, (group,), generator=draws).tolist() for high in (10, 2))
     magnitudes = [

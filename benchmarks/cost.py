@@ -1,13 +1,13 @@
-"""What a run of each conf costs in GPU-hours and memory, computed and not measured.
+"""What a run of each conf costs in GPU-hours and memory: computed, not measured.
 
     python benchmarks/cost.py
 
-The operations of one image, forward and backward, are counted by torch's FLOP counter (a multiplication and an addition
-are two); times M copies, training images and epochs; over what one GPU does in an hour at an assumed share of its peak.
-Networks with few channels reach less than that share, and wide ones more: the order of magnitude is what is meant.
+GPU-hours: the FLOPs of an image, forward and backward, by torch's FLOP counter (a multiply-add is two), times M copies,
+training images and epochs, over what one GPU does in an hour at an assumed share of its peak. Narrow networks reach a
+smaller share, wide ones a larger one: this is an order of magnitude.
 
-The activations are what a micro-batch keeps for its backward pass, in bfloat16; weights, gradients and momentum come on
-top of them (12 bytes per parameter), and the backward pass's own needs.
+Activations: what a micro-batch keeps for its backward pass, in bfloat16. Weights, gradients and momentum (12 bytes per
+parameter) and the temporary memory of the backward pass come on top.
 """
 
 import sys
@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from config import Config, load_config  # noqa: E402, found by the line above
+from config import Config, load_config  # noqa: E402 (found by the line above)
 from models import build_model  # noqa: E402
 from training.distributed import exit_with_status  # noqa: E402
 from utils import CommandLine  # noqa: E402
@@ -31,7 +31,7 @@ CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
 
 
 class Cost(NamedTuple):
-    """Of a conf: FLOPs of one image, forward and backward; images seen, copies counted; hours of one GPU; bytes."""
+    """FLOPs of one image, forward and backward; images with all copies; hours of one GPU; bytes of activations."""
 
     flops_per_image: float
     images: int

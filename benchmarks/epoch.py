@@ -1,17 +1,17 @@
-"""Where the time of a run goes, end to end and by parts; and how long the commands take to start.
+"""How long an epoch and its parts take, and how long the commands take to start.
 
     python benchmarks/epoch.py                                                # confs/demo.yaml, on the CPU too
     python benchmarks/epoch.py --load_conf confs/cifar10/wresnet40x2_cifar10.yaml --amp --epochs 4
     python benchmarks/epoch.py --load_conf confs/imagenet/resnet50.yaml --dataroot DIR --amp --set accumulate=16
     torchrun --nproc_per_node 8 benchmarks/epoch.py --load_conf ... --amp
 
-main.train runs twice, for a few epochs each, into a directory that is thrown away. The first run is left alone: the
-clock is read when an epoch ends, and its seconds per epoch are the true ones. In the second it is read around the
-functions of every part as well; on CUDA that waits for the device each time, so that this run is slower and tells
-shares only. The first epoch of each, which warms everything up, does not count.
+main.train runs twice, for a few epochs each, in a temporary directory. In the first run the clock is read only at the
+end of an epoch: these are the seconds per epoch. In the second it is also read around the functions of every part; on
+CUDA each reading waits for the device, so that this run is slower and gives shares only. The first epoch of each run
+warms up and is not counted.
 
-What a part's function calls belongs to that part: images that are read in order to be scored are scoring. "other" is
-what the training loop does itself. The overhead is that of controller, logging and checkpoints.
+What a part's function calls belongs to that part: images that are read for scoring count as scoring. "other" is the
+training loop itself. The overhead is that of controller, logging and checkpoints.
 """
 
 import argparse
@@ -37,26 +37,27 @@ from measuring import ROOT, Spread, count, in_turn, parse, parser, publish, rati
 
 import main as training
 from config import DEFAULT_CONF, Config, add_setting_arguments, load_config, overrides_from, plain_values
+from dataloader import Normalise, TrainLoader
 from datasets.splits import ResidentSplit, StreamedSplit
 from evaluation.text_table import Table
 from policies.sources import PolicySource
+from training import manager
 from training.distributed import World, exit_with_status, join
 from training.log import Progress, RunLog
-from training.manager import RunManager
 from utils import UserError
 
-# The functions of each part, by who holds them: main's own names, and the classes whose objects it calls.
+# The functions of each part: (module or class, name).
 PARTS: dict[str, list[tuple[Any, str]]] = {
     "data": [(ResidentSplit, "batches"), (StreamedSplit, "batches")],
-    "augmentation": [(training, "draw"), (training, "make_inputs")],
+    "augmentation": [(TrainLoader, "draw"), (TrainLoader, "augment"), (Normalise, "__call__")],
     "model": [(training, "learn"), (training, "descend")],
     "controller": [(PolicySource, "resample"), (PolicySource, "observe"), (PolicySource, "update")],
     "logging": [
         *((RunLog, name) for name in ("interval", "epoch", "policy_images", "positions")),
         *((Progress, name) for name in ("step", "say")),
-        (training, "preview"),
+        (TrainLoader, "preview"),
     ],
-    "checkpoints": [(training, "save_model"), (RunManager, "save")],
+    "checkpoints": [(manager, "save_model"), (manager.RunManager, "save")],
     "scoring": [(training, "score_for_the_log")],
 }
 OVERHEAD = ("controller", "logging", "checkpoints")
@@ -69,7 +70,7 @@ STARTS = {
 
 
 class Epoch(NamedTuple):
-    """Seconds of an epoch, and of its parts as far as they were measured."""
+    """Seconds of an epoch, and of its parts where they were measured."""
 
     seconds: float
     parts: dict[str, float]
@@ -80,7 +81,7 @@ def main() -> None:
     config = load_config(args.load_conf or DEFAULT_CONF, overrides_from(args))
     if not 2 <= args.epochs <= config.epochs:
         raise UserError(
-            f"--epochs: {args.epochs} must be at least 2, for the first does not count, and at most the conf's "
+            f"--epochs: {args.epochs} must be at least 2, since the first is not counted, and at most the conf's "
             f"{config.epochs}"
         )
     with join(args.device) as world:
@@ -98,34 +99,34 @@ def parse_arguments() -> argparse.Namespace:
     add_setting_arguments(arguments)
     add = arguments.add_argument
     add("--amp", action="store_true", help="mixed precision")
-    add("--epochs", type=count, default=3, help="of each run, the first included (default: %(default)s)")
-    add("--no_starts", action="store_true", help="leave out how long the commands take to start")
+    add("--epochs", type=count, default=3, help="of each run, with the first (default: %(default)s)")
+    add("--no_starts", action="store_true", help="do not measure how long the commands take to start")
     return parse(arguments)
 
 
 def run(config: Config, args: argparse.Namespace, world: World, parts: dict[str, list[tuple[Any, str]]]) -> list[Epoch]:
-    """Train for a few epochs, without a word on stdout; returns all but the first."""
+    """Train for a few epochs without output; returns all but the first."""
     clock = Clock(world.device)
-    with tempfile.TemporaryDirectory() as folder, clock.watches(parts), contextlib.redirect_stdout(io.StringIO()):
+    with tempfile.TemporaryDirectory() as folder, clock.timing(parts), contextlib.redirect_stdout(io.StringIO()):
         said = dict.fromkeys(("resume", "resume_elastic", "overwrite"), False)
         said |= {"logdir": Path(folder), "name": "run", "stop_epoch": args.epochs}
         try:
             training.train(config, argparse.Namespace(**vars(args) | said), world)
         except KeyboardInterrupt as stop:
-            raise type(stop) from None  # this run is not kept, whatever main says of it
+            raise type(stop) from None  # without main's message: this run is not kept
     return clock.epochs[1 : args.epochs]
 
 
 class Clock:
-    """Seconds of every epoch of a run and of the parts in it that are watched."""
+    """Seconds of every epoch of a run and of the parts that are timed."""
 
     def __init__(self, device: torch.device):
         self.device, self.epochs = device, []
         self._began, self._parts, self._running = time.perf_counter(), Counter(), False
 
     @contextlib.contextmanager
-    def watches(self, parts: dict[str, list[tuple[Any, str]]]) -> Iterator[None]:
-        """Meanwhile the functions of these parts are replaced by ones that this clock times."""
+    def timing(self, parts: dict[str, list[tuple[Any, str]]]) -> Iterator[None]:
+        """Replace the functions of these parts by timed ones."""
         with contextlib.ExitStack() as replaced:
             for part, functions in parts.items():
                 for holder, name in functions:
@@ -155,7 +156,7 @@ class Clock:
 
     @contextlib.contextmanager
     def _part(self, part: str) -> Iterator[None]:
-        """What happens meanwhile is of this part, unless it is within another."""
+        """Count the time of the block for this part, unless it is inside another part."""
         if self._running:
             yield
             return
@@ -169,7 +170,7 @@ class Clock:
             self._running = False
 
     def _ending_an_epoch(self, say: Callable[..., None]) -> Callable[..., None]:
-        """Of an epoch, main says a line when all is done that belongs to it."""
+        """main prints the line of an epoch at its end."""
 
         @functools.wraps(say)
         def call(*arguments: Any) -> None:
@@ -182,7 +183,7 @@ class Clock:
 
 
 def measure_starts(repeats: int) -> dict[str, list[float]]:
-    """Seconds of each command in a fresh process, by turn."""
+    """Seconds of each command in a new process, in turn."""
 
     def start(words: list[str]) -> None:
         subprocess.run([sys.executable, *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
@@ -191,7 +192,7 @@ def measure_starts(repeats: int) -> dict[str, list[float]]:
 
 
 def parts_of(epochs: list[Epoch]) -> dict[str, list[float]]:
-    """Seconds of each part, epoch by epoch, and of what is left."""
+    """Seconds of each part by epoch, and of the rest."""
     parts = {part: [epoch.parts.get(part, 0.0) for epoch in epochs] for part in PARTS}
     return parts | {"other": [epoch.seconds - sum(epoch.parts.values()) for epoch in epochs]}
 

@@ -1,4 +1,4 @@
-"""Whether everything is exact on a device: every operation beside Pillow, and the tests marked cuda.
+"""Whether results on a device are exact: every operation compared with Pillow, and the tests marked cuda.
 
 Shape suffixes: B images; C, H, W as usual.
 """
@@ -31,8 +31,8 @@ from utils import UserError, keyed_generator
 TESTS = ROOT / "tests"
 
 
-def beside_pillow(dataroot: Path | None, side: int, device: torch.device) -> tuple[str, dict[str, Any]]:
-    """In words and numbers, how many values differ from Pillow's, over all operations, levels and signs."""
+def compare_with_pillow(dataroot: Path | None, side: int, device: torch.device) -> tuple[str, dict[str, Any]]:
+    """How many values differ from Pillow's, over all operations, levels and signs."""
     images_BCHW, where = some_images(dataroot, side)
     differing = {op.name: sum(differences(op, images_BCHW, device)) for op in OPS}
     variants = sum(len(magnitudes_of(op)) for op in OPS)
@@ -42,13 +42,13 @@ def beside_pillow(dataroot: Path | None, side: int, device: torch.device) -> tup
 
 
 def magnitudes_of(op: Op) -> list[float]:
-    """At every level, with both signs where the operation has them; one where it has none."""
+    """At every level, with both signs where the operation is signed; [0.0] for one without levels."""
     levels = [op.magnitude(level) for level in range(10)] if op.low is not None else [0.0]
     return [sign * magnitude for magnitude in levels for sign in ((1, -1) if op.signed else (1,))]
 
 
 def differences(op: Op, images_BCHW: Tensor, device: torch.device) -> Iterator[int]:
-    """Numbers of values in which the device's results differ from Pillow's, for each magnitude."""
+    """How many values on the device differ from Pillow's, for each magnitude."""
     B, on_device, pillow_B = len(images_BCHW), images_BCHW.to(device), [to_pillow(one) for one in images_BCHW]
     partner_B1, centre_B12 = torch.arange(B).roll(1)[:, None], torch.rand(B, 1, 2, generator=keyed_generator("centre"))
     for magnitude in magnitudes_of(op):
@@ -66,7 +66,7 @@ def differences(op: Op, images_BCHW: Tensor, device: torch.device) -> Iterator[i
 
 
 def some_images(dataroot: Path | None, side: int, count: int = 8) -> tuple[Tensor, str]:
-    """uint8 (count, 3, side, side), and what they are."""
+    """uint8 (count, 3, side, side), and what kind of images they are."""
     if dataroot is None:
         images_BCHW, where = draw_shapes("test")[0][:count], "embedded shapes"
     elif is_cifar10(dataroot):
@@ -89,14 +89,14 @@ def is_cifar10(root: Path) -> bool:
 
 
 def run_marked_tests(device: str, report: Report) -> None:
-    """Run the tests marked cuda on the device, and report each."""
+    """Run the tests marked cuda on the device and report each."""
     try:
         import pytest
     except ImportError:
         report("tests", "skipped, pytest is not installed (requirements-dev.txt)", failed="pytest is not installed")
         return
-    files = [str(file) for file in sorted(TESTS.glob("test_*.py")) if "mark.cuda" in file.read_text(encoding="utf-8")]
-    # A warning of another version, or a file that cannot be imported there, must not cost the other tests.
+    files = [str(file) for file in sorted(TESTS.rglob("test_*.py")) if "mark.cuda" in file.read_text(encoding="utf-8")]
+    # A warning of another version, or a file that cannot be imported, must not stop the other tests.
     words = ["-m", "cuda", "--device", device, "-W", "default", "--continue-on-collection-errors", *files]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         status = pytest.main(["-q", "-p", "no:cacheprovider", *words], plugins=[Outcomes(report)])
@@ -108,20 +108,20 @@ def run_marked_tests(device: str, report: Report) -> None:
 
 
 class Outcomes:
-    """A pytest plugin that reports every test when it ends; for one that passes nothing is printed."""
+    """A pytest plugin that reports every test when it ends, and prints those that do not pass."""
 
     def __init__(self, report: Report):
         self.report = report
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when == "call" or report.outcome != "passed":
-            self._tell(report, took=round(report.duration, 1))
+            self._send(report, took=round(report.duration, 1))
 
     def pytest_collectreport(self, report: Any) -> None:
         if report.outcome == "failed":
-            self._tell(report)
+            self._send(report)
 
-    def _tell(self, report: Any, **measured: Any) -> None:
+    def _send(self, report: Any, **measured: Any) -> None:
         if report.outcome == "failed":
             reasons = re.findall(r"^E +(.+)$", report.longreprtext, re.MULTILINE)
             measured["failed"] = reasons[0] if reasons else report.longreprtext.splitlines()[-1]

@@ -1,13 +1,13 @@
-"""How fast ImageNet's images are read: ours beside torchvision's usual way, in images per second and core.
+"""How fast ImageNet's images are read, compared with torchvision's usual way, in images per second and core.
 
-    python benchmarks/loading.py                                    # on JPEGs that it draws itself
+    python benchmarks/loading.py                                    # generated JPEGs
     python benchmarks/loading.py --images data/imagenet/train --reads 2000 --workers 0 4 8 16
 
-ours          imagefiles.ImageFiles with RandomCrop, as main.py reads images for training
+ours          datasets.imagefiles.ImageFiles with RandomCrop, as main.py reads images for training
 torchvision   ImageFolder, RandomResizedCrop(224, bicubic), RandomHorizontalFlip, PILToTensor, through a DataLoader
 
-Both read the same files, take turns, and have as many worker processes (0: this process alone), whose start counts.
-DIR holds JPEGs, or class folders of them. One decoding serves all M copies of an image.
+Both read the same files in turn with the same number of worker processes (0: none), whose start is timed too. DIR holds
+JPEGs, or class folders of them. An image is decoded once for all its M copies.
 """
 
 import argparse
@@ -58,16 +58,16 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     arguments = parser(__doc__)
     add = arguments.add_argument
-    add("--images", type=Path, metavar="DIR", help="JPEGs, or class folders of them (default: drawn ones)")
-    add("--reads", type=count, default=512, help="images read in a turn; the files are gone round (default: 512)")
+    add("--images", type=Path, metavar="DIR", help="JPEGs, or class folders of them (default: generated ones)")
+    add("--reads", type=count, default=512, help="images read in a turn (default: 512)")
     add("--size", type=count, default=224, help="side of the crops in pixels (default: 224)")
     add("--batch_size", type=count, default=32, help="images that a worker reads at a time (default: 32)")
-    add("--workers", type=count_or_none, nargs="+", default=[0, cores()], help="(default: none, and a core each)")
+    add("--workers", type=count_or_none, nargs="+", default=[0, cores()], help="(default: 0, and one per core)")
     return parse(arguments)
 
 
 def draw_jpegs(folder: Path, number: int) -> Path:
-    """Smooth noise under grain that makes the files about as large as photographs of this size."""
+    """Smooth noise with grain: files about as large as photographs of this size."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for file, size in zip(range(number), itertools.cycle(DRAWN)):
@@ -79,7 +79,7 @@ def draw_jpegs(folder: Path, number: int) -> Path:
 
 
 def in_class_folders(images: Path, folder: Path) -> ImageFolder:
-    """torchvision's data set of the class folders in `images`; without any, all are one class. Raises UserError."""
+    """torchvision's data set of the class folders in `images`, or of `images` as one class. Raises UserError."""
     if not images.is_dir():
         raise UserError(f"--images {images}: there is no such folder")
     if not class_folders(images):
@@ -90,7 +90,7 @@ def in_class_folders(images: Path, folder: Path) -> ImageFolder:
 
 
 def measure(theirs: ImageFolder, workers: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of both ways by turn, with so many workers, and torchvision's to ours."""
+    """Seconds of both ways by turn, and torchvision's relative to ours."""
     ours = ImageFiles([Path(path) for path, _ in theirs.samples], RandomCrop(args.size, flip=True))
     order, epochs, pinned = torch.arange(args.reads) % len(ours), itertools.count(), args.device.startswith("cuda")
 
@@ -121,7 +121,7 @@ def table(files: int, rows: list[dict[str, Any]], args: argparse.Namespace) -> T
         f"Reading {args.reads:,} images ({files:,} files) as crops of {args.size}x{args.size}",
         ["workers", "", "images/s", "images/s/core", "ours / torchvision"],
         cells,
-        [f"One decoding serves all copies: with M = {M}, ours reads for {M * fastest:,.0f} copies a second."],
+        [f"An image is decoded once for all copies: with M = {M}, enough for {M * fastest:,.0f} copies a second."],
     )
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: cases measured in turn, medians and spread, the machine, a table and a JSON file."""
+"""Shared by the benchmarks: timing in turn, medians and spread, the machine, arguments, tables and JSON files."""
 
 import argparse
 import functools
@@ -22,18 +22,18 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from evaluation.text_table import Table, render  # noqa: E402, found by the line above
+from evaluation.text_table import Table, render  # noqa: E402 (found by the line above)
 from utils import CommandLine, UserError, environment, first_line  # noqa: E402
 
 CPU = torch.device("cpu")
 LONGEST_REPORT = 3000  # characters of a failure that are kept
 
-# Called with a name, words to print (none where it is empty), and what was measured, by name.
+# Called with a name, a text to print (nothing where it is empty) and the measurements as keywords.
 Report = Callable[..., None]
 
 
 class Spread(NamedTuple):
-    """Of repeated measurements: the median, the smallest and the largest."""
+    """Median, smallest and largest of repeated measurements."""
 
     median: float
     low: float
@@ -44,7 +44,7 @@ class Spread(NamedTuple):
         return cls(statistics.median(values), min(values), max(values))
 
     def per_second(self, things: int) -> "Spread":
-        """Of seconds that so many things took: how many a second."""
+        """The rate, where the values are the seconds that `things` took."""
         return Spread(things / self.median, things / self.high, things / self.low)
 
     def describe(self, form: str = ",.0f") -> str:
@@ -52,16 +52,15 @@ class Spread(NamedTuple):
 
 
 def in_turn(cases: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device = CPU) -> dict[str, list[float]]:
-    """Seconds of every case, `repeats` times. They take turns, so that whatever slows the machine meets all alike.
+    """Seconds of every case, `repeats` times. They take turns, so that a slow moment of the machine affects all.
 
-    Every other turn goes backwards, so that none always comes after the same one. One call of each beforehand does not
-    count.
+    Every other turn is in reverse order. One call of each beforehand is not counted.
     """
     return take_turns({name: functools.partial(timed, case, device) for name, case in cases.items()}, repeats)
 
 
 def take_turns(cases: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """As `in_turn`, of cases that say themselves how many seconds they took."""
+    """As `in_turn`, for cases that return their own seconds."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for repeat in range(-1, repeats):
         for name in list(cases)[:: 1 if repeat % 2 else -1]:
@@ -72,7 +71,7 @@ def take_turns(cases: Mapping[str, Callable[[], float]], repeats: int) -> dict[s
 
 
 def timed(case: Callable[[], Any], device: torch.device = CPU) -> float:
-    """Seconds until what `case` started on the device is done."""
+    """Seconds until the device has finished what `case` started."""
     wait_for(device)
     started = time.perf_counter()
     case()
@@ -86,15 +85,15 @@ def wait_for(device: torch.device) -> None:
 
 
 def ratios(seconds: list[float], to: list[float]) -> Spread:
-    """Of measurements that were taken in turn, one to the other."""
+    """Ratios of measurements of the same turn."""
     return Spread.of([a / b for a, b in zip(seconds, to, strict=True)])
 
 
 def peak_memory(device: torch.device = CPU) -> float:
-    """Of this process so far, in bytes: of the GPU's memory, or of main memory."""
+    """The peak of this process so far in bytes, of the GPU's memory or of main memory."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
-    status = Path("/proc/self/status")  # getrusage begins with the peak of the process that started this one
+    status = Path("/proc/self/status")  # getrusage starts with the peak of the parent process
     lines = status.read_text().splitlines() if status.exists() else []
     for line in lines:
         if line.startswith("VmHWM:"):
@@ -103,7 +102,7 @@ def peak_memory(device: torch.device = CPU) -> float:
 
 
 def host_waits(case: Callable[[], Any], device: torch.device) -> int | None:
-    """How often `case` makes the host wait for the GPU, as far as torch's own watch sees it; None on the CPU."""
+    """How often `case` makes the host wait for the GPU, as torch's synchronisation warnings count; None on the CPU."""
     if device.type != "cuda":
         return None
     with warnings.catch_warnings(record=True) as caught:
@@ -117,7 +116,7 @@ def host_waits(case: Callable[[], Any], device: torch.device) -> int | None:
 
 
 def report_failure(report: Report, name: str, error: Exception) -> None:
-    """In a line, and with the end of its traceback in the file."""
+    """Report an error in a line, with the end of its traceback in the file."""
     reason = first_line(error)
     report(
         name, f"failed: {reason}", failed=reason, report="".join(traceback.format_exception(error))[-LONGEST_REPORT:]
@@ -125,7 +124,7 @@ def report_failure(report: Report, name: str, error: Exception) -> None:
 
 
 def attempt(report: Report, name: str, measure: Callable[[], tuple[str, dict[str, Any]]]) -> None:
-    """Report what is measured, or why it cannot be."""
+    """Report the measurement, or the error."""
     began = time.monotonic()
     try:
         words, measured = measure()
@@ -136,21 +135,21 @@ def attempt(report: Report, name: str, measure: Callable[[], tuple[str, dict[str
 
 
 def processor() -> str:
-    """Its maker's name for it, as far as the system tells."""
+    """The name of the CPU, as far as the system reports it."""
     info = Path("/proc/cpuinfo")
     named = re.search(r"^model name\s*:\s*(.+)$", info.read_text() if info.exists() else "", re.MULTILINE)
     return named.group(1) if named else platform.processor() or platform.machine()
 
 
 def cores() -> int:
-    """That this process may run on."""
+    """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What measurements on this device depend on: versions, processor, and the GPU with its driver."""
+    """What measurements depend on: versions, processor, and the GPU with its driver."""
     here = environment(device) | {"processor": processor(), "cores": cores()}
-    del here["platform"]  # nobody else's numbers depend on the name of this kernel
+    del here["platform"]
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         gigabytes, capability = properties.total_memory / 1e9, f"{properties.major}.{properties.minor}"
@@ -159,8 +158,8 @@ def machine(device: torch.device) -> dict[str, Any]:
     return here
 
 
-def describe(here: Mapping[str, Any]) -> str:
-    """A `machine` in a line."""
+def describe_machine(here: Mapping[str, Any]) -> str:
+    """The result of `machine` in a line."""
     device = here["processor"] if here["device"].startswith("cpu") else here["device"]
     names = {"torch": "torch", "torchvision": "torchvision", "pillow": "Pillow", "cuda": "CUDA", "driver": "driver"}
     versions = ", ".join(f"{words} {here[name]}" for name, words in names.items() if here.get(name))
@@ -168,7 +167,7 @@ def describe(here: Mapping[str, Any]) -> str:
 
 
 def driver() -> str | None:
-    """Version of the GPU's driver, as far as nvidia-smi tells."""
+    """Version of the GPU's driver from nvidia-smi, or None."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
@@ -177,12 +176,12 @@ def driver() -> str | None:
 
 
 def count(text: str) -> int:
-    """A command line's number of things, at least one."""
+    """Argument type: a whole number of at least 1."""
     return _whole_number(text, 1)
 
 
 def count_or_none(text: str) -> int:
-    """A command line's number of things, 0 allowed."""
+    """Argument type: a whole number of at least 0."""
     return _whole_number(text, 0)
 
 
@@ -193,17 +192,17 @@ def _whole_number(text: str, least: int) -> int:
 
 
 def parser(description: str) -> CommandLine:
-    """With the arguments that every benchmark has: repeats, threads, device and output."""
+    """A parser with the arguments of every benchmark: repeats, threads, device and output."""
     parser = CommandLine(prog=f"benchmarks/{Path(sys.argv[0]).name}", description=description)
-    parser.add_argument("--repeats", type=count, default=5, help="medians are of so many (default: %(default)s)")
-    parser.add_argument("--threads", type=count, help="of torch, on the CPU; default: torch's own choice")
+    parser.add_argument("--repeats", type=count, default=5, help="measurements of each median (default: %(default)s)")
+    parser.add_argument("--threads", type=count, help="of torch on the CPU (default: as torch chooses)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, help="JSON file; default: ./logs/benchmarks/<name>.json")
+    parser.add_argument("--output", type=Path, help="JSON file (default: ./logs/benchmarks/<name>.json)")
     return parser
 
 
 def parse(parser: CommandLine) -> argparse.Namespace:
-    """The arguments, with torch's threads set as they say. Raises UserError."""
+    """Parse the arguments and set torch's threads. Raises UserError."""
     args = parser.parse_args()
     if args.threads and args.threads > 1024:
         raise UserError(f"--threads: {args.threads} is more than 1024")
@@ -223,11 +222,11 @@ def publish(
 ) -> None:
     """Write all measurements, the machine and the command to the JSON file; print the tables and the machine.
 
-    medians_of: what is repeated, where that is not so many measurements as `args.repeats` says.
+    medians_of: what is repeated, where it is not `args.repeats` measurements.
     """
     here = machine(torch.device(args.device))
     content = {"date": time.strftime("%Y-%m-%d"), "environment": here, "repeats": args.repeats, "measured": measured}
     args.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print("\n\n".join(render(table) for table in tables))
-    print(f"\n{describe(here)}; medians of {medians_of or args.repeats}")
+    print(f"\n{describe_machine(here)}; medians of {medians_of or args.repeats}")
     print(f"written to {args.output}")

@@ -1,9 +1,9 @@
-"""What reading from memory-mapped arrays adds to the model's own inference rate, and the memory that it takes.
+"""What reading memory-mapped arrays adds to the time of scoring, and the memory it takes.
 
     python benchmarks/scoring.py [--model wresnet40_2] [--images 10000] [--repeats 5] [--device cuda]
 
-A file of noise in the layout of CIFAR-10-C, five severities of so many images, is scored cell by cell as evaluate.py
-does, in turn with the same images at hand on the device.
+A file of noise in the layout of CIFAR-10-C, five severities of --images each, is scored as evaluate.py does, in turn
+with the same images in memory on the device.
 """
 
 import itertools
@@ -40,17 +40,17 @@ def main() -> None:
         np.save(path, np.random.default_rng(0).integers(0, 256, (5 * args.images, 32, 32, 3), dtype=np.uint8))
         mapped = [MappedSplit(path, severity * args.images, labels, world.device) for severity in range(5)]
         (images_NCHW, _) = next(mapped[0].batches([torch.arange(args.images)]))
-        at_hand, severities = ResidentSplit(images_NCHW.contiguous(), labels), itertools.cycle(mapped)
-        predict(model, at_hand, normalise, world)
+        in_memory, severities = ResidentSplit(images_NCHW.contiguous(), labels), itertools.cycle(mapped)
+        predict(model, in_memory, normalise, world)
         before = peak_memory()
         cases = {
-            "at hand": lambda: predict(model, at_hand, normalise, world),
+            "in memory": lambda: predict(model, in_memory, normalise, world),
             "mapped": lambda: predict(model, next(severities), normalise, world),
         }
         seconds = in_turn(cases, args.repeats, world.device)
         above = peak_memory() - before
     rows = [[name, Spread.of(seconds[name]).per_second(args.images).describe()] for name in cases]
-    ratio = ratios(seconds["mapped"], seconds["at hand"]).median
+    ratio = ratios(seconds["mapped"], seconds["in memory"]).median
     notes = [f"reading adds {ratio - 1:.1%}; peak memory {above / 1e6:,.0f} MB above the model's"]
     table = Table(f"Scoring {args.model}, {args.images:,} images at a time", ["", "images/s"], rows, notes)
     measured = {"model": args.model, "images": args.images, "seconds": seconds, "ratio": ratio, "memory": above}

@@ -2,7 +2,7 @@
 
     python benchmarks/signals.py [--load_conf confs/cifar10/wresnet40x2_cifar10.yaml --amp] [--steps 3] [--repeats 7]
 
-All take their steps in turn, from the same noise, and are compared with the controller rewarded by the loss. AugMix
+They take their steps in turn, from the same noise, and are compared with the controller rewarded by the loss. AugMix
 makes four views of every copy.
 """
 
@@ -44,7 +44,7 @@ def main() -> None:
     rows = [(name, f"{1000 * Spread.of(seconds[name]).median:,.0f}", to[name].describe(".3f")) for name in cases]
     title = f"A step of {base.model}, N = {base.batch_size}, M = {base.M}"
     measured = {"model": base.model, "N": base.batch_size, "M": base.M, "seconds": seconds, "ratios": to}
-    publish(args, [Table(title, ["policies", "ms", f"beside {LEARNED}'s"], rows)], measured)
+    publish(args, [Table(title, ["policies", "ms", f"relative to {LEARNED}"], rows)], measured)
 
 
 if __name__ == "__main__":

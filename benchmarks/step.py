@@ -1,23 +1,22 @@
-"""What a training step costs: with policies, at its limit, and fed by the field's per-image pipeline.
+"""What a training step costs: with policies, on ready inputs, and fed by a per-image pipeline.
 
     python benchmarks/step.py                                                 # confs/demo.yaml, on the CPU too
     python benchmarks/step.py --load_conf confs/cifar10/wresnet40x2_cifar10.yaml --amp --M 1 2 4 8 16 --memory
     python benchmarks/step.py --load_conf confs/cifar10/wresnet28x10_cifar10.yaml --amp --M 8 --images 32 64 128
     python benchmarks/step.py --load_conf confs/imagenet/resnet50.yaml --amp --set accumulate=1 \\
         --M 8 --images 32 --image_sizes 128 224
-    torchrun --nproc_per_node 8 benchmarks/step.py --load_conf ... --amp      # every process its share of the batch
+    torchrun --nproc_per_node 8 benchmarks/step.py --load_conf ... --amp      # each process takes its share
 
-policies    as main.py trains: images by index, draws, crop, flip, operations, normalisation, Cutout; learning
-limit       the same learning from inputs that are on the device already: nothing can feed it faster
-per image   the same learning from inputs that worker processes make image by image (perimage.py)
+policies    as main.py trains: images by index, draws, crop, flip, operations, normalisation, Cutout, learning
+limit       the same learning from inputs that are on the device already
+per image   the same learning from inputs that worker processes make image by image (others/perimage.py)
 
-The three take turns, and ratios are of measurements taken in the same turn. The per-image pipeline is in full swing
-when it is timed: the batches that its workers prepare ahead are neither won nor lost. The images are noise, for speed
-depends on them only through their size. The policies are drawn once, from the conf's source; files are not read
-(loading.py measures that).
+The three take turns, and ratios are of measurements of the same turn. The workers of the per-image pipeline are started
+and have filled their queues before it is timed. The images are noise, since only their size affects the speed. The
+policies are drawn once, from the conf's source; no files are read (loading.py measures that).
 
-waits: how often the host waits for the GPU in a step with policies; none is what keeps the GPU busy. --memory measures
-the peak of the first two ways, each in a process of its own.
+waits: how often the host waits for the GPU in a step with policies. --memory measures the peak memory of the first two
+ways, each in its own process.
 
 Shape suffixes as in main.py: N images of a batch, M copies of each; B = N * M, image-major.
 """
@@ -49,15 +48,15 @@ from datasets.splits import ResidentSplit
 from evaluation.text_table import Table
 from models import build_model
 from training.distributed import World, exit_with_status, join
-from training.state import TrainingState
+from training.state import TrainingState, check_support
 from utils import UserError, choose_kernels, keyed_generator, keyed_seed, seed_default_generators
 
 WAYS = ("policies", "limit", "per image")
-AHEAD = 2  # batches that each worker of the per-image pipeline prepares in advance: the loader's own default
+AHEAD = 2  # batches that each worker of the per-image pipeline prepares in advance: the DataLoader's default
 
 
 class Row(NamedTuple):
-    """One size, measured: seconds per step of each way by turn; bytes at the peak of those measured; waits per step."""
+    """The measurements of one size: seconds per step by way and turn, peak memory in bytes by way, waits per step."""
 
     config: Config
     seconds: dict[str, list[float]]
@@ -65,16 +64,16 @@ class Row(NamedTuple):
     waits: float | None
 
     def ratio(self, way: str) -> Spread:
-        """Of its seconds to those at the limit."""
+        """Its seconds relative to the limit's."""
         return ratios(self.seconds[way], self.seconds["limit"])
 
 
 def main() -> None:
     args = parse_arguments()
-    configs = sizes_asked_for(args)
+    configs = requested_sizes(args)
     with join(args.device) as world:
         for config in configs:
-            training.check_support(config, world)
+            check_support(config, world)
         if args.memory and world.size > 1:
             raise UserError("--memory: measures one process; start it without torchrun")
         args.workers = args.workers or max(1, cores() // world.size)
@@ -93,16 +92,16 @@ def parse_arguments() -> argparse.Namespace:
     add("--images", type=count, nargs="+", metavar="N", help="of a batch (default: the conf's batch_size)")
     add("--image_sizes", type=count, nargs="+", metavar="SIDE", help="in pixels (default: the conf's image_size)")
     add("--steps", type=count, default=5, help="of each way in a turn (default: %(default)s)")
-    add("--workers", type=count, help="of each process's per-image pipeline (default: a core each)")
-    add("--memory", action="store_true", help="measure the peak of memory as well")
+    add("--workers", type=count, help="of each process's per-image pipeline (default: one per core)")
+    add("--memory", action="store_true", help="also measure peak memory")
     return parse(arguments)
 
 
-def sizes_asked_for(args: argparse.Namespace) -> list[Config]:
-    """Raises UserError for sizes that cannot be."""
+def requested_sizes(args: argparse.Namespace) -> list[Config]:
+    """A config for each size. Raises UserError."""
     overrides = overrides_from(args)
     if stated := {"M", "batch_size", "image_size"} & set(overrides):
-        raise UserError(f"--set {min(stated)}: is measured for each of --M, --images and --image_sizes; say it there")
+        raise UserError(f"--set {min(stated)}: is measured for each of --M, --images and --image_sizes; set it there")
     config = load_config(args.load_conf or DEFAULT_CONF, overrides)
     sizes = itertools.product(
         args.image_sizes or [config.image_size], args.images or [config.batch_size], args.policies
@@ -115,7 +114,7 @@ def measure(config: Config, args: argparse.Namespace, world: World) -> Row:
     steps = Steps(config, world)
     ways = {
         "policies": functools.partial(timed_steps, steps, steps.with_policies, args.steps),
-        "limit": functools.partial(timed_steps, steps, steps.at_the_limit, args.steps),
+        "limit": functools.partial(timed_steps, steps, steps.with_ready_inputs, args.steps),
         "per image": per_image(steps, args.steps, args.workers),
     }
     seconds = {way: [took / args.steps for took in turns] for way, turns in take_turns(ways, args.repeats).items()}
@@ -124,7 +123,7 @@ def measure(config: Config, args: argparse.Namespace, world: World) -> Row:
 
 
 class Steps:
-    """Steps of training on noise, as main.train_one_epoch takes them, from whatever inputs."""
+    """Training steps on noise, as main.train_one_epoch takes them, from given inputs."""
 
     def __init__(self, config: Config, world: World):
         choose_kernels(world.device, config.deterministic, config.tf32)
@@ -141,6 +140,7 @@ class Steps:
         self.taken = itertools.count()
         images_NCHW, labels_N = self.noise()
         self.split = ResidentSplit(images_NCHW.to(world.device), labels_N)
+        self.loader = self.state.loader(self.split)
 
     def noise(self) -> tuple[Tensor, Tensor]:
         """uint8 (N, C, H, W) and labels (N,), on the CPU."""
@@ -149,29 +149,26 @@ class Steps:
         return images_NCHW, torch.randint(self.classes, (N,), generator=draws)
 
     def take(self, inputs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        training.take_step(self.state, inputs, len(self.micro_batches), self.config.lr)
+        training.take_step(self.state, inputs, self.config.lr)
 
     def with_policies(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """A step's micro-batches as main.train_one_epoch makes them."""
-        state, N = self.state, self.config.batch_size
-        ((images_NCHW, labels_N),) = self.split.batches([torch.arange(N)])
-        draws = training.draw(state, images_NCHW, "train", next(self.taken), N=N)
-        for micro in self.micro_batches:
-            yield training.make_inputs(state, images_NCHW, labels_N, range(N), draws, micro)
+        """The micro-batches of a step, as main.train_one_epoch makes them."""
+        ((images_NCHW, labels_N),) = self.split.batches([torch.arange(self.config.batch_size)])
+        return self.loader.micro_batches(images_NCHW, labels_N, next(self.taken))
 
     @functools.cached_property
-    def at_hand(self) -> tuple[Tensor, Tensor]:
-        """A micro-batch of finished inputs on the device."""
+    def ready_inputs(self) -> tuple[Tensor, Tensor]:
+        """A micro-batch of inputs on the device."""
         B, side, device = len(self.micro_batches[0]) * self.config.M, self.config.image_size, self.world.device
         inputs_BCHW = torch.randn(B, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
         return inputs_BCHW, torch.randint(self.classes, (B,), device=device)
 
-    def at_the_limit(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """A step's micro-batches at no cost."""
-        return itertools.repeat(self.at_hand, len(self.micro_batches))
+    def with_ready_inputs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The micro-batches of a step, from tensors that exist already."""
+        return itertools.repeat(self.ready_inputs, len(self.micro_batches))
 
-    def handed_over(self, copies_NMCHW: Tensor, labels_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """A step's micro-batches from a batch of this process's images, that workers have made on the CPU."""
+    def from_workers(self, copies_NMCHW: Tensor, labels_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The micro-batches of a step, from a batch that workers have made on the CPU."""
         for micro in self.micro_batches:
             own = slice(micro.start - self.own.start, micro.stop - self.own.start)
             inputs_BCHW = copies_NMCHW[own].flatten(0, 1).to(self.world.device, non_blocking=True)
@@ -180,9 +177,9 @@ class Steps:
 
 
 def timed_steps(steps: Steps, inputs: Callable[[], Iterable[tuple[Tensor, Tensor]]], number: int) -> float:
-    """Seconds of so many steps, each from new inputs.
+    """Seconds of `number` steps, each from new inputs.
 
-    On CUDA one more goes before them, as in training: the host plans a step while the GPU still works on the last one.
+    On CUDA another step comes first: as in training, the host prepares a step while the GPU works on the last one.
     """
     if steps.world.device.type != "cuda":
         return timed(lambda: [steps.take(inputs()) for _ in range(number)])
@@ -197,10 +194,10 @@ def timed_steps(steps: Steps, inputs: Callable[[], Iterable[tuple[Tensor, Tensor
 
 
 def per_image(steps: Steps, number: int, workers: int) -> Callable[[], float]:
-    """A function that feeds steps from the per-image pipeline and returns the seconds of so many of them.
+    """A function that feeds `number` steps from the per-image pipeline and returns their seconds.
 
-    Steps before those that count fill the pipeline, and it makes batches after them that are thrown away: between two
-    calls it rests, and what its workers prepare ahead balances.
+    Untimed steps before them fill the pipeline, and as many batches after them are thrown away, so that what the
+    workers prepare in advance cancels out.
     """
     images_NCHW, labels_N = steps.noise()
     images_NHWC, ahead = images_NCHW.permute(0, 2, 3, 1).contiguous().numpy(), workers * AHEAD
@@ -219,8 +216,8 @@ def per_image(steps: Steps, number: int, workers: int) -> Callable[[], float]:
     def seconds() -> float:
         reading = iter(loader)
         for batch in itertools.islice(reading, ahead):
-            steps.take(steps.handed_over(*batch))
-        took = timed_steps(steps, lambda: steps.handed_over(*next(reading)), number)
+            steps.take(steps.from_workers(*batch))
+        took = timed_steps(steps, lambda: steps.from_workers(*next(reading)), number)
         for _ in reading:
             pass
         return took
@@ -229,7 +226,7 @@ def per_image(steps: Steps, number: int, workers: int) -> Callable[[], float]:
 
 
 def peak_alone(config: Config, way: str, args: argparse.Namespace) -> float:
-    """Bytes at the peak of a process that takes three steps in one way."""
+    """Peak memory in bytes of a process that takes three steps in one way."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(peak_of_steps, config, way, args.device, args.threads).result()
 
@@ -239,7 +236,7 @@ def peak_of_steps(config: Config, way: str, device: str, threads: int | None) ->
         torch.set_num_threads(threads)
     with join(device) as world:
         steps = Steps(config, world)
-        timed_steps(steps, {"policies": steps.with_policies, "limit": steps.at_the_limit}[way], 3)
+        timed_steps(steps, {"policies": steps.with_policies, "limit": steps.with_ready_inputs}[way], 3)
         return peak_memory(world.device)
 
 
@@ -248,7 +245,7 @@ def table(conf: str, rows: list[Row], args: argparse.Namespace) -> Table:
     header += ["peak, MB", "above the limit's"] if args.memory else []
     policies, per_image = (Spread.of([row.ratio(way).median for row in rows]) for way in ("policies", "per image"))
     notes = [
-        f"A step with policies takes {policies.low:.3f} to {policies.high:.3f} times as long as at the limit, one fed "
+        f"A step with policies takes {policies.low:.3f} to {policies.high:.3f} times as long as the limit, one fed "
         f"image by image {per_image.low:.3f} to {per_image.high:.3f} times ({args.workers} worker processes)."
     ]
     return Table(f"A training step of {conf}, median (lowest to highest)", header, [cells(row) for row in rows], notes)

@@ -1,4 +1,4 @@
-"""Shared by all tests: examples drawn by hypothesis are the same every time, and none of them races a clock."""
+"""Shared by all tests: fixtures that run scripts and processes, tiny runs, and the choice of quick tests."""
 
 import contextlib
 import functools
@@ -32,12 +32,13 @@ from datasets import loading
 from training.checkpoint import Checkpoints
 from training.distributed import World, exit_with_status, join
 
+# The same examples every time, and no limit on how long one takes.
 settings.register_profile("project", deadline=None, derandomize=True, database=None)
 settings.load_profile("project")
-# Threads that wait for each other by spinning make small steps many times slower on a machine with other work.
+# Threads that spin while they wait make small steps many times slower on a busy machine.
 torch.set_num_threads(1)
-processes.leave = sys.exit  # here and in what is forked from here; a script in a process of its own leaves as it is
-loading.draw_shapes = functools.cache(loading.draw_shapes)  # always the same, and wanted by every run
+processes.leave = sys.exit  # here and in forked processes; scripts that are started as programs are not affected
+loading.draw_shapes = functools.cache(loading.draw_shapes)  # always the same, and needed by every run
 
 ROOT = Path(__file__).parent.parent
 DRAW_PLOTS = evaluate.draw_plots
@@ -48,7 +49,7 @@ TINY = ("model=wresnet10_1", "train_size=40", "batch_size=10", "M=2", "epochs=3"
 # With main.build_model replaced by little_network, a run that is smaller still: 4 steps an epoch, scored on 10 images.
 LITTLE = ("valid_size=10", "dropout=0.1")
 
-# In the background of a shell SIGINT is ignored, also in what is started from there; tests send it as if in front.
+# A shell ignores SIGINT in its background jobs and their children; the tests need the default.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -60,6 +61,18 @@ class Finished(NamedTuple):
 
 def pytest_addoption(parser):
     parser.addoption("--device", help="where the tests marked cuda run (default: cuda, or skipped without a GPU)")
+
+
+# What -m quick runs: files, without their slow tests and those of SLOWER.
+QUICK = ("test_augmentations", "test_controller", "test_config", "test_layout", "test_run")
+SLOWER = ("takes_over", "every_choice_possible")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        slow = item.get_closest_marker("slow") or any(name in item.name for name in SLOWER)
+        if item.path.stem in QUICK and not slow:
+            item.add_marker("quick")
 
 
 @pytest.fixture(scope="session")
@@ -105,12 +118,12 @@ def script(monkeypatch):
 
 @pytest.fixture
 def train(script, tmp_path):
-    """A tiny training run: train("name", "lr=0.2", "--resume") -> its directory; fails if the run fails."""
+    """A tiny training run: train("name", "lr=0.2", "--resume") -> its directory."""
 
     def run(name, *arguments):
-        settings_said = [word for word in arguments if not str(word).startswith("-")]
+        overrides = [word for word in arguments if not str(word).startswith("-")]
         flags = [word for word in arguments if str(word).startswith("-")]
-        done = script("main.py", "--logdir", tmp_path, "--name", name, *flags, "--set", *TINY, *settings_said)
+        done = script("main.py", "--logdir", tmp_path, "--name", name, *flags, "--set", *TINY, *overrides)
         assert done.status == 0, done.err
         return tmp_path / name
 
@@ -125,7 +138,7 @@ class OfRank(NamedTuple):
 
 
 def on_ranks(size, function, *arguments):
-    """function(world, *arguments) in `size` processes that have joined -> [OfRank] by rank; no launcher is needed."""
+    """function(world, *arguments) in `size` processes of a group, without a launcher -> [OfRank] by rank."""
     return start_ranks(size, lambda: _call_joined(function, arguments))
 
 
@@ -135,7 +148,7 @@ def scripts_on_ranks(size, name, *arguments):
 
 
 def as_script(name, *arguments):
-    """What runs a script in a process of its own, once called there."""
+    """A function that runs a script, for a process to call."""
 
     def run():
         sys.argv = [name, *map(str, arguments)]
@@ -160,10 +173,10 @@ class Ranks:
     def __init__(self, size, run):
         forking = multiprocessing.get_context("fork")  # the modules are loaded already
         ports, port = forking.Pipe(duplex=False)
-        self._keeper = forking.Process(target=_keep_store, args=(port,), daemon=True)
-        _start(self._keeper)
+        self._store = forking.Process(target=_run_store, args=(port,), daemon=True)
+        _start(self._store)
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_receive(ports)), "WORLD_SIZE": str(size)}
-        # As under torchrun: the store is kept by another process, and outlives those that meet there.
+        # As under torchrun, another process runs the store, which outlives the processes of the group.
         meeting |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
         self._results = [forking.Pipe(duplex=False) for _ in range(size)]
         self.processes = [
@@ -176,7 +189,7 @@ class Ranks:
         return self
 
     def __exit__(self, *_):
-        for process in (*self.processes, self._keeper):
+        for process in (*self.processes, self._store):
             process.kill()
             process.join()
 
@@ -196,11 +209,11 @@ class Ranks:
             except BaseException:
                 traceback.print_exc()
         self._results[rank][1].send_bytes(pickle.dumps(OfRank(status, result, out.getvalue(), err.getvalue())))
-        os._exit(0)  # without the test runner's own farewell
+        os._exit(0)  # skips the exit handlers of pytest
 
 
-def _keep_store(port):
-    """In a process of its own: forking from one that has the store's threads could copy a lock that they hold."""
+def _run_store(port):
+    """In another process: forking from one with the store's threads could copy a lock that they hold."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     port.send(store.port)
     signal.pause()
@@ -230,7 +243,7 @@ def own_images(tmp_path):
 
 @pytest.fixture
 def start_process():
-    """Start a script in a process of its own, as a user would; ended with the test."""
+    """Start a script in another process, as a user would; killed at the end of the test."""
     processes = []
 
     def start(name, *arguments, **options):
@@ -247,7 +260,7 @@ def start_process():
 
 
 def assert_refused(done, *words):
-    """Exit status 2 and one or two lines without a traceback, holding `words`."""
+    """Exit status 2 and one or two lines with these words, without a traceback."""
     assert done.status == 2, (done.out, done.err)
     assert "Traceback" not in done.err
     assert 1 <= len(done.err.strip().splitlines()) <= 2, done.err
@@ -258,7 +271,7 @@ LAUNCHERS = {
     "torchrun": [sys.executable, "-m", "torch.distributed.run"],
     "launch": [sys.executable, "-m", "torch.distributed.launch"],
 }
-# Deprecated calls of ours, made in the processes that the launcher starts, are errors there.
+# A sitecustomize.py: warnings of deprecation are errors in the processes that the launcher starts.
 STRICT = """import os, warnings
 if "RANK" in os.environ:
     for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
@@ -267,7 +280,7 @@ if "RANK" in os.environ:
 
 
 def launch(launcher, port, folder, *arguments, size=2):
-    """A script in processes of their own, started by torchrun or its forerunner; they are a group."""
+    """Start a script by torchrun or torch.distributed.launch, in a process group that can be killed."""
     folder.mkdir(exist_ok=True)
     (folder / "sitecustomize.py").write_text(STRICT)
     command = [*LAUNCHERS[launcher], "--nproc_per_node", str(size), "--master_port", str(port), *map(str, arguments)]
@@ -299,7 +312,7 @@ def files(run, *names):
 
 
 def little_network(_name, classes, dropout=0.0, **_):
-    """Small enough for many whole runs, and with what larger ones have: BatchNorm and dropout."""
+    """Small enough for many complete runs, with BatchNorm and dropout as in larger networks."""
     return nn.Sequential(
         nn.Conv2d(3, 4, 3, stride=4),
         nn.BatchNorm2d(4),
@@ -311,7 +324,7 @@ def little_network(_name, classes, dropout=0.0, **_):
 
 
 class Unkept:
-    """Stands by an epoch in the place of a RunManager, and does nothing but collect the records of its intervals."""
+    """Replaces the RunManager of an epoch; only collects the records of its intervals."""
 
     def __init__(self):
         self.intervals = []
@@ -324,15 +337,15 @@ class Unkept:
 
 
 def final_state(run):
-    """The newest checkpoint of a run, without what its clocks say."""
+    """The newest checkpoint of a run, without its times."""
     state = Checkpoints(run / "checkpoints").load_newest(pytest.fail)
-    del state["positions"]["times.jsonl"]  # clocks have digits of their own
+    del state["positions"]["times.jsonl"]
     del state["epoch_totals"]["seconds"]
     return state
 
 
 def same(a, b):
-    """Whether two nested states hold the same bits."""
+    """Whether two nested states are equal in every bit."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):

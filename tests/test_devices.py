@@ -1,7 +1,7 @@
-"""What a GPU would trip over, shown without one; and whole runs on a GPU, for the tests marked cuda.
+"""No step waits for its device, checked without a GPU; and complete runs on a GPU, in the tests marked cuda.
 
-A tensor on torch's meta device has no values: whatever asks for one raises, as does an operation that mixes it with the
-CPU's. `Watched` adds what torch lets pass there: copies to the device that make the host wait, and CPU indices.
+A tensor on torch's meta device has no values: reading one raises an error, as does an operation that mixes it with CPU
+tensors. `Watched` adds what torch accepts there: copies to the device for which the host waits, and CPU indices.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ class Watched(TorchDispatchMode):
 
 
 class Autocast(TorchFunctionMode):
-    """In the place of torch.autocast, which does not know the meta device: convolutions and products in `dtype`."""
+    """Replaces torch.autocast, which does not support the meta device: convolutions and products in `dtype`."""
 
     def __init__(self, _device_type, dtype=None, enabled=True):
         super().__init__()
@@ -78,7 +78,7 @@ class Autocast(TorchFunctionMode):
 
 @pytest.fixture
 def watched(monkeypatch):
-    """Makes the meta device one that trains, and gives the mode that watches it."""
+    """Prepare the meta device for training; returns the mode that watches it."""
     pinned = []
 
     def pin_memory(tensor):
@@ -97,7 +97,7 @@ class Paused(Exception):
 
 
 class Steps(Unkept):
-    """Counts steps; pauses after one of them, or lets torch refuse to wait for CUDA from then on."""
+    """Counts steps; raises Paused after one, or makes torch raise where the host waits for CUDA."""
 
     def __init__(self, pause_after=None, watch_after=None):
         super().__init__()
@@ -178,8 +178,8 @@ def test_no_step_waits_for_its_device(settings, watched, policies_from):
 @pytest.mark.parametrize(
     "settings", [{}, {"optimizer": "adamw"}, {"reward": "teacher", "accumulate": 2}, FLOAT16], ids=named
 )
-def test_no_step_waits_after_a_resumption(settings, watched):
-    """From the CPU's state in the middle of an epoch and of an interval."""
+def test_no_step_waits_after_resuming(settings, watched):
+    """From a state of the CPU in the middle of an epoch and of an interval."""
     config = configure(**settings)
     before = start(dataclasses.replace(config, amp=False), CPU)
     with pytest.raises(Paused):
@@ -213,7 +213,7 @@ def test_no_scored_batch_waits_for_its_device(model, bfloat16, watched):
         (lambda cpu, meta: float(meta.sum()), "meta tensor"),
     ],
 )
-def test_a_planted_fault_is_seen(fault, words, watched):
+def test_a_wait_is_noticed(fault, words, watched):
     cpu, meta = torch.zeros(4), torch.zeros(4, device=META)
     with watched():
         cpu.pin_memory().to(META, non_blocking=True)
@@ -221,7 +221,7 @@ def test_a_planted_fault_is_seen(fault, words, watched):
         fault(cpu, meta)
 
 
-def test_a_tensor_left_on_the_cpu_in_a_step_is_seen(watched):
+def test_a_tensor_left_on_the_cpu_is_noticed(watched):
     state, manager = start(configure(), META), Steps()
     state.normalise.mean_C11 = torch.zeros(3, 1, 1)
     with watched(), pytest.raises((AssertionError, RuntimeError), match="device"):
@@ -247,10 +247,10 @@ def test_no_step_waits_for_the_device(settings, device, policies_from):
 
 
 DEMANDING = ("dropout=0.1", "policy_interval=3", "controller_lr=0.05")
-# The machine's own name may not be known to the network that it is in.
+# The network may not resolve the machine's name.
 TORCHRUN = (*LAUNCHERS["torchrun"], "--nproc_per_node=1", "--standalone", "--local-addr=127.0.0.1")
-HANGS_AFTER = 300  # seconds: none of these runs takes more than a fraction of them
-# By name: what starts main.py, settings, and the flags of each start.
+TIMEOUT = 300  # seconds, many times what each of these runs takes
+# By name: the launcher, settings, and the flags of each start.
 RUNS = {
     "whole": ((sys.executable,), DEMANDING, [()]),
     "again": ((sys.executable,), DEMANDING, [()]),
@@ -264,10 +264,10 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def run(device, tmp_path_factory):
-    """run(name) -> the directory of one of RUNS, which run side by side: starting is what takes long."""
+    """run(name) -> the directory of one of RUNS, which run at the same time, since starting takes longest."""
     logdir, processes = tmp_path_factory.mktemp("runs"), []
 
-    def carry_out(name):
+    def execute(name):
         starter, settings, starts = RUNS[name]
         alone = device.type == "cuda" and starter is not TORCHRUN
         own = f"cuda:{device.index or 0}" if alone else device.type
@@ -277,12 +277,12 @@ def run(device, tmp_path_factory):
             one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
             process = subprocess.Popen(words, cwd=ROOT, env=one_thread, stdout=DEVNULL, stderr=PIPE, text=True)
             processes.append(process)
-            _, said = process.communicate(timeout=HANGS_AFTER)
-            assert process.returncode == 0, said
+            _, err = process.communicate(timeout=TIMEOUT)
+            assert process.returncode == 0, err
         return logdir / name
 
     pool = ThreadPoolExecutor(min(len(RUNS), os.cpu_count()))
-    results = {name: pool.submit(carry_out, name) for name in RUNS}
+    results = {name: pool.submit(execute, name) for name in RUNS}
     yield lambda name: results[name].result()
     pool.shutdown(wait=False, cancel_futures=True)
     for process in processes:
@@ -301,7 +301,7 @@ def losses(directory):
 
 
 @pytest.mark.cuda
-def test_one_process_in_a_group_trains_as_one_alone(run):
+def test_one_process_in_a_group_trains_as_one_without(run):
     """Over NCCL on CUDA, over gloo on the CPU."""
     assert losses(run("launched")) == pytest.approx(losses(run("whole")), rel=1e-5)
 

@@ -48,7 +48,7 @@ def test_every_promise_names_tests_that_exist():
     rows = re.findall(r"^\| (?!promise|exit|---|\d)(.*) \| (.*) \|$", text, re.MULTILINE)
     assert len(rows) > 20
     for promise, shown_by in rows:
-        named = re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", shown_by)
+        named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", shown_by)
         assert named or shown_by == "the tests above", promise
         for file, test in named:
             assert f"def {test or 'test_'}" in (ROOT / file).read_text(encoding="utf-8"), (file, test)

@@ -1,8 +1,7 @@
-"""The sixteen operations as torchvision and kornia have them, for comparison only.
+"""The sixteen operations with torchvision and kornia, for comparison only.
 
-Both work on batches. torchvision takes one magnitude for all images, so that a plan is carried out on groups of equal
-operation and magnitude; kornia takes one for each image, but wants float32. Neither rounds as Pillow does: the work is
-the same, the values are not.
+Both work on batches. torchvision takes one magnitude for all images, so that a plan is applied to groups of equal
+operation and magnitude; kornia takes one for each image, in float32. Neither rounds as Pillow does.
 """
 
 import math
@@ -94,7 +93,7 @@ def _kornia_cutout(images: Tensor, fraction_B: Tensor, centre_B2: Tensor) -> Ten
     return images * (1 - near[:, 1, None, :, None] * near[:, 0, None, None, :])
 
 
-# Likewise: (images in 0..1, magnitude of each, partners or centres) -> images.
+# By the same names: (images in 0..1, magnitude of each, partners or centres) -> images.
 KORNIA: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "ShearX": lambda images, slope, _: kornia.geometry.shear(images, _pixels(slope, 1, 0), "nearest"),
     "ShearY": lambda images, slope, _: kornia.geometry.shear(images, _pixels(slope, 1, 1), "nearest"),

@@ -1,7 +1,7 @@
-"""Augmentation as the field does it, image by image, with Pillow and torchvision in worker processes.
+"""The usual augmentation, image by image, with Pillow and torchvision in worker processes.
 
-For comparison only: nothing that trains or scores uses it. From the same draws it makes the same tensors as the batched
-way, bit for bit where Pillow does (see augmentations.py), and tests/test_benchmarks.py holds it to that.
+For comparison only. From the same draws it makes the same tensors as the batched way, bit for bit, as
+tests/benchmarks/test_speed_scripts.py checks.
 
 Shape suffixes: N images of the data, M copies of one; C, H, W as usual.
 """
@@ -39,10 +39,10 @@ class Operation(NamedTuple):
     extra: Any = None
 
 
-class Draws(NamedTuple):
-    """All that chance decides about one copy.
+class ImageDraws(NamedTuple):
+    """All random choices for one copy.
 
-    shift: of the crop in the zero-padded image, x and y in pixels. blank: the pixel around which Cutout blanks.
+    shift: of the crop in the zero-padded image, x and y in pixels. blank: the centre of Cutout in pixels.
     """
 
     shift: tuple[int, int]
@@ -55,7 +55,7 @@ class Draws(NamedTuple):
 class PerImage(Dataset):
     """The M copies of one image and its label, by (position in the data, seed).
 
-    images: uint8 (N, H, W, C). policies: those in use when this is made.
+    images: uint8 (N, H, W, C). policies: those in use now are applied.
     """
 
     config: Config
@@ -88,7 +88,7 @@ class PerImage(Dataset):
                 crop = self.draw_crop(rng)
             operations = [self.draw_operation(rng, *choice) for choice in rng.choice(subpolicies_QK)]
             blank = rng.randrange(image.width), rng.randrange(image.height)
-            copies.append(self.make_copy(image, Draws(*crop, operations, blank)))
+            copies.append(self.make_copy(image, ImageDraws(*crop, operations, blank)))
         return torch.stack(copies), self.labels[position]
 
     def draw_crop(self, rng: random.Random) -> tuple[tuple[int, int], bool]:
@@ -103,7 +103,7 @@ class PerImage(Dataset):
             return Operation(op.name, magnitude, Image.fromarray(self.images[rng.randrange(len(self))]))
         return Operation(op.name, magnitude, (rng.random(), rng.random()) if op.needs == "centre" else None)
 
-    def make_copy(self, image: Image.Image, draws: Draws) -> Tensor:
+    def make_copy(self, image: Image.Image, draws: ImageDraws) -> Tensor:
         """float32 (C, H, W): crop, flip, the policy's operations, normalisation, Cutout."""
         copy = run(self.crop_and_flip(image, draws), draws.operations)
         input_CHW = on_pillow.normalize(on_pillow.to_tensor(copy), self.mean, self.std, inplace=True)
@@ -112,7 +112,7 @@ class PerImage(Dataset):
         input_CHW[:, top : y + (side + 1) // 2, left : x + (side + 1) // 2] = 0.0
         return input_CHW
 
-    def crop_and_flip(self, image: Image.Image, draws: Draws) -> Image.Image:
+    def crop_and_flip(self, image: Image.Image, draws: ImageDraws) -> Image.Image:
         if padding := self.config.crop_padding:
             x, y = draws.shift
             padded = on_pillow.pad(image, padding)

@@ -1,6 +1,6 @@
-"""Every script that measures runs, on sizes that say nothing of speed, and its JSON file holds what its table says.
+"""Every benchmark runs in tiny sizes, and its JSON file and its table agree.
 
-The per-image pipeline that ours is compared with makes the same inputs from the same draws.
+The per-image pipeline for comparison makes the same inputs from the same draws.
 """
 
 import json
@@ -21,13 +21,13 @@ import step
 import torch
 from conftest import ALONE, ROOT
 from others import libraries
-from others.perimage import OPERATIONS, Draws, Operation, PerImage
+from others.perimage import OPERATIONS, ImageDraws, Operation, PerImage
 from PIL import Image
 
-import main
 import training.state as trainingstate
 from augmentations import OPS, apply
 from config import Config
+from datasets.splits import ResidentSplit
 from models import build_model
 from policies import build_policies
 from training.distributed import exit_with_status
@@ -64,17 +64,17 @@ def median_ratio(seconds, to):
     return statistics.median(s / t for s, t in zip(seconds, to, strict=True))
 
 
-def test_the_cost_of_reading_is_measured(benchmark):
+def test_scoring_is_measured(benchmark):
     table, measured = benchmark(scoring, "--model", "wresnet10_1", "--images", 20, "--repeats", 2)
     seconds = measured["seconds"]
-    for name in ("at hand", "mapped"):
+    for name in ("in memory", "mapped"):
         ((_, rate),) = rows_of(table, name)
         assert rate.split()[0] == f"{20 / statistics.median(seconds[name]):,.0f}"
-    assert measured["ratio"] == median_ratio(seconds["mapped"], seconds["at hand"])
+    assert measured["ratio"] == median_ratio(seconds["mapped"], seconds["in memory"])
     assert any(line[0].startswith(f"reading adds {measured['ratio'] - 1:.1%}") for line in table)
 
 
-def test_augmentation_is_measured_beside_what_others_use(benchmark):
+def test_augmentation_is_compared_with_others(benchmark):
     few = ("--sizes", 32, 80, "--images", 4, 2, "--M", 2, "--repeats", 2)
     table, measured = benchmark(augment, *few)
     assert measured["N"] == {"32": 4, "80": 2}
@@ -99,7 +99,7 @@ def test_augmentation_is_measured_beside_what_others_use(benchmark):
 
 
 @pytest.mark.parametrize("library", ["torchvision", "kornia"])
-def test_other_libraries_carry_out_every_operation(library):
+def test_other_libraries_apply_every_operation(library):
     pytest.importorskip(library)
     work = augment.prepare(augment.build_config(32, 8), 32, 40, torch.device("cpu"))
     assert set(work.plan.op_BK.unique().tolist()) == set(range(len(OPS)))
@@ -110,7 +110,7 @@ def test_other_libraries_carry_out_every_operation(library):
     assert difference < 20, "of 255: the same kind of work"
 
 
-def test_a_comparison_of_different_work_is_refused(monkeypatch):
+def test_different_results_are_not_compared(monkeypatch):
     monkeypatch.setattr(augment, "apply", lambda images, plan: 255 - images)
     with pytest.raises(UserError, match="values differ from Pillow's: not the same work"):
         augment.require_equal_to_pillow(augment.prepare(augment.build_config(32, 2), 32, 4, torch.device("cpu")))
@@ -133,12 +133,12 @@ def test_a_training_step_is_measured_at_every_size(benchmark):
         for way, cell in zip(("policies", "per image"), row[6:8], strict=True):
             assert size["ratio"][way] == pytest.approx(median_ratio(size["seconds"][way], size["seconds"]["limit"]))
             assert cell.split()[0] == f"{size['ratio'][way]:.3f}"
-        assert row[8:] == ["-"], "the CPU has nothing to wait for"
+        assert row[8:] == ["-"], "no waits on the CPU"
         assert size["waits"] is None
 
 
 @pytest.mark.slow
-def test_the_memory_of_a_training_step_is_measured_in_processes_of_their_own(benchmark):
+def test_memory_of_a_step_is_measured(benchmark):
     table, measured = benchmark(step, *SMALL_STEPS, "--M", 2, "--repeats", 1, "--memory")
     ((_, *_, peak, above),) = rows_of(table, "2", "4", "32")
     memory = measured["sizes"][0]["memory"]
@@ -164,7 +164,7 @@ def test_the_memory_of_a_training_step_is_measured_in_processes_of_their_own(ben
         (epoch, ["--epochs", "1"], "--epochs: 1 must be at least 2"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(monkeypatch, tmp_path, capsys, script, arguments, words):
+def test_wrong_arguments_are_refused(monkeypatch, tmp_path, capsys, script, arguments, words):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"benchmarks/{script.__name__}.py", *arguments])
     with pytest.raises(SystemExit) as leaving:
@@ -188,14 +188,13 @@ def test_a_run_is_measured_by_parts(benchmark):
     assert measured["starts"] == {}
 
 
-@pytest.mark.slow
-def test_starting_is_measured(benchmark):
-    table, measured = benchmark(epoch, "--epochs", 2, "--repeats", 1, "--set", *TINY)
-    assert len(measured["starts"]) == 4
-    for name, (seconds,) in measured["starts"].items():
-        ((_, words, ratio),) = rows_of(table, name)
+def test_starting_is_measured(monkeypatch):
+    monkeypatch.setattr(epoch, "STARTS", {name: ["-c", "pass"] for name in ("main", "import torch")})
+    starts = epoch.measure_starts(repeats=1)
+    for (name, words, ratio), (seconds,) in zip(epoch.table_of_starts(starts).rows, starts.values(), strict=True):
         assert words.split()[0] == f"{seconds:.2f}"
-        assert ratio.split()[0] == f"{seconds / measured['starts']['import torch'][0]:.2f}"
+        assert name in starts
+        assert ratio.split()[0] == f"{seconds / starts['import torch'][0]:.2f}"
 
 
 def test_reading_images_is_measured_with_and_without_workers(benchmark):
@@ -228,20 +227,21 @@ def noise(N, height=32, width=32):
 
 @pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="Pillow may round a blend otherwise")
 @pytest.mark.parametrize("size", [(32, 32), (17, 23)], ids=["square", "oblong"])
-def test_image_by_image_the_same_inputs_come_from_the_same_draws(size):
+def test_per_image_inputs_equal_the_batched_ones(size):
     N, M, images_NCHW = 24, 4, noise(24, *size)
     pipeline = per_image(images_NCHW, M=M, Q=4, cutout=9)
     state = trainingstate.TrainingState.start(pipeline.config, ALONE, build_model("wresnet10_1", 10))
     every_row = torch.cat([torch.randperm(len(OPS), generator=keyed_generator(half)) for half in range(2)])
     state.policies.op_MQK = every_row.view(M, 4, 2)
     state.policies.level_MQK = torch.randint(10, (M, 4, 2), generator=keyed_generator("levels"))
-    draws = main.draw(state, images_NCHW, "train", 0, N=N)
+    loader = state.loader(ResidentSplit(images_NCHW, torch.arange(N)))
+    draws = loader.draw(images_NCHW, "train", 0, N)
     assert set(draws.plan.op_BK.unique().tolist()) == set(range(len(OPS)))
-    expected_BCHW, _ = main.make_inputs(state, images_NCHW, torch.arange(N), range(N), draws, range(N))
+    ((expected_BCHW, _),) = loader.micro_batches(images_NCHW, torch.arange(N), 0)
 
     def of_copy(b, operations=()):
         shift, (flipped,) = draws.crops.shift_B2[b].tolist(), draws.crops.flipped_B1[b].tolist()
-        return Draws(shift, flipped, operations, draws.blank_B2[b].tolist())
+        return ImageDraws(shift, flipped, operations, draws.centre_B2[b].tolist())
 
     def original(b):
         return Image.fromarray(pipeline.images[b // M])
@@ -260,7 +260,7 @@ def test_image_by_image_the_same_inputs_come_from_the_same_draws(size):
         assert torch.equal(ours_CHW, expected_BCHW[b]), b
 
 
-def test_image_by_image_draws_follow_from_the_seed_alone():
+def test_per_image_draws_depend_on_the_seed_only():
     assert list(OPERATIONS) == [op.name for op in OPS]
     pipeline = per_image(noise(8), M=3)
     copies_MCHW, label = pipeline[5, 7]
@@ -274,7 +274,7 @@ def test_image_by_image_draws_follow_from_the_seed_alone():
         assert alike is not each_its_own
 
 
-def test_image_by_image_operations_are_drawn_from_the_policies_with_a_coin_for_the_sign():
+def test_per_image_operations_have_a_random_sign():
     pipeline, rng = per_image(noise(4), M=1, Q=1, K=1, ops=("Rotate",)), random.Random(0)
     (((op, magnitude),),) = pipeline.policies_MQK[0]
     drawn = {pipeline.draw_operation(rng, op, magnitude) for _ in range(50)}
@@ -282,15 +282,28 @@ def test_image_by_image_operations_are_drawn_from_the_policies_with_a_coin_for_t
     assert drawn == {Operation("Rotate", magnitude), Operation("Rotate", -magnitude)}
 
 
+# Runs the scripts one after the other, each with the modules and the path of a new process.
+HELP = """import contextlib, runpy, sys
+path = list(sys.path)
+for script in sys.argv[1:]:
+    sys.path[:] = [script.rpartition("/")[0], *path[1:]]
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None) or ""
+        if file.startswith(ROOT) and not file.startswith(sys.prefix):
+            del sys.modules[name]
+    sys.argv = [script, "--help"]
+    with contextlib.suppress(SystemExit):
+        runpy.run_path(script, run_name="__main__")
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_script_starts_from_anywhere(script, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), "--help"],
-        cwd=tmp_path,
-        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
-        capture_output=True,
-        text=True,
-    )
+def test_every_script_starts_from_any_directory(tmp_path):
+    scripts = [str(ROOT / "benchmarks" / f"{script}.py") for script in SCRIPTS]
+    code = HELP.replace("ROOT", repr(f"{ROOT}/"))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", code, *scripts]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not done.stderr
+    assert [f"usage: benchmarks/{script}.py" in done.stdout for script in SCRIPTS] == [True] * len(SCRIPTS)

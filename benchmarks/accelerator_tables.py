@@ -1,4 +1,4 @@
-"""The tables of benchmarks/accelerator.py, made of what its file holds of each part's results, by name."""
+"""The tables of benchmarks/accelerator.py, from the results of each part by name."""
 
 import re
 import sys
@@ -18,7 +18,7 @@ def exactness_table(results: dict[str, Any]) -> Table:
     for name, one in results.items():
         if "values" in one:
             wrong = sum(one["differing"].values())
-            what = f"16 operations, every level and sign, beside {name}, {one['images']} {one['of']}"
+            what = f"16 operations, every level and sign, compared with {name}, {one['images']} {one['of']}"
             rows.append((what, f"{wrong:,} of {one['values']:,} values differ"))
     outcomes: dict[str, Counter[str]] = {}
     for name, one in results.items():

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -270,18 +270,6 @@ def keep_freed_memory() -> None:
         # Older glibc accepts at most 32 MB. If it accepts neither, leave both thresholds alone.
         if any(mallopt(M_MMAP_THRESHOLD, size) for size in (2**30, 2**25)):
             mallopt(M_TRIM_THRESHOLD, -1)
-
-
-@contextlib.contextmanager
-def full_float32() -> Iterator[None]:
-    """On CUDA, full float32 precision and deterministic kernels, whatever was chosen for training."""
-    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
-    try:
-        matmul.allow_tf32 = False
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            yield
-    finally:
-        matmul.allow_tf32 = before
 
 
 def seed_default_generators(devices: Sequence[torch.device], *key: Any) -> None:

@@ -32,10 +32,10 @@ MOST_OPERATIONS = 10**6  # of all policies of a file
 
 
 class RecordedPolicies(PolicySource):
-    """Policies from a file: of each interval those recorded at the same share of the run that they come from.
+    """Policies from a file: for each interval, those recorded at the same share of their run.
 
-    op_RPQK, level_RPQK: P policies of each of R intervals, rows of OPS and -1. Of P policies, M are drawn anew for each
-    interval, each as often as any other or once more; where P is M, they keep their places.
+    op_RPQK, level_RPQK: P policies of each of R intervals, as rows of OPS, -1 for none. With P = M, all are used in
+    their order; otherwise M of the P are drawn for each interval, all equally often or some once more.
     """
 
     def __init__(self, M: int, op_RPQK: Tensor, level_RPQK: Tensor, levels: int, **options: Any):
@@ -55,7 +55,7 @@ class RecordedPolicies(PolicySource):
         return super().state_dict() | {"recorded": [self.op_RPQK, self.level_RPQK], "levels": self.levels}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on with what was read when the run began. Raises ValueError where what is there now has another form."""
+        """Restores the policies read when the run started. Raises ValueError if policy_from has another form now."""
         require_same_form((self.levels, *self.op_RPQK.shape[2:]), (state["levels"], *state["recorded"][0].shape[2:]))
         super().load_state_dict(state)
         self.op_RPQK, self.level_RPQK = state["recorded"]
@@ -70,16 +70,16 @@ class Recorded(NamedTuple):
 
 
 def read_policies(path: Path) -> Recorded:
-    """The policies of a file, or those that a run has recorded (its directory, or its policies.jsonl).
+    """The policies of a file, or a run's record of policies (its directory, or its policies.jsonl).
 
-    Raises UserError, naming file, place and remedy, for what does not have the form above.
+    Raises UserError with the file and the place for anything that does not have the format above.
     """
     file = path / "policies.jsonl" if path.is_dir() else path
     return recorded(_read_intervals(file), file)
 
 
 def recorded(intervals: Sequence[Mapping[str, Any]], file: Path) -> Recorded:
-    """What was read from `file` for each interval, looked at closely. Raises UserError as `read_policies` does."""
+    """The policies of intervals that were read from `file`, checked. Raises UserError as `read_policies` does."""
     levels = intervals[0].get("levels", 10)
     if type(levels) is not int or not 2 <= levels <= 1000:
         raise UserError(f"{file}: levels: {short_repr(levels)} is not a whole number between 2 and 1000")
@@ -92,7 +92,7 @@ def recorded(intervals: Sequence[Mapping[str, Any]], file: Path) -> Recorded:
 
 
 class _Reader:
-    """Policies as they are read, all of one shape, and of a bounded number, whatever a small file stands for."""
+    """Checks policies as they are read: all of one shape, and of a bounded number (YAML aliases can stand for many)."""
 
     def __init__(self, file: Path, levels: int):
         self.file, self.levels = file, levels
@@ -154,7 +154,7 @@ class _Reader:
 
 
 def _read_intervals(file: Path) -> list[dict[str, Any]]:
-    """What a file holds for each of its intervals, not yet looked at."""
+    """The content of a file for each interval, not checked yet."""
     try:
         text = read_text(file, LONGEST_FILE if file.suffix in (".jsonl", ".json") else LONGEST_YAML)
         if file.suffix == ".jsonl":

@@ -19,12 +19,12 @@ from augmentations import OPS, row_of
 from config import Config, load_config
 from dataloader import Normalise, epoch_batches
 from datasets.splits import ResidentSplit
-from evaluation.predict import score
+from evaluation.predict import full_float32, score
 from models import build_model
 from policies.sources import RandomPolicies
 from training.checkpoint import Checkpoints
 from training.log import labelled_rows
-from utils import choose_kernels, environment, full_float32, keyed_generator, load_tensors
+from utils import choose_kernels, environment, keyed_generator, load_tensors
 
 # Noise in the network, and intervals that end in the middle of epochs (4 steps each): state that is easily lost.
 REFERENCE = []

@@ -225,7 +225,7 @@ def test_what_is_there_now_may_have_gone_elsewhere_but_not_have_another_form(lit
     small = ("model=wresnet10_1", "train_size=40", "batch_size=10", "epochs=3", "eval_every=3", "workers=0", *LITTLE)
     again = ("--logdir", tmp_path, "--name", "other", "--resume")
     done = script("main.py", *again, "--set", *small, *said, f"policy_from={moved}")
-    assert_refused(done, "policy_from holds policies of another form than when it began")
+    assert_refused(done, "policy_from holds policies of another form than when the run started")
 
 
 def test_a_small_file_that_stands_for_a_large_table_is_refused(policy_file):

@@ -99,9 +99,8 @@ class ControllerPolicies(FrozenPolicies):
 def fresh_controller(config: Config) -> Controller:
     """A new controller for the config, whose initial weights depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(
-            keyed_seed(config.seed, "controller")
-        )  # torch.manual_seed seeds other devices too
+        # torch.manual_seed would seed other devices too
+        torch.default_generator.manual_seed(keyed_seed(config.seed, "controller"))
         return Controller(
             len(config.ops),
             config.levels,

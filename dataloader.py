@@ -15,14 +15,11 @@ from torch import Tensor
 
 from augmentations import Plan, apply, gather_rows, piece_size, portion, upload
 from config import Config
+from datasets.loading import statistics
 from datasets.splits import Split
 from policies.published import mix
 from policies.sources import PolicySource
 from utils import keyed_generator
-
-# Mean and standard deviation of red, green and blue. CIFAR's are those that the paper's line of work uses.
-CIFAR_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 MicroBatches = Iterator[tuple[Tensor, Tensor]]  # inputs_BCHW, float32 in channels_last, and labels_B
 
@@ -168,7 +165,7 @@ class Normalise:
     """
 
     def __init__(self, config: Config, device: torch.device):
-        usual = CIFAR_STATISTICS if config.dataset.startswith("cifar") else IMAGENET_STATISTICS
+        usual = statistics(config.dataset)
         self.mean_C11 = torch.tensor(config.mean or usual[0], device=device)[:, None, None]
         self.std_C11 = torch.tensor(config.std or usual[1], device=device)[:, None, None]
 

@@ -35,14 +35,13 @@ from evaluation.corruptions import CORRUPTIONS
 from evaluation.generated import draw_corruptions
 from evaluation.metrics import Predictions, measure
 from evaluation.plots import draw_plots
-from evaluation.predict import BATCH, predict
+from evaluation.predict import BATCH, ImageProgress, predict
 from evaluation.results import Results
 from evaluation.tables import FORMATS, benchmark_table, compare, report
 from evaluation.text_table import render
 from evaluation.weights import SCORING, Classifier, load_classifiers
 from training.distributed import World, exit_with_status, join
 from training.lock import sole_writer
-from training.log import ImageProgress
 from utils import CommandLine, UserError, environment, warn
 
 

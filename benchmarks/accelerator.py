@@ -63,7 +63,7 @@ import main as training
 from analysis.specs import PlannedRun, load_experiment, runs_of
 from augmentations import apply
 from config import Config, load_config
-from dataloader import CIFAR_STATISTICS
+from datasets.loading import statistics
 from datasets.splits import ResidentSplit
 from evaluation.results import read_results
 from evaluation.text_table import Table, render
@@ -474,7 +474,7 @@ def data_settings(dataroot: Path | None) -> list[str]:
     place = f"dataroot={json.dumps(str(dataroot.resolve()))}"
     if is_cifar10(dataroot):
         return [place]
-    mean, std = map(list, CIFAR_STATISTICS)
+    mean, std = map(list, statistics("cifar10"))
     return [place, "dataset=folder", "image_size=32", f"mean={mean}", f"std={std}", "workers=8"]
 
 

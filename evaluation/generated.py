@@ -18,7 +18,7 @@ from datasets.download import Downloads
 from datasets.loading import balanced_order, load_test
 from datasets.splits import ResidentSplit, Split
 from evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from training.log import ImageProgress
+from evaluation.predict import ImageProgress
 from utils import (
     UserError,
     environment,

@@ -3,17 +3,21 @@
 Shape suffixes: B images of a batch, I of a split; C, H, W as usual, but for logits_BC, where C counts classes.
 """
 
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 from dataloader import Normalise
 from datasets.splits import Readable
 from evaluation.metrics import Predictions, Scores
 from training.distributed import World
+from utils import duration
 
 BATCH = 256  # images in a forward pass; does not influence the counts
 
@@ -88,3 +92,32 @@ def full_float32() -> Iterator[None]:
             yield
     finally:
         matmul.allow_tf32 = before
+
+
+class ImageProgress:
+    """Progress over many images, with time left: a bar on a terminal, else a line on stderr twice a minute at most.
+
+    shown: False for a process that must not print.
+    """
+
+    def __init__(self, images: int, *, shown: bool = True):
+        self._started = self._printed_at = time.monotonic()
+        self._prints = shown
+        self._done, self._images, self._doing = 0, images, ""
+        self._bar = tqdm(total=images, unit="image", leave=False, disable=None if shown else True, dynamic_ncols=True)
+
+    def begin(self, doing: str) -> None:
+        self._doing = doing
+        self._bar.set_description(doing)
+
+    def update(self, images: int) -> None:
+        self._done = min(self._done + images, self._images)
+        self._bar.update(self._done - self._bar.n)
+        now = time.monotonic()
+        if self._bar.disable and self._prints and now - self._printed_at > 30:
+            left = duration((now - self._started) / self._done * (self._images - self._done))
+            print(f"{self._doing}: {self._done:,} of {self._images:,} images, {left} left", file=sys.stderr, flush=True)
+            self._printed_at = now
+
+    def close(self) -> None:
+        self._bar.close()

@@ -174,35 +174,6 @@ class Progress:
         self._bar.close()
 
 
-class ImageProgress:
-    """Progress over many images, with time left: a bar on a terminal, else a line on stderr twice a minute at most.
-
-    shown: False for a process that must not print.
-    """
-
-    def __init__(self, images: int, *, shown: bool = True):
-        self._started = self._printed_at = time.monotonic()
-        self._prints = shown
-        self._done, self._images, self._doing = 0, images, ""
-        self._bar = tqdm(total=images, unit="image", leave=False, disable=None if shown else True, dynamic_ncols=True)
-
-    def begin(self, doing: str) -> None:
-        self._doing = doing
-        self._bar.set_description(doing)
-
-    def update(self, images: int) -> None:
-        self._done = min(self._done + images, self._images)
-        self._bar.update(self._done - self._bar.n)
-        now = time.monotonic()
-        if self._bar.disable and self._prints and now - self._printed_at > 30:
-            left = duration((now - self._started) / self._done * (self._images - self._done))
-            print(f"{self._doing}: {self._done:,} of {self._images:,} images, {left} left", file=sys.stderr, flush=True)
-            self._printed_at = now
-
-    def close(self) -> None:
-        self._bar.close()
-
-
 def labelled_rows(images: Tensor, descriptions: Sequence[str]) -> Tensor:
     """A picture of uint8 images (rows, columns, C, H, W), each row below its number and description; (3, H, W)."""
     scale, gap, line = max(1, 96 // images.shape[-1]), 2, 12

@@ -33,7 +33,7 @@ def test_flips_by_hand():
     assert measure_sequences(frames, "shot_noise") == against_first
 
 
-def test_a_sequence_that_alternates_always_flips_but_half_of_it_against_the_first():
+def test_an_alternating_sequence_flips_in_every_frame():
     frames = torch.tensor([[0, 1, 0, 1, 0]])
     assert measure_sequences(frames, "rotate")["flip_probability"] == 1.0
     assert measure_sequences(frames, "shot_noise")["flip_probability"] == 0.5
@@ -56,7 +56,7 @@ def test_calibration_error_by_hand():
     assert metrics.calibration_error(bins) == pytest.approx(expected)
 
 
-def test_a_sure_and_right_classifier_is_calibrated_and_a_sure_and_wrong_one_is_not():
+def test_calibration_of_sure_classifiers_right_and_wrong():
     right = reliability_bins(predictions([0, 1], [0, 1], [1.0, 1.0]))
     wrong = reliability_bins(predictions([0, 1], [1, 0], [1.0, 1.0]))
     assert metrics.calibration_error(right) == 0.0

@@ -16,9 +16,9 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, TINY, assert_refused
-from hostile import EDITS, NO_FILE, assert_in_words, edited, names, no_endless_read, refusal  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from payloads import EDITS, NO_FILE, assert_in_words, edited, names, no_endless_read, refusal  # noqa: F401
 
 import config
 from config import LONGEST_CONF, Config, load_config, overrides_from, plain_values

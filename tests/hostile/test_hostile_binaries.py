@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_refused
-from hostile import EDITS, NO_FILE, assert_in_words, edited, names, no_endless_read, refusal  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from payloads import EDITS, NO_FILE, assert_in_words, edited, names, no_endless_read, refusal  # noqa: F401
 from PIL import Image
 
 import evaluation.benchmarks as benchmarks

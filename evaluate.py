@@ -40,7 +40,8 @@ from evaluation.results import Results
 from evaluation.tables import FORMATS, benchmark_table, compare, report
 from evaluation.text_table import render
 from evaluation.weights import SCORING, Classifier, load_classifiers
-from training.distributed import World, exit_with_status, join
+from training.distributed import World, join
+from training.exit import exit_with_status
 from training.lock import sole_writer
 from utils import CommandLine, UserError, environment, warn
 

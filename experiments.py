@@ -28,7 +28,7 @@ from subprocess import Popen
 import torch
 
 from analysis.specs import SIZES, Experiment, PlannedRun, are_seeds, experiment_names, load_experiment, runs_of
-from training.distributed import exit_with_status
+from training.exit import exit_with_status
 from utils import CommandLine, UserError, duration, printable, warn
 
 POLL_SECONDS = 0.1

@@ -43,10 +43,11 @@ from datasets.splits import Split
 from evaluation.predict import score
 from models import build_model
 from policies.published import augmix_loss
-from training.distributed import World, each_waits_for_the_last, exit_with_status, join
+from training.distributed import World, gradients_synchronised, join
+from training.exit import exit_with_status
 from training.log import closing_message, header, interruption
 from training.manager import RunManager
-from training.rundirectory import check_run_directory, held, write_run_directory
+from training.rundirectory import check_run_directory, locked_run_directory, write_run_directory
 from training.signals import Stopped
 from training.state import TrainingState, check_support
 from utils import CommandLine, choose_kernels, seed_default_generators
@@ -78,11 +79,11 @@ def train(config: Config, args: argparse.Namespace, world: World) -> None:
     state = TrainingState.start(config, world, model.to(world.device, memory_format=torch.channels_last))
     manager = RunManager(run, state, len(data.train.labels) // config.batch_size, fingerprint)
 
-    with held(run, config, args) if world.is_main else nullcontext():
+    with locked_run_directory(run, config, args) if world.is_main else nullcontext():
         if args.resume:
             manager.load(elastic=args.resume_elastic)
         if world.is_main:
-            write_run_directory(run, config, world.device, afresh=args.overwrite)
+            write_run_directory(run, config, world.device, overwrite=args.overwrite)
             print(header(run, state, data), flush=True)
         try:
             with manager:
@@ -146,7 +147,7 @@ def take_step(state: TrainingState, micro_batches: MicroBatches, lr: float) -> T
     losses, teacher_losses = [], []
     state.optimizer.zero_grad(set_to_none=True)
     for number, (inputs_BCHW, labels_B) in enumerate(micro_batches, start=1):
-        with each_waits_for_the_last(state.trained, last=number == state.micro_batches):
+        with gradients_synchronised(state.trained, on=number == state.micro_batches):
             loss_B, correct_B = learn(state, inputs_BCHW, labels_B)
         loss_and_correct += torch.stack((loss_B.sum(), correct_B.sum()))
         losses.append(loss_B.view(-1, state.config.M))

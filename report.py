@@ -4,7 +4,7 @@
     python report.py logs/advaa logs/random logs/none --output page
 
 The page opens with the verdict and a table of the runs. It contains all its images and loads nothing from elsewhere.
-It can be made while a run is under way. It needs matplotlib (requirements-dev.txt).
+It can be made while a run is in progress. It needs matplotlib (requirements-dev.txt).
 """
 
 if __name__ == "__main__":
@@ -15,7 +15,7 @@ if __name__ == "__main__":
 import argparse
 from pathlib import Path
 
-from training.distributed import exit_with_status
+from training.exit import exit_with_status
 from utils import CommandLine, UserError
 
 

@@ -55,7 +55,7 @@ def verdict(paired: Sequence[float], comparisons: int, names: tuple[str, str]) -
     """
     first, second = names
     if len(paired) < FEWEST:
-        return f"nothing: {len(paired)} pair{'s' * (len(paired) > 1)}, at least {FEWEST} are needed"
+        return f"none: {len(paired)} pair{'s' * (len(paired) > 1)}, at least {FEWEST} are needed"
     mean, half_width, _ = difference(paired, 1 - (1 - CONFIDENCE) / comparisons)
     if abs(mean) <= half_width:
         return "no difference shown"

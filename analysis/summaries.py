@@ -183,12 +183,12 @@ def _comparisons(experiment: Experiment, by_arm: ByArm) -> list[str]:
             continue
         mean, half_width, pairs = difference(paired)
         width = f"+- {half_width:.2f}" if pairs > 1 else "-"
-        says = verdict(paired, len(experiment.compare), (first, second)) if experiment.ranks else "nothing: too small"
+        says = verdict(paired, len(experiment.compare), (first, second)) if experiment.ranks else "none: too small"
         rows.append((f"{first} - {second}", str(pairs), f"{mean:+.2f}", width, says))
-    header = ("arms", "pairs", "difference (points)", "95 % interval", "what it says")
+    header = ("arms", "pairs", "difference (points)", "95 % interval", "verdict")
     note = (
         "Differences of test errors seed by seed, below 0 where the first arm is better; intervals by Student's t. "
-        f"What it says holds for the {len(rows)} comparisons together (Bonferroni)."
+        f"The verdicts hold for the {len(rows)} comparisons together (Bonferroni)."
     )
     return [render(Table("### Differences", header, rows, [note]), "markdown"), ""] if rows else []
 

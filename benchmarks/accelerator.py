@@ -67,7 +67,8 @@ from datasets.loading import statistics
 from datasets.splits import ResidentSplit
 from evaluation.results import read_results
 from evaluation.text_table import Table, render
-from training.distributed import World, exit_with_status, join
+from training.distributed import World, join
+from training.exit import exit_with_status
 from training.signals import signals_raise
 from utils import (
     CommandLine,

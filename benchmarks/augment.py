@@ -37,7 +37,8 @@ from datasets.shapes import COUNTS, draw_shapes
 from evaluation.text_table import Table
 from policies import build_policies
 from policies.sources import PolicySource
-from training.distributed import exit_with_status, join
+from training.distributed import join
+from training.exit import exit_with_status
 from utils import UserError, keyed_generator
 
 OURS, PILLOW, TORCHVISION, KORNIA = "batched, here", "per image, Pillow", "groups, torchvision", "batched, kornia"

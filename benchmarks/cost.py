@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from config import Config, load_config  # noqa: E402 (found by the line above)
 from models import build_model  # noqa: E402
-from training.distributed import exit_with_status  # noqa: E402
+from training.exit import exit_with_status  # noqa: E402
 from utils import CommandLine  # noqa: E402
 
 GPU, PEAK, SHARE = "A100", 312e12, 0.2  # bfloat16 without sparsity, in FLOP/s

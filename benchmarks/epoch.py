@@ -42,7 +42,8 @@ from datasets.splits import ResidentSplit, StreamedSplit
 from evaluation.text_table import Table
 from policies.sources import PolicySource
 from training import manager
-from training.distributed import World, exit_with_status, join
+from training.distributed import World, join
+from training.exit import exit_with_status
 from training.log import Progress, RunLog
 from utils import UserError
 

@@ -32,7 +32,8 @@ from config import Config
 from datasets.imagefiles import ImageFiles, RandomCrop
 from datasets.loading import class_folders
 from evaluation.text_table import Table
-from training.distributed import exit_with_status, join
+from training.distributed import join
+from training.exit import exit_with_status
 from utils import UserError
 
 DRAWN = ((500, 375), (375, 500), (500, 333), (640, 480))  # width and height, around ImageNet's usual ones

@@ -24,7 +24,8 @@ from datasets.splits import MappedSplit, ResidentSplit
 from evaluation.predict import predict
 from evaluation.text_table import Table
 from models import build_model
-from training.distributed import exit_with_status, join
+from training.distributed import join
+from training.exit import exit_with_status
 
 
 def main() -> None:

@@ -18,7 +18,8 @@ from step import Steps, timed_steps
 
 from config import DEFAULT_CONF, PER_IMAGE, add_setting_arguments, load_config, overrides_from
 from evaluation.text_table import Table
-from training.distributed import exit_with_status, join
+from training.distributed import join
+from training.exit import exit_with_status
 
 LEARNED = "controller"
 

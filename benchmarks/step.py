@@ -47,7 +47,8 @@ from config import DEFAULT_CONF, Config, add_setting_arguments, load_config, ove
 from datasets.splits import ResidentSplit
 from evaluation.text_table import Table
 from models import build_model
-from training.distributed import World, exit_with_status, join
+from training.distributed import World, join
+from training.exit import exit_with_status
 from training.state import TrainingState, check_support
 from utils import UserError, choose_kernels, keyed_generator, keyed_seed, seed_default_generators
 

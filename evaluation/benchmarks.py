@@ -178,8 +178,7 @@ def _open_perturbation_arrays(spec: BenchmarkSpec, request: EvalRequest, *, driv
         expected = "(sequences, frames, 32, 32, 3), frames at least 2"
         videos, frames, *_ = _array(path, expected, lambda shape: len(shape) == 5 and shape[1] > 1)
         counts.add(videos)
-        no_labels = torch.full((videos * frames,), -1)
-        split = partial(MappedSplit, path, 0, no_labels, request.device)
+        split = partial(MappedSplit, path, 0, torch.full((videos * frames,), -1), request.device)
         subsets.append(Subset(name, None, videos * frames, split, frames))
     if len(counts) > 1:
         found = ", ".join(map(str, sorted(counts)))

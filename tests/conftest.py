@@ -27,17 +27,18 @@ import evaluate
 import experiments
 import main
 import report
-import training.distributed as processes
+import training.exit as exits
 from datasets import loading
 from training.checkpoint import Checkpoints
-from training.distributed import World, exit_with_status, join
+from training.distributed import World, join
+from training.exit import exit_with_status
 
 # The same examples every time, and no limit on how long one takes.
 settings.register_profile("project", deadline=None, derandomize=True, database=None)
 settings.load_profile("project")
 # Threads that spin while they wait make small steps many times slower on a busy machine.
 torch.set_num_threads(1)
-processes.leave = sys.exit  # here and in forked processes; scripts that are started as programs are not affected
+exits.leave = sys.exit  # here and in forked processes; scripts that are started as programs are not affected
 loading.draw_shapes = functools.cache(loading.draw_shapes)  # always the same, and needed by every run
 
 ROOT = Path(__file__).parent.parent

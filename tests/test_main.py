@@ -521,7 +521,7 @@ def test_every_start_is_recorded_and_a_new_machine_warned_of(train, script, tmp_
     done = script("main.py", "--resume", "--logdir", tmp_path, "--name", "noted", "--set", *TINY)
     assert done.status == 0
     assert "warning: " in done.err
-    assert "goes on with 77: not bit for bit the same" in done.err
+    assert "continues with 77: results may differ" in done.err
     first, second = json.loads((run / "environment.json").read_text())
     assert first["torch"] == torch.__version__.split("+")[0] or first["torch"] == torch.__version__
     assert second["threads"] == 77
@@ -547,7 +547,7 @@ def test_a_damaged_environment_is_named(train, script, tmp_path, content):
     (run / "environment.json").write_text(content)
     before = files(run)
     refused = script("main.py", "--resume", "--logdir", tmp_path, "--name", "kept", "--set", *TINY)
-    assert_refused(refused, "environment.json: cannot be read", "put a copy back, or remove it")
+    assert_refused(refused, "environment.json: cannot be read", "restore a copy, or remove it")
     assert files(run) == before
 
 
@@ -556,14 +556,14 @@ def test_a_run_without_its_config_is_still_a_run(train, script, tmp_path):
     (run / "config.yaml").unlink()
     for flag in ("--resume", "--overwrite"):
         refused = script("main.py", flag, "--logdir", tmp_path, "--name", "kept", "--set", *TINY)
-        assert_refused(refused, "has checkpoints, but not their config.yaml", "put a copy back")
+        assert_refused(refused, "has checkpoints, but config.yaml is missing", "restore a copy")
 
 
 def test_a_run_below_another_is_not_overwritten_with_it(train, script, tmp_path):
     train("outer", "--stop_epoch=1")
     inner = train("outer/inner", "--stop_epoch=1")
     refused = script("main.py", "--overwrite", "--logdir", tmp_path, "--name", "outer", "--set", *TINY)
-    assert_refused(refused, "another run lies below it", str(inner))
+    assert_refused(refused, "contains another run", str(inner))
     assert (inner / "config.yaml").exists()
 
 
@@ -574,7 +574,7 @@ def test_all_checkpoints_damaged(script, train, tmp_path):
     metrics = files(run)
     refused = script("main.py", "--resume", "--logdir", tmp_path, "--name", "gone", "--set", *TINY)
     assert refused.status == 2
-    assert "none of the 2 checkpoints is whole" in refused.err
+    assert "none of the 2 checkpoints is intact" in refused.err
     assert files(run) == metrics
 
 
@@ -587,7 +587,7 @@ def test_checkpoints_that_are_not_this_runs(script, train, tmp_path):
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("wresnet10_1", "wresnet16_1"))
     assert_refused(script("main.py", *said, "model=wresnet16_1"), "does not fit the settings in its config.yaml")
     Checkpoints(run / "checkpoints").save({"epoch": 9, "step": 0, "somebody": "else's"})
-    assert_refused(script("main.py", *said, "model=wresnet16_1"), "epoch-0009-", "is no checkpoint of a run")
+    assert_refused(script("main.py", *said, "model=wresnet16_1"), "epoch-0009-", "is not a checkpoint")
     assert before["epoch"] == 1
 
 
@@ -603,7 +603,7 @@ def test_out_of_memory_is_said_in_a_line(script, monkeypatch, tmp_path):
 def test_a_directory_that_cannot_be_made(script, tmp_path):
     (tmp_path / "file").write_text("")
     refused = script("main.py", "--logdir", tmp_path / "file", "--set", *TINY)
-    assert_refused(refused, "cannot be made", "--logdir")
+    assert_refused(refused, "cannot be created", "--logdir")
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Files that carry a run on: written whole or not at all, named by their own hash, and loaded without running code."""
+"""Checkpoint files: written atomically, named by their hash, and loaded without running code."""
 
 import re
 from collections.abc import Callable
@@ -15,26 +15,26 @@ NAME = re.compile(r"epoch-(\d+)-step-(\d+)-([0-9a-f]{16})\.pt")
 
 
 class Checkpoints:
-    """The exact states of a run, in a folder of their own.
+    """The states of a run, in their own folder.
 
-    A file is named epoch-EEEE-step-SSSSSS-<first 16 hex digits of the SHA-256>.pt, by the finished epochs and the steps
-    of the next one, so that the hash travels with a copy. The newest two are kept, and the newest from between two
-    epochs. Only files that this object has written or found whole are ever deleted.
+    A file is named epoch-EEEE-step-SSSSSS-<first 16 hex digits of its SHA-256>.pt, for the finished epochs and the
+    steps of the next one. The newest two are kept, and the newest of the end of an epoch. Only files that this object
+    has written or verified are ever deleted.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._whole: list[Path] = []  # oldest first
+        self._verified: list[Path] = []  # oldest first
 
     def save(self, state: dict[str, Any]) -> Path:
-        """Write a state, and delete those that it makes superfluous.
+        """Write a state, and delete the files that are no longer kept.
 
-        Raises UserError, with every other file as it was, where it cannot be written.
+        Raises UserError, without changing any other file, if it cannot be written.
         """
         try:
             self.folder.mkdir(exist_ok=True)
         except OSError as error:
-            raise UserError(f"{self.folder}: cannot be made ({error.strerror})") from None
+            raise UserError(f"{self.folder}: cannot be created ({error.strerror})") from None
         stem = f"epoch-{state['epoch']:04d}-step-{state['step']:06d}"
         path = write_atomically(
             self.folder / "new",
@@ -42,43 +42,43 @@ class Checkpoints:
             name=lambda new: self.folder / f"{stem}-{sha256_of(new)[:16]}.pt",
             needs=size_of(state),
         )
-        # Those of as many steps or more belong to a run that has gone back behind them.
-        before = [file for file in self._whole if _position(file) < _position(path)]
+        # Files of as many steps or more are left from before the run went back to an earlier one.
+        before = [file for file in self._verified if _position(file) < _position(path)]
         between_epochs = [file for file in (*before, path) if not _position(file)[1]]
         kept = [file for file in before if file in (*before[-1:], *between_epochs[-1:])]
-        for file in self._whole:
+        for file in self._verified:
             if file not in (*kept, path):
                 file.unlink(missing_ok=True)
-        self._whole = [*kept, path]
+        self._verified = [*kept, path]
         return path
 
     def load_newest(self, warn: Callable[[str], None], *, between_epochs: bool = False) -> dict[str, Any] | None:
-        """The newest state whose hash is right; damaged newer ones are named by `warn` and passed over, never deleted.
+        """The newest state whose hash is right; damaged newer files are skipped with a warning, never deleted.
 
-        None where none has been written yet. between_epochs: only those with no epoch under way count. Raises UserError
-        when all are damaged.
+        None if there are no files. between_epochs: skip the files from the middle of an epoch. Raises UserError if all
+        are damaged.
         """
         files = [file for file in self.folder.glob("*.pt") if NAME.fullmatch(file.name) and file.is_file()]
         files.sort(key=lambda file: (_position(file), file.stat().st_mtime_ns))
-        whole = [file for file in files if sha256_of(file)[:16] == NAME.fullmatch(file.name)[3]]
-        usable = [file for file in whole if not between_epochs or not _position(file)[1]]
+        verified = [file for file in files if sha256_of(file)[:16] == NAME.fullmatch(file.name)[3]]
+        usable = [file for file in verified if not between_epochs or not _position(file)[1]]
         if files and not usable:
-            kind = " from between two epochs" if between_epochs else ""
+            kind = " of the end of an epoch" if between_epochs else ""
             raise UserError(
-                f"{self.folder}: none of the {len(files)} checkpoints{kind} is whole; put a copy back, or start anew "
-                "with --overwrite"
+                f"{self.folder}: none of the {len(files)} checkpoints{kind} is intact; restore a copy, or start from "
+                "scratch with --overwrite"
             )
         if not files:
             return None
         for file in reversed(files[files.index(usable[-1]) :]):
-            if file not in whole:
-                warn(f"{file}: is damaged (its content does not match the hash in its name); trying the one before")
+            if file not in verified:
+                warn(f"{file}: is damaged (its content does not match the hash in its name); trying the previous one")
         content = load_tensors(usable[-1])
         if not has_shape(content, CONTENT) or not content["ranks"]:
             raise UserError(
-                f"{usable[-1]}: is no checkpoint of a run, or of another version of this program; move it away"
+                f"{usable[-1]}: is not a checkpoint, or one of another version of this program; move it away"
             )
-        self._whole = whole
+        self._verified = verified
         return content
 
 

@@ -1,4 +1,4 @@
-"""What can go wrong while a network learns from an adversary: numbers that are not finite, an adversary that collapses.
+"""Checks of a training run: numbers that are not finite, and a controller that has collapsed.
 
 Shape suffixes: M policies; 2: the loss and the norm of the gradient, in this order.
 """
@@ -12,12 +12,12 @@ from torch import Tensor
 from training.distributed import World
 
 QUANTITIES = ("loss", "gradient")
-# Draws of an interval below which one operation's share of them says nothing, and the share that is an alarm.
-FEW_DRAWS, LARGE_SHARE = 20, 0.5
+FEW_DRAWS = 20  # with fewer operations drawn in an interval, the share of one of them means nothing
+LARGE_SHARE = 0.5  # of one operation, above which the controller counts as collapsed
 
 
 class NotFinite(FloatingPointError):
-    """A number that is not finite: in which step of the epoch, from 0, in which processes, under which policies."""
+    """A number that is not finite, with the step of the epoch (from 0), the ranks and the policies concerned."""
 
     def __init__(self, what: str, step: int, ranks: list[int], policies: list[int]):
         super().__init__(f"the {what} is no longer finite")
@@ -25,9 +25,9 @@ class NotFinite(FloatingPointError):
 
 
 class FiniteMonitor:
-    """Whether every loss and every gradient of an epoch has been finite, noted on the device: no step waits for it.
+    """Checks every loss and gradient of an epoch on the device, without waiting for it in any step.
 
-    Where a scaler leaves out the steps whose gradients are not finite, these are counted instead.
+    Steps that a gradient scaler skips because their gradients are not finite are counted instead.
     """
 
     def __init__(self, device: torch.device):
@@ -35,14 +35,14 @@ class FiniteMonitor:
         self.reset()
 
     def reset(self, skipped: int = 0) -> None:
-        """Forget what was noted, but for so many steps that have been left out."""
-        self._first_2 = torch.full((2,), -1, device=self.device)  # the first step of the epoch where it was not finite
-        self._bad_M: Tensor | None = None  # whether a policy's loss was not, in the first step where one was not
+        """Start again, with this number of skipped steps."""
+        self._first_2 = torch.full((2,), -1, device=self.device)  # the first step that was not finite, or -1
+        self._bad_M: Tensor | None = None  # of the first step with a loss that was not finite
         self.skipped = torch.full((), skipped, device=self.device)
-        self._on_its_way: tuple[Tensor, torch.cuda.Event] | None = None
+        self._pending: tuple[Tensor, torch.cuda.Event] | None = None
 
     def observe(self, step: int, loss_M: Tensor, gradient_norm: Tensor, *, scaled: bool) -> None:
-        """Note one step. loss_M: of each policy a number, such as a sum, that is finite if all its losses have been."""
+        """Note one step. loss_M: one number per policy, such as a sum, that is finite if all its losses are."""
         if scaled:
             self.skipped = self.skipped + ~gradient_norm.isfinite()
             gradient_norm = torch.zeros_like(gradient_norm)
@@ -52,22 +52,22 @@ class FiniteMonitor:
         self._bad_M = bad_M if self._bad_M is None else torch.where(before_2[0] < 0, bad_M, self._bad_M)
 
     def look(self) -> bool:
-        """Whether something is known to be wrong. On CUDA that may be seen some steps late, but costs no wait."""
+        """Whether a number is known not to be finite. On CUDA this may be some steps late, but does not wait."""
         if self.device.type != "cuda":
             return bool((self._first_2 >= 0).any())
-        if self._on_its_way is None:
+        if self._pending is None:
             copy_2 = torch.empty(2, dtype=torch.long, pin_memory=True).copy_(self._first_2, non_blocking=True)
-            self._on_its_way = copy_2, torch.cuda.current_stream(self.device).record_event()
-        copy_2, arrived = self._on_its_way
+            self._pending = copy_2, torch.cuda.current_stream(self.device).record_event()
+        copy_2, arrived = self._pending
         if not arrived.query():
             return False
-        self._on_its_way = None
+        self._pending = None
         return bool((copy_2 >= 0).any())
 
     def require_finite(self, world: World, state: Iterable[Tensor] = (), step: int = 0) -> None:
-        """Raises NotFinite, in every process, if in any a number was not finite, or one of `state` after `step` is not.
+        """Raises NotFinite, in every process, if any number in any process, or `state` after `step`, is not finite.
 
-        To be called by all processes; it waits.
+        To be called by all processes; waits for the device.
         """
         first_2, bad_M = self._first_2.tolist(), [] if self._bad_M is None else self._bad_M.tolist()
         noted = world.gather((first_2, [m for m, bad in enumerate(bad_M) if bad], all_finite(state)))
@@ -82,29 +82,31 @@ class FiniteMonitor:
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether all floating-point values of these tensors are finite; the device is asked once."""
+    """Whether all floating-point values of these tensors are finite; waits for the device once."""
     finite = [tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point()]
     return not finite or bool(torch.stack(finite).all())
 
 
-class Collapse(NamedTuple):
-    """In how many intervals of a run the controller was seen to have collapsed, and after which step first."""
+class CollapseCount(NamedTuple):
+    """The number of intervals of a run in which the controller had collapsed, and the step after the first of them."""
 
     intervals: int = 0
     first: int = -1
 
-    def with_record(self, record: dict[str, Any]) -> "Collapse":
+    def with_record(self, record: dict[str, Any]) -> "CollapseCount":
         if record["collapsed"] is None:
             return self
-        return Collapse(self.intervals + 1, self.first if self.intervals else record["step"])
+        return CollapseCount(self.intervals + 1, self.first if self.intervals else record["step"])
 
 
-def collapse(entropy: float, largest: float, shares: dict[str, float], draws: int, threshold: float) -> str | None:
-    """How a controller has collapsed, in words; None where it has not.
+def collapse_message(
+    entropy: float, largest: float, shares: dict[str, float], draws: int, threshold: float
+) -> str | None:
+    """How the controller has collapsed; None if it has not.
 
-    entropy, largest: of a policy, and the largest there can be, in nats. threshold: the share of it that is an alarm.
-    shares: of each operation in the `draws` operations of the interval's policies; more than half is an alarm, or, of
-    three operations or fewer, twice an equal share.
+    entropy, largest: of a policy, and its maximum, in nats; collapsed below the share `threshold` of the maximum.
+    shares: of each operation among the `draws` operations of the interval's policies; collapsed if one has more than
+    half of them or, with three operations or fewer, more than twice an equal share.
     """
     if entropy < threshold * largest:
         return f"its entropy is {entropy:.2f} of {largest:.2f} nats"

@@ -16,7 +16,7 @@ from config import plain_values
 from datasets.loading import Data, balanced_order
 from training.checkpoint import Checkpoints
 from training.distributed import AsyncMax
-from training.health import collapse
+from training.health import collapse_message
 from training.log import JSONL_FILES, Progress, RunLog, SilentLog, epoch_line
 from training.signals import Stopped, StopRequest
 from training.state import TrainingState
@@ -177,7 +177,7 @@ class RunManager:
         if state.policies.learns:
             operations, draws = record["shares"]["operations"], state.policies.op_MQK.numel()
             largest = state.policies.largest_entropy
-            message = collapse(record["entropy"], largest, operations, draws, state.config.collapse_entropy)
+            message = collapse_message(record["entropy"], largest, operations, draws, state.config.collapse_entropy)
         record["collapsed"] = message
         state.collapse = state.collapse.with_record(record)
         self.log.interval(record, state.policies.largest_entropy)

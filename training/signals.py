@@ -1,9 +1,10 @@
-"""The wish that a process stop, by Ctrl-C (SIGINT) or SIGTERM: raised as an error, or noted and heeded when it is safe.
+"""Stop requests by Ctrl-C (SIGINT) or SIGTERM: raised as an error, or noted until it is safe to stop.
 
-Nothing is imported here that takes time: scripts begin with this.
+Only modules that load fast are imported here: every script starts with `begin`.
 """
 
 import contextlib
+import importlib.util
 import os
 import signal
 import sys
@@ -12,14 +13,15 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+REQUIRED = ("torch", "torchvision", "numpy", "yaml", "tensorboard", "tqdm")
 
 
 class Terminated(KeyboardInterrupt):
-    """By SIGTERM, as KeyboardInterrupt is by Ctrl-C."""
+    """SIGTERM, as KeyboardInterrupt is Ctrl-C."""
 
 
 class Stopped(Exception):
-    """Work has been stopped as it was wished, by the signal of that number; what was done is saved."""
+    """Training stopped after the signal of that number, and its state is saved."""
 
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
@@ -27,73 +29,77 @@ class Stopped(Exception):
 
 
 def begin() -> None:
-    """For the seconds that a script's imports take, Ctrl-C ends it in silence: there is nothing to keep yet.
+    """To be called before the slow imports. Exits with status 2 if a required package is not installed.
 
-    Where stdin, stdout or stderr was closed before the start, what is written there goes nowhere, and no file gets its
-    number by chance.
+    While the imports run, Ctrl-C ends the process without a traceback. If stdin, stdout or stderr is closed, it is
+    replaced by the null device, so that no other file gets its descriptor.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (for as long as it runs)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # in the background of a shell it is ignored
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (open until the process ends)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is ignored in a shell's background jobs
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for package in REQUIRED:
+        if importlib.util.find_spec(package) is None:
+            print(f"error: {package} is not installed; run: pip install -r requirements.txt", file=sys.stderr)
+            sys.exit(2)
 
 
 @contextlib.contextmanager
 def signals_raise() -> Iterator[Callable[[], None]]:
-    """Meanwhile Ctrl-C raises KeyboardInterrupt, and SIGTERM Terminated, until what is given is called.
+    """Inside, Ctrl-C raises KeyboardInterrupt and SIGTERM raises Terminated, until the yielded function is called.
 
-    From then on SIGTERM, which launchers repeat, is ignored, and Ctrl-C ends the process at once. Signals that are
-    ignored, or handled by others, stay as they are.
+    After that SIGTERM, which launchers send more than once, is ignored, and Ctrl-C ends the process at once. Signals
+    that are ignored, or have other handlers, do not change.
     """
     process = os.getpid()
 
     def terminate(number: int, _: FrameType | None) -> None:
         if os.getpid() == process:
             raise Terminated
-        signal.signal(number, signal.SIG_DFL)  # a child that was forked
+        signal.signal(number, signal.SIG_DFL)  # a forked child
         os.kill(os.getpid(), number)
 
-    def enough() -> None:
+    def ignore_further_signals() -> None:
         for number, handler in ((signal.SIGINT, signal.SIG_DFL), (signal.SIGTERM, signal.SIG_IGN)):
             if number in before:
                 signal.signal(number, handler)
 
     raising = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
     before = {}
-    if threading.current_thread() is threading.main_thread():  # no other may handle signals
+    if threading.current_thread() is threading.main_thread():  # other threads cannot set handlers
         ours = (signal.SIG_DFL, signal.default_int_handler)
         before = {number: signal.getsignal(number) for number in SIGNALS if signal.getsignal(number) in ours}
     for number in before:
         signal.signal(number, raising[number])
     try:
-        yield enough
+        yield ignore_further_signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 class StopRequest:
-    """While it is entered, SIGINT and SIGTERM are noted in `signum` instead of ending the process.
+    """Inside this context SIGINT and SIGTERM are noted in `signum` instead of ending the process.
 
-    A second Ctrl-C ends it at once, whatever it is doing. A launcher (torchrun) hands on the Ctrl-C that the terminal
-    has sent to all already, so that each press arrives twice: under one, the third signal ends it.
+    A second Ctrl-C ends the process at once. Under torchrun, which repeats the Ctrl-C that the terminal has already
+    sent to all processes, the third SIGINT does.
 
-    says: what is to be written to stderr when the first one comes, given its name; nothing where it is None.
+    message: returns the line to print to stderr at the first signal, given the signal's name.
     """
 
-    def __init__(self, says: Callable[[str], str] | None = None):
+    def __init__(self, message: Callable[[str], str] | None = None):
         self.signum = 0
-        self._says = says
-        self._left = 2 if "TORCHELASTIC_RUN_ID" in os.environ else 1  # times that SIGINT is borne
+        self._message = message
+        self._noted_interrupts = 2 if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
     def __enter__(self) -> "StopRequest":
         self._process = os.getpid()
-        of_the_main_thread = threading.current_thread() is threading.main_thread()
-        numbers = [n for n in SIGNALS if of_the_main_thread and signal.getsignal(n) is not signal.SIG_IGN]
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        numbers = [n for n in SIGNALS if in_main_thread and signal.getsignal(n) is not signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
@@ -102,14 +108,15 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a child that was forked, and is needed until the step is finished
+        if os.getpid() != self._process:  # a forked child, which the step under way still needs
             return
         if number == signal.SIGINT:
-            self._left -= 1
-            if self._left == 0:
-                signal.signal(signal.SIGINT, signal.SIG_DFL)  # which works even where Python does not get its turn
-        first, self.signum = not self.signum, self.signum or number
-        if first and self._says is not None:
-            words = f"\n{self._says(signal.Signals(number).name)}\n"
-            with contextlib.suppress(OSError):  # who reads it, as `| tee`, may have ended by the same Ctrl-C
-                os.write(2, words.encode())  # the process may be in the middle of a print()
+            self._noted_interrupts -= 1
+            if self._noted_interrupts == 0:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)  # works even while C code keeps Python from running
+        is_first = not self.signum
+        self.signum = self.signum or number
+        if is_first and self._message is not None:
+            text = f"\n{self._message(signal.Signals(number).name)}\n"
+            with contextlib.suppress(OSError):  # the reader, as `| tee`, may have ended by the same Ctrl-C
+                os.write(2, text.encode())  # print() cannot be used: a signal may arrive inside another print()

@@ -16,7 +16,7 @@ from datasets.splits import Split
 from policies import build_policies
 from policies.sources import LossSums, PolicySource
 from training.distributed import World, digest
-from training.health import Collapse, FiniteMonitor
+from training.health import CollapseCount, FiniteMonitor
 from utils import UserError, first_line, keyed_generator, random_state, seed_default_generators, set_random_state
 
 
@@ -97,7 +97,7 @@ class TrainingState:
     epoch: int = 0  # finished epochs
     step: int = 0  # finished steps of the next one
     best: float = 0.0  # best top-1 seen on the split that is scored during training; nothing is chosen by it
-    collapse: Collapse = field(default_factory=Collapse)
+    collapse: CollapseCount = field(default_factory=CollapseCount)
     rewinds: int = 0  # times that the run was rewound to a checkpoint
 
     @classmethod
@@ -111,7 +111,7 @@ class TrainingState:
         if config.compile:
             model.compile()  # in place: the state dict's keys stay as they are
         totals = EpochTotals(torch.zeros(2, dtype=torch.float64, device=world.device))
-        monitor, parts = FiniteMonitor(world.device), world.deal(config.batch_size, config.accumulate)
+        monitor, parts = FiniteMonitor(world.device), world.split_batch(config.batch_size, config.accumulate)
         return cls(
             config, world, model, trained, optimizer, scaler, policies, teacher, normalise, monitor, totals, parts
         )
@@ -191,7 +191,7 @@ class TrainingState:
         try:
             own = saved["ranks"][self.world.rank] if self.fits(saved) else self._share_of(saved)
             self.epoch, self.step, self.best = saved["epoch"], saved["step"], saved["best"]
-            self.collapse, self.rewinds = Collapse(*saved["collapse"]), int(saved["rewinds"])
+            self.collapse, self.rewinds = CollapseCount(*saved["collapse"]), int(saved["rewinds"])
             self.model.load_state_dict(saved["model"] | own["buffers"])
             # The device, not the run, decides which kernels are used and where AdamW keeps its count of steps.
             groups = [group | {"fused": fused} for group in saved["optimizer"]["param_groups"]]
@@ -252,7 +252,7 @@ def build_optimizer(model: nn.Module, config: Config, *, fused: bool) -> torch.o
 
 def check_support(config: Config, world: World) -> None:
     """Raises UserError for settings that these devices or files cannot carry out. Nothing is changed or loaded yet."""
-    world.deal(config.batch_size, config.accumulate)
+    world.split_batch(config.batch_size, config.accumulate)
     if config.policy_from:
         build_policies(config)
     if config.amp and config.amp_dtype == "float16" and world.device.type != "cuda":

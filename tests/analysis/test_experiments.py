@@ -19,10 +19,11 @@ from conftest import LITTLE, assert_refused, files, lines, little_network
 import evaluate
 import experiments
 import main
-import training.distributed as processes
+import training.exit as exits
 from analysis import summaries
 from analysis.specs import FOLDER, SIZES, load_experiment, runs_of
 from analysis.summaries import read_records
+from evaluation import weights
 from evaluation.results import read_results
 from utils import UserError
 
@@ -43,11 +44,11 @@ class InProcess:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", command[1:])
             patch.setattr(main, "build_model", little_network)
-            patch.setattr(evaluate, "build_model", little_network)
+            patch.setattr(weights, "build_model", little_network)
             text = os.fdopen(os.dup(stdout.fileno()), "a")
             out, err = contextlib.redirect_stdout(text), contextlib.redirect_stderr(text)
             with text, out, err, pytest.raises(SystemExit) as leaving:
-                processes.exit_with_status(entry)
+                exits.exit_with_status(entry)
         self.status = leaving.value.code
 
     def poll(self):
@@ -181,7 +182,7 @@ def test_runs_are_made_scored_and_summarised_once(experiment, in_process, tmp_pa
     error = {(record["arm"], record["seed"]): 100 * record["error"] for record in records}
     mean = statistics.fmean(error[first, seed] - error[second, seed] for seed in (0, 1))
     assert f"| {first} - {second} | 2 | {mean:+.2f} | +- " in summary
-    assert summary.count("nothing: too small") == len(one.compare)
+    assert summary.count("none: too small") == len(one.compare)
     assert "train_size 40" in summary
     assert f"\npython experiments.py {name} --set {' '.join(SMALL)} --seeds 0 1\n" in summary, "as it was typed"
     assert "Settings were changed on the command line" in summary

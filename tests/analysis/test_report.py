@@ -16,7 +16,8 @@ from analysis.runs import final_draws, read_run, run_names, run_verdict
 from augmentations import OPS
 from utils import UserError, load_tensors, save_tensors
 
-SMALL = ("ops=[Rotate, Solarize, Color]", "levels=4", "Q=2", "policy_interval=2", "controller_lr=0.1", *LITTLE)
+SMALL = ("ops=[Rotate, Solarize, Color]", "levels=4", "Q=2", "policy_interval=2", *LITTLE)
+SMALL += ("controller_lr=0.1", "logit_bound=0")
 
 
 @pytest.fixture(scope="module")

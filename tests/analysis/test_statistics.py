@@ -39,8 +39,8 @@ def test_verdicts():
     assert verdict(clear, 1, names) == "a is better than b"
     assert verdict([-d for d in clear], 1, names) == "b is better than a"
     assert verdict([0.1, -0.1, 0.2, -0.2, 0.05], 1, names) == "no difference shown"
-    assert verdict(clear[:3], 1, names) == "nothing: 3 pairs, at least 5 are needed"
-    assert verdict(clear[:1], 1, names) == "nothing: 1 pair, at least 5 are needed"
+    assert verdict(clear[:3], 1, names) == "none: 3 pairs, at least 5 are needed"
+    assert verdict(clear[:1], 1, names) == "none: 1 pair, at least 5 are needed"
 
 
 def test_more_comparisons_need_a_clearer_difference():

@@ -22,7 +22,7 @@ from analysis.specs import load_experiment, runs_of
 from augmentations import OPS
 from config import Config
 from evaluation.text_table import render
-from training.distributed import exit_with_status
+from training.exit import exit_with_status
 from utils import UserError
 
 CPU = torch.device("cpu")

@@ -30,7 +30,7 @@ from config import Config
 from datasets.splits import ResidentSplit
 from models import build_model
 from policies import build_policies
-from training.distributed import exit_with_status
+from training.exit import exit_with_status
 from utils import UserError, keyed_generator
 
 TINY = ("model=wresnet10_1", "train_size=40", "batch_size=10", "M=2", "eval_every=2")

@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 
 import datasets.download as download
 from datasets.download import Downloads, Missing, Remote, unpack
-from training.distributed import exit_with_status
+from training.exit import exit_with_status
 from utils import UserError
 
 CONTENT = random.Random(0).randbytes(50_000)

@@ -147,7 +147,7 @@ def test_where_all_are_damaged_there_is_no_guessing(run):
     before = contents(folder)
     with pytest.raises(UserError) as refused:
         Checkpoints(folder).load_newest(pytest.fail)
-    assert_in_words(refused.value, str(folder), "none of the 2 checkpoints is whole", "--overwrite")
+    assert_in_words(refused.value, str(folder), "none of the 2 checkpoints is intact", "--overwrite")
     assert contents(folder) == before
 
 
@@ -200,7 +200,7 @@ def test_between_epochs_only_those_without_steps_count(tmp_path):
     assert Checkpoints(tmp_path).load_newest(pytest.fail)["step"] == 3
     assert Checkpoints(tmp_path).load_newest(pytest.fail, between_epochs=True)["step"] == 0
     boundary.write_bytes(b"")
-    with pytest.raises(UserError, match="none of the 3 checkpoints from between two epochs is whole"):
+    with pytest.raises(UserError, match="none of the 3 checkpoints of the end of an epoch is intact"):
         Checkpoints(tmp_path).load_newest(pytest.fail, between_epochs=True)
 
 
@@ -423,7 +423,7 @@ def test_a_folder_that_is_none_is_named(tmp_path, place):
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError) as refused:
         Checkpoints(folder).save(a_state(1, 0))
-    assert_in_words(refused.value, str(folder), "cannot be made")
+    assert_in_words(refused.value, str(folder), "cannot be created")
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -37,6 +37,7 @@ from torch import nn
 
 import main
 import training.distributed as processes
+import training.exit as exits
 import training.state as trainingstate
 from config import Config
 from dataloader import Normalise
@@ -61,7 +62,7 @@ def all_well(ranks):
 
 @pytest.mark.parametrize(("images", "pieces", "size"), [(12, 1, 1), (12, 4, 1), (12, 1, 4), (12, 6, 2), (2048, 64, 8)])
 def test_every_image_is_dealt_once_in_equal_pieces(images, pieces, size):
-    dealt = [World((CPU,), rank, size).deal(images, pieces) for rank in range(size)]
+    dealt = [World((CPU,), rank, size).split_batch(images, pieces) for rank in range(size)]
     assert list(itertools.chain.from_iterable(itertools.chain.from_iterable(dealt))) == list(range(images))
     parts = [part for own in dealt for part in own]
     assert {len(part) for part in parts} == {images // max(pieces, size)}
@@ -80,7 +81,7 @@ def test_every_image_is_dealt_once_in_equal_pieces(images, pieces, size):
 )
 def test_what_cannot_be_dealt_is_refused_with_the_nearest_that_can(images, pieces, size, words):
     with pytest.raises(UserError, match=words):
-        World((CPU,), 0, size).deal(images, pieces)
+        World((CPU,), 0, size).split_batch(images, pieces)
 
 
 def test_micro_batches_that_do_not_come_out_even_are_refused_before_anything_is_written(script, tmp_path):
@@ -475,7 +476,7 @@ def test_an_error_of_one_process_ends_all_with_its_message():
         world.gather("waiting for the other")
 
     def run():
-        processes.exit_with_status(lambda: fail_joined())
+        exits.exit_with_status(lambda: fail_joined())
 
     def fail_joined():
         with processes.join("cpu") as world:
@@ -499,7 +500,7 @@ def test_an_error_that_all_processes_meet_is_said_once(tmp_path):
 
 def test_a_killed_process_ends_the_others_in_one_line():
     def run():
-        processes.exit_with_status(joined)
+        exits.exit_with_status(joined)
 
     def joined():
         with processes.join("cpu") as world:
@@ -529,7 +530,7 @@ def test_a_process_whose_leader_is_gone_ends_in_silence(monkeypatch, capsys):
     monkeypatch.setattr(processes, "_meeting_point", met)
     met()
     with pytest.raises(SystemExit) as leaving:
-        processes.exit_with_status(lambda: met()[0].add("something", 1))
+        exits.exit_with_status(lambda: met()[0].add("something", 1))
     assert leaving.value.code == 2
     assert capsys.readouterr().err == ""
 
@@ -555,7 +556,7 @@ def end(tmp_path):
                 sys.stdout = os.fdopen(1, "w")
             os.chdir(ROOT)
             before()
-            processes.exit_with_status(function)
+            exits.exit_with_status(function)
 
         process = FORKING.Process(target=start)
         _start(process)
@@ -596,7 +597,7 @@ def test_ctrl_c_and_sigterm_end_alike(end, number):
 def test_signals_are_as_before_afterwards(number, capsys):
     before = [signal.getsignal(each) for each in STATUS]
     with pytest.raises(SystemExit) as leaving:
-        processes.exit_with_status(lambda: send(number))
+        exits.exit_with_status(lambda: send(number))
     assert leaving.value.code == STATUS[number]
     assert capsys.readouterr().err == f"{WORD[number]}\n"
     assert [signal.getsignal(each) for each in STATUS] == before
@@ -652,7 +653,7 @@ def test_a_child_ends_as_if_nothing_were_set(end):
 
 def test_a_script_may_run_in_another_thread(capsys):
     with ThreadPoolExecutor(1) as pool, pytest.raises(SystemExit) as leaving:
-        pool.submit(processes.exit_with_status, lambda: None).result()
+        pool.submit(exits.exit_with_status, lambda: None).result()
     assert leaving.value.code == 0
 
 

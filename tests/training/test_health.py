@@ -35,7 +35,7 @@ from datasets.splits import ResidentSplit
 from policies import build_policies
 from training.checkpoint import Checkpoints
 from training.distributed import digest
-from training.health import Collapse, FiniteMonitor, NotFinite, all_finite, collapse
+from training.health import CollapseCount, FiniteMonitor, NotFinite, all_finite, collapse_message
 from training.state import TrainingState
 from utils import load_tensors
 
@@ -293,11 +293,11 @@ def one_larger(share, count=16):
     ],
 )
 def test_when_a_controller_counts_as_collapsed(entropy, shares, draws, threshold, expected):
-    assert collapse(entropy, 50.0, shares, draws, threshold) == expected
+    assert collapse_message(entropy, 50.0, shares, draws, threshold) == expected
 
 
 def test_intervals_of_collapse_are_counted_with_the_step_of_the_first():
-    told = Collapse()
+    told = CollapseCount()
     for step, words in ((4, None), (8, "thus"), (12, None), (16, "again")):
         told = told.with_record({"step": step, "collapsed": words})
     assert told == (2, 8)
@@ -314,7 +314,7 @@ def test_a_fresh_controller_is_no_alarm():
         shares, entropy = {name: counted[name] / 80 for name in names}, decisions.entropy_M.mean().item()
         assert counted.total() == 80
         assert 0.97 * source.largest_entropy < entropy <= source.largest_entropy
-        assert collapse(entropy, source.largest_entropy, shares, 80, config.collapse_entropy) is None
+        assert collapse_message(entropy, source.largest_entropy, shares, 80, config.collapse_entropy) is None
         largest_share = max(largest_share, *shares.values())
     assert largest_share < 0.4
 
@@ -377,7 +377,7 @@ def test_an_adversary_that_collapses_is_told_once_and_everywhere(told):
 
 def test_an_alarm_that_comes_again_is_told_again(told, monkeypatch):
     words = iter([None, "thus", "thus", None, "thus", "otherwise", None, None, None, "last", None, None])
-    monkeypatch.setattr(manager, "collapse", lambda *_: next(words))
+    monkeypatch.setattr(manager, "collapse_message", lambda *_: next(words))
     run, out = told("again", "policy_interval=1")
     said = [line for line in out.splitlines() if "has collapsed" in line]
     assert said == [
@@ -394,9 +394,9 @@ def test_the_alarm_is_reckoned_with_the_settings_of_the_run(told, monkeypatch):
 
     def noted(*arguments):
         calls.append(arguments)
-        return collapse(*arguments)
+        return collapse_message(*arguments)
 
-    monkeypatch.setattr(manager, "collapse", noted)
+    monkeypatch.setattr(manager, "collapse_message", noted)
     run, out = told("settings", "M=3", "Q=2", "K=4", "levels=7", "ops=[Rotate, Invert]", "collapse_entropy=1")
     for (entropy, largest, shares, draws, threshold), record in zip(calls, lines(run / "policies.jsonl"), strict=True):
         assert entropy == record["entropy"]
@@ -409,7 +409,7 @@ def test_the_alarm_is_reckoned_with_the_settings_of_the_run(told, monkeypatch):
 
 @pytest.mark.parametrize("policy", ["random", "none"])
 def test_a_source_that_does_not_learn_does_not_collapse(told, monkeypatch, policy):
-    monkeypatch.setattr(manager, "collapse", lambda *_: "always")
+    monkeypatch.setattr(manager, "collapse_message", lambda *_: "always")
     run, out = told("control", f"policy={policy}", "policy_interval=1")
     assert {record["collapsed"] for record in lines(run / "policies.jsonl")} == {None}
     assert "collapse" not in out

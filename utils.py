@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import ctypes
 import difflib
 import hashlib
 import os
@@ -22,8 +21,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 class UserError(Exception):
@@ -207,8 +204,7 @@ def write_atomically(
 
 def cannot_write(folder: Path, error: OSError, needs: int = 0) -> str:
     """The message for a file in `folder` that cannot be written."""
-    reason = [error.strerror or first_line(error)]
-    reason += [f"{needs / 1e6:,.1f} MB are needed"] if needs else []
+    reason = [error.strerror or first_line(error), *([f"{needs / 1e6:,.1f} MB are needed"] if needs else [])]
     with contextlib.suppress(OSError):
         reason.append(f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB are free")
     return f"cannot be written to ({', '.join(reason)}); make room or fix its permissions; earlier files are unharmed"
@@ -258,18 +254,6 @@ def choose_kernels(device: torch.device, deterministic: bool, tf32: bool) -> Non
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(deterministic)
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
-
-
-def keep_freed_memory() -> None:
-    """Let this process reuse the memory that it frees; no effect without glibc.
-
-    Otherwise every large tensor of a step on the CPU takes new pages from the system, which are cleared one by one.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        # Older glibc accepts at most 32 MB. If it accepts neither, leave both thresholds alone.
-        if any(mallopt(M_MMAP_THRESHOLD, size) for size in (2**30, 2**25)):
-            mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def seed_default_generators(devices: Sequence[torch.device], *key: Any) -> None:

@@ -478,8 +478,7 @@ def test_ctrl_c_ends_a_launched_run_and_its_epochs_are_kept(tmp_path):
 
 PAGE_FAULTS = """
 import ctypes, resource, torch
-from training.distributed import join
-from utils import M_MMAP_THRESHOLD
+from training.distributed import M_MMAP_THRESHOLD, join
 def faults_of_allocating():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(30_000_000)

@@ -19,11 +19,6 @@ from tqdm import tqdm
 
 from utils import UserError, first_line, warn
 
-try:
-    import fcntl
-except ImportError:  # not a POSIX system
-    fcntl = None  # type: ignore[assignment]
-
 TIMEOUT = 60.0  # seconds without a byte after which a connection is closed
 PAUSES = (1.0, 4.0, 16.0)  # seconds before each retry
 CHUNK = 1 << 20  # bytes
@@ -85,8 +80,7 @@ class Downloads:
         """
         if (folder / remote.name).exists():
             return self._fetch(remote, folder)
-        self._require_allowed(remote, folder, remote.name)
-        with _lock(folder):
+        with self._writing(remote, folder, remote.name):
             return self._fetch(remote, folder)
 
     def fetch_unpacked(self, archive: Remote, folder: Path, holds: Sequence[str]) -> list[Path]:
@@ -97,8 +91,7 @@ class Downloads:
         """
         folders, path = [folder / name for name in holds], folder / archive.name
         if missing := [path.name for path in folders if not path.is_dir()]:
-            self._require_allowed(archive, folder, f"{missing[0]} of {archive.name}")
-            with _lock(folder):
+            with self._writing(archive, folder, f"{missing[0]} of {archive.name}"):
                 # Another process may have unpacked and removed the archive while this one waited.
                 if not all(path.is_dir() for path in folders):
                     was_there = path.exists()
@@ -112,22 +105,38 @@ class Downloads:
 
     def fetch_and_unpack(self, archive: Remote, folder: Path) -> None:
         """Unpack an archive over what `folder` holds, and keep it. Raises what `fetch` and `unpack` raise."""
-        self._require_allowed(archive, folder, f"the content of {archive.name}")
-        with _lock(folder):
+        with self._writing(archive, folder, f"the content of {archive.name}"):
             unpack(self._fetch(archive, folder), folder, self.quiet)
 
-    def _require_allowed(self, remote: Remote, folder: Path, what: str) -> None:
-        """Raises Missing where `what`, from an existing archive or a missing file, may not be put into `folder`."""
+    @contextlib.contextmanager
+    def _writing(self, remote: Remote, folder: Path, what: str) -> Iterator[None]:
+        """Make `folder`; other processes that download into it wait.
+
+        Raises Missing where `what`, from an archive there or a download, may not be put there.
+        """
+        path = folder / remote.name
         if self.only_checkpoint:
             raise Missing(
                 f"{folder}: lacks {what}; nothing is downloaded there because only the checkpoint names it\n"
                 "say where the data are, or may be downloaded to, with --dataroot DIR"
             )
-        path = folder / remote.name
         if not self.allowed and not path.exists():
-            raise Missing(
-                f"{path}: is missing\ndownload {remote.url} by hand into {folder}, or run without --no-download"
-            )
+            by_hand = f"download {remote.url} by hand into {folder}"
+            raise Missing(f"{path}: is missing\n{by_hand}, or run without --no-download")
+        import fcntl  # POSIX only
+
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # some file systems have no locks
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    warn(f"{folder}: waiting for another process that is downloading or unpacking there")
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
     def _fetch(self, remote: Remote, folder: Path) -> Path:
         path = folder / remote.name
@@ -148,13 +157,10 @@ class Downloads:
                 _receive(url, part, remote, self.quiet)
                 break
             except NETWORK_ERRORS as error:
-                reason = error if isinstance(error, HTTPError) else getattr(error, "reason", error)
                 if pause is None or not _is_temporary(error):
-                    if part.stat().st_size == 0:
-                        part.unlink()
-                    raise Missing(f"{url}: {reason}\n{by_hand}") from None
+                    raise Missing(f"{url}: {first_line(error)}\n{by_hand}") from None
                 if not self.quiet:
-                    warn(f"{url}: {reason}; trying again in {pause:g} s")
+                    warn(f"{url}: {first_line(error)}; trying again in {pause:g} s")
                 time.sleep(pause)
         if fault := remote.mismatch(part):
             part.unlink()  # it may have begun as a part of another version, so that another try may succeed
@@ -186,38 +192,22 @@ def _receive(url: str, part: Path, remote: Remote, quiet: bool) -> None:
                 file.truncate(0)
             length = response.headers.get("Content-Length")
             total = remote.size if length is None else size + int(length)
-            with _bar(remote.name, total, quiet, size) as bar:
+            # disable=None: hidden unless stderr is a terminal
+            with tqdm(
+                desc=remote.name,
+                total=total,
+                initial=size,
+                unit="B",
+                unit_scale=True,
+                disable=quiet or None,
+                leave=False,
+            ) as bar:
                 while chunk := response.read1(CHUNK):
                     file.write(chunk)
                     size += len(chunk)
                     bar.update(len(chunk))
     if total is not None and size < total:
         raise ConnectionError(f"the connection was closed after {size} of {total} bytes")
-
-
-def _bar(title: str, total: int | None, quiet: bool, done: int = 0) -> tqdm:
-    hidden = True if quiet else None  # None: hidden unless stderr is a terminal
-    return tqdm(desc=title, total=total, initial=done, unit="B", unit_scale=True, disable=hidden, leave=False)
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Make `folder`; other processes that download into it wait, where its file system supports locks."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                warn(f"{folder}: waiting for another process that is downloading or unpacking there")
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def unpack(archive: Path, folder: Path, quiet: bool = False) -> None:
@@ -235,8 +225,8 @@ def unpack(archive: Path, folder: Path, quiet: bool = False) -> None:
             needed, free = sum(member.size for member in members), shutil.disk_usage(folder).free
             if needed > free:
                 raise OSError(f"it needs {needed} bytes, {free} are free")
-            hidden = True if quiet else None
-            bar = tqdm(members, f"unpacking {archive.name}", unit="file", disable=hidden, leave=False)
+            bar = tqdm(members, f"unpacking {archive.name}", unit="file", disable=quiet or None, leave=False)
+            temporary.mkdir()
             tar.extractall(temporary, bar, filter=_files_and_folders)
         _move(temporary, folder)
     except Exception as error:  # damage raises many types: TarError, EOFError, zlib.error, OSError, ValueError, ...

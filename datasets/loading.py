@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -224,8 +225,9 @@ def _open(
         source = row.open_arrays(config, split, downloads)
         _check_arrays(config.dataset, source)
     if classes is not None and classes != source.classes:
-        found, expected = short_repr(source.classes), short_repr(classes)
-        raise UserError(f"{config.dataset}: its classes are not those expected: {found} instead of {expected}")
+        found, expected = next(pair for pair in zip_longest(source.classes, classes) if pair[0] != pair[1])
+        different = f"{short_repr(found)} instead of {short_repr(expected)}"
+        raise UserError(f"{config.dataset}: its classes are not those expected: {different}")
     return source
 
 

@@ -1,9 +1,7 @@
 """Downloads from a server that misbehaves, and archives that are damaged or malicious."""
 
 import contextlib
-import errno
 import functools
-import gzip
 import hashlib
 import http.server
 import io
@@ -29,7 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import datasets.download as download
-from datasets.download import Downloads, Missing, Remote, unpack
+from datasets.download import Downloads, Remote, unpack
 from training.exit import exit_with_status
 from utils import UserError
 
@@ -43,10 +41,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         server, asked, content = self.server, self.headers["Range"], self.server.content
-        half = len(content) // 2
         server.ranges.append(asked)
         how = server.script.pop(0) if server.script else "well"
-        ranges = asked and how not in ("without ranges", "in chunks", "in chunks, cut")
+        ranges = asked and how not in ("without ranges", "in chunks")
         start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if ranges else 0
         body = content[start:]
         if how == "redirected":
@@ -58,22 +55,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_error(how)
         elif start >= len(content):
             self.send_error(416)
-        elif how in ("in chunks", "in chunks, cut"):
+        elif how == "in chunks":
             self.protocol_version = "HTTP/1.1"
             self.send_response(200)
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
-            self.send(f"{len(body):x}\r\n".encode() + (body + b"\r\n0\r\n\r\n" if how == "in chunks" else body[:half]))
+            self.send(f"{len(body):x}\r\n".encode() + body + b"\r\n0\r\n\r\n")
             self.close_connection = True
         else:
             body = {"wrongly": b"x" * len(body), "a page": b"<html>"}.get(how, body)
-            announced = len(body) + {"too long": 10, "too short": -10}.get(how, 0)
             self.send_response(206 if start else 200)
             if start:
-                first = start + 1 if how == "another range" else start
-                self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
+                self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
             if how != "without length":
-                self.send_header("Content-Length", str(announced))
+                self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             if how == "after a sign":
                 server.sign.wait(60)
@@ -209,101 +204,67 @@ def test_an_earlier_download_is_resumed(server, tmp_path):
 
 
 def test_a_closed_connection_is_resumed(server, tmp_path, pauses, capsys):
-    server.script = ["cut"] * 6  # more than the retries without progress
+    server.script = ["cut"] * 3
     assert Downloads().fetch(server.remote, tmp_path).read_bytes() == CONTENT
     assert server.ranges[:3] == [None, f"bytes={HALF}-", f"bytes={HALF + HALF // 2}-"]
     assert server.sent == len(CONTENT)
-    assert pauses == [1] * 6
+    assert pauses == [1, 4, 16]
     expected = f"the connection was closed after {HALF} of {len(CONTENT)} bytes; trying again in 1 s"
     assert expected in capsys.readouterr().err
 
 
 def test_a_stalled_connection_is_resumed(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "STALL", 0.3)
+    monkeypatch.setattr(download, "TIMEOUT", 0.3)
     server.script = ["stalled"]
     assert Downloads().fetch(server.remote, tmp_path).read_bytes() == CONTENT
     assert server.ranges[:2] == [None, f"bytes={HALF}-"]
 
 
-@pytest.mark.parametrize(
-    ("script", "words"),
-    [(["in chunks, cut"] * 20, "IncompleteRead"), (["in chunks, cut", "another range"] * 10, "sent another range")],
-)
-def test_a_server_without_progress_is_given_up(server, tmp_path, pauses, script, words):
-    server.script = script
-    with assert_refused(words, "or name a mirror with --data-url"):
-        Downloads(quiet=True).fetch(server.remote, tmp_path)
-    assert pauses == [1, 4, 16]
-
-
-@pytest.mark.parametrize(
-    ("how", "ranges"), [("without ranges", ["bytes=1000-"]), ("another range", ["bytes=1000-", None])]
-)
-def test_a_server_that_does_not_resume_starts_over(server, tmp_path, how, ranges):
+def test_a_server_that_does_not_resume_starts_over(server, tmp_path):
     (tmp_path / "file.bin.part").write_bytes(CONTENT[:1000])
-    server.script = [how]
+    server.script = ["without ranges"]
     assert Downloads().fetch(server.remote, tmp_path).read_bytes() == CONTENT
-    assert server.ranges == ranges
+    assert server.ranges == ["bytes=1000-"]
 
 
-@pytest.mark.parametrize("published", [{"size": len(CONTENT), "md5": MD5}, {"md5": MD5}])
-def test_a_part_of_another_file_is_replaced(server, tmp_path, published, capsys):
-    (tmp_path / "file.bin.part").write_bytes(b"x" * 1000)
-    remote = Remote(server.remote.url, **published)
-    assert Downloads().fetch(remote, tmp_path).read_bytes() == CONTENT
-    assert server.ranges == ["bytes=1000-", None]
-    assert capsys.readouterr().err.endswith(f"was not the beginning of {remote.url}; downloading it from the start\n")
-    (tmp_path / "file.bin").unlink()
-    (tmp_path / "file.bin.part").write_bytes(b"x" * 1000)
-    server.script = ["well", "wrongly"]
-    with assert_refused("the downloaded file has md5"):
-        Downloads(quiet=True).fetch(remote, tmp_path)
-    assert names(tmp_path) == []
+def test_a_complete_part_is_checked(server, tmp_path):
+    (tmp_path / "file.bin.part").write_bytes(CONTENT)
+    assert Downloads().fetch(server.remote, tmp_path).read_bytes() == CONTENT
+    assert server.ranges == [f"bytes={len(CONTENT)}-"]
 
 
-@pytest.mark.parametrize(
-    ("left", "ranges"),
-    [(CONTENT, [f"bytes={len(CONTENT)}-"]), (b"x" * len(CONTENT), [f"bytes={len(CONTENT)}-", None])],
-)
-def test_a_complete_part_is_checked(server, tmp_path, left, ranges):
+@pytest.mark.parametrize("left", [b"x" * 1000, b"x" * len(CONTENT)])
+def test_the_part_of_another_file_is_removed(server, tmp_path, left):
     (tmp_path / "file.bin.part").write_bytes(left)
-    assert Downloads().fetch(server.remote, tmp_path).read_bytes() == CONTENT
-    assert server.ranges == ranges
-
-
-@pytest.mark.parametrize(("how", "bytes_"), [("too long", 50_010), ("a page", 6)])
-def test_a_file_of_another_length_is_refused_at_once(server, tmp_path, how, bytes_):
-    server.script = [how]
-    with assert_refused(f"would send {bytes_} bytes instead of 50000\n", server.remote.url):
+    with assert_refused("the downloaded file has md5 ", "was removed\ntry again, download "):
         Downloads().fetch(server.remote, tmp_path)
     assert names(tmp_path) == []
+    assert Downloads().fetch(server.remote, tmp_path).read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize("how", ["too short", "wrongly"])
-def test_wrong_content_is_removed(server, tmp_path, how):
+@pytest.mark.parametrize(("how", "fault"), [("a page", "6 bytes instead of 50000"), ("wrongly", f"instead of {MD5}")])
+def test_wrong_content_is_removed(server, tmp_path, how, fault):
     server.script = [how]
-    with assert_refused(f"{server.remote.url}: the downloaded file has md5 ", f"instead of {MD5}\ndownload "):
-        Downloads().fetch(Remote(server.remote.url, md5=MD5), tmp_path)
+    with assert_refused(f"{server.remote.url}: the downloaded file has ", fault):
+        Downloads().fetch(server.remote, tmp_path)
     assert names(tmp_path) == []
 
 
 def test_a_refusal_is_not_tried_again(server, tmp_path, pauses):
     server.script = [404]
-    with assert_refused(": 404 ", f"download {server.remote.url} by hand into {tmp_path}, or name a mirror"):
+    with assert_refused("Error 404: ", f"download {server.remote.url} by hand into {tmp_path}, or name a mirror"):
         Downloads().fetch(server.remote, tmp_path)
     assert len(server.ranges) == 1
     assert pauses == []
-    assert names(tmp_path) == []
 
 
 def test_temporary_errors_are_tried_again_three_times(server, tmp_path, pauses):
     server.script = [500, 429, 503]
     assert Downloads().fetch(server.remote, tmp_path / "well").read_bytes() == CONTENT
     assert pauses == [1, 4, 16]
-    server.script = ["cut", 500, 500, 500, 500]
-    with assert_refused("500 Internal Server Error"):
+    server.script = ["cut", 500, 500, 500]
+    with assert_refused("Error 500: Internal Server Error"):
         Downloads().fetch(server.remote, tmp_path)
-    assert pauses == [1, 4, 16] * 2
     assert (tmp_path / "file.bin.part").read_bytes() == CONTENT[:HALF]
 
 
@@ -318,17 +279,14 @@ def test_servers_that_cannot_be_reached_are_given_up(tmp_path, monkeypatch, paus
     with assert_refused("Connection refused"):
         Downloads().fetch(Remote(url), tmp_path)
     assert pauses == [1, 4, 16]
-    with assert_refused("http://a..b/file.bin: "):
-        Downloads("http://a..b").fetch(Remote(url), tmp_path)
     monkeypatch.setattr(socket, "getaddrinfo", unknown_host)
     with assert_refused("Name or service not known", f"download {url} by hand"):
         Downloads().fetch(Remote(url), tmp_path)
     assert len(pauses) == 3
-    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_download_whose_process_ends_is_kept(server, tmp_path, number, capfd):
+def test_a_download_whose_process_ends_is_kept(server, tmp_path, number):
     server.script = ["stalled"]
     process = start_forked(lambda: exit_with_status(lambda: Downloads().fetch(server.remote, tmp_path)))
     part = tmp_path / "file.bin.part"
@@ -336,26 +294,10 @@ def test_a_download_whose_process_ends_is_kept(server, tmp_path, number, capfd):
     os.kill(process.pid, number)
     process.join()
     assert process.exitcode == {signal.SIGKILL: -9, signal.SIGTERM: 143}[number]
-    if number == signal.SIGTERM:
-        assert "part of file.bin is kept; the same command resumes the download\n" in capfd.readouterr().err
     assert names(tmp_path) == ["file.bin.part"]
     server.sign.set()
     assert Downloads().fetch(server.remote, tmp_path).read_bytes() == CONTENT
     assert server.ranges == [None, f"bytes={HALF}-"]
-
-
-class FullDisk(io.StringIO):
-    """Replaces a progress bar: raises once bytes have come."""
-
-    def update(self, _):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def test_a_full_disk_is_named_with_its_remedy(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "_bar", lambda *_: FullDisk())
-    with assert_refused(f"{tmp_path}: cannot be read or written", "No space left on device", "free some", lines=1):
-        Downloads().fetch(server.remote, tmp_path)
-    assert len(server.ranges) == 1
 
 
 @pytest.mark.parametrize(("there", "fault"), [(b"short", "5 bytes instead of 50000"), (b"x" * 50_000, "md5")])
@@ -386,18 +328,12 @@ def test_a_mirror_on_a_disk(tmp_path, ending, pauses):
     (tmp_path / "file.bin.part").write_bytes(b"left over")
     downloads = Downloads(mirror=f"file://{mirror}{ending}")
     assert downloads.fetch(Remote("https://example.org/file.bin", md5=MD5), tmp_path).read_bytes() == CONTENT
-    with assert_refused(f"{(mirror / 'other').as_uri()}: No such file", "download https://example.org/other by hand"):
+    with assert_refused("No such file", "download https://example.org/other by hand"):
         downloads.fetch(Remote("https://example.org/other"), tmp_path)
     assert pauses == []
-    (mirror / "other").write_bytes(b"something else")
-    with assert_refused((mirror / "other").as_uri(), f"instead of {MD5}"):
-        downloads.fetch(Remote("https://example.org/other", md5=MD5), tmp_path)
-    assert names(tmp_path) == ["file.bin", "mirror of files", "mirror of files/file.bin", "mirror of files/other"]
 
 
-@pytest.mark.parametrize(
-    "mirror", ["ftp://example.org/", "/data/mirror", "", "http://[::1/", "file:mirror", "http://a:x"]
-)
+@pytest.mark.parametrize("mirror", ["ftp://example.org/", "/data/mirror", "", "file:mirror"])
 def test_other_addresses_of_mirrors_are_refused(mirror):
     with assert_refused(f"--data-url {mirror}: is not the address", "http://", "file://", lines=1):
         Downloads(mirror=mirror)
@@ -432,7 +368,7 @@ def test_progress_is_shown_on_a_terminal_only(server, tmp_path, monkeypatch, qui
     pack(tmp_path / "a.tar", ("a", b"a"))
     Downloads(quiet=quiet).fetch(server.remote, tmp_path)
     unpack(tmp_path / "a.tar", tmp_path, quiet)
-    assert all((word in terminal.getvalue()) != quiet for word in ("file.bin", "unpacking a.tar", "B/s"))
+    assert all((word in terminal.getvalue()) != quiet for word in ("file.bin", "unpacking a.tar"))
     monkeypatch.setattr(sys, "stderr", no_terminal := io.StringIO())
     Downloads().fetch(server.remote, tmp_path / "again")
     assert no_terminal.getvalue() == ""
@@ -483,39 +419,33 @@ def test_a_damaged_older_copy_is_replaced_file_by_file(tmp_path):
 def test_what_is_in_the_way_is_named(tmp_path):
     archive = pack(tmp_path / "a.tar", ("a/x", b"new"))
     (tmp_path / "a").touch()
-    with assert_refused(f"{tmp_path}: a.tar cannot be unpacked there", tmp_path / "a", lines=1):
+    with assert_refused(archive, "cannot be unpacked into", tmp_path / "a", "remove what is in the way"):
         unpack(archive, tmp_path)
     assert names(tmp_path) == ["a", "a.tar"]
 
 
 MALICIOUS = {
-    "absolute name": [("/outside", b"x")],
     "absolute name here": [("{root}/outside", b"x")],
-    "name above": [("../outside", b"x")],
     "name that goes through above": [("a/../../outside", b"x")],
     "folder above": [("../outside", None)],
     "symbolic link": [("a", tarfile.SYMTYPE, "../outside")],
     "hard link": [("b", b"x"), ("a", tarfile.LNKTYPE, "b")],
     "file through a link": [("a", tarfile.SYMTYPE, ".."), ("a/outside", b"x")],
     "device": [("a", tarfile.CHRTYPE, "")],
-    "block device": [("a", tarfile.BLKTYPE, "")],
     "pipe": [("a", tarfile.FIFOTYPE, "")],
     "sparse file": [("a", tarfile.GNUTYPE_SPARSE, "")],
     "too deep": [("a/" * 3000 + "x", b"x")],
     "NUL": [("é\0a", b"x")],
     "file that is a folder": [("a", b"x"), ("a/b", b"x")],
-    "folder that is a file": [("a/b", b"x"), ("a", b"x")],
-    "folder and file": [("a", None), ("a", b"x")],
     "file in the place of the top": [("./", tarfile.REGTYPE, "")],
 }
 
 
 @pytest.mark.parametrize("kind", MALICIOUS)
-@pytest.mark.parametrize("suffix", [".tar", ".tgz"])
-def test_a_malicious_archive_leaves_no_trace(tmp_path, kind, suffix):
+def test_a_malicious_archive_leaves_no_trace(tmp_path, kind):
     members = [(name.format(root=tmp_path), *what) for name, *what in MALICIOUS[kind]]
-    archive = pack(tmp_path / f"bad{suffix}", ("fine", b"x"), *members)
-    with assert_refused(archive, "do not trust it", lines=1):
+    archive = pack(tmp_path / "bad.tar", ("fine", b"x"), *members)
+    with assert_refused(archive, "cannot be unpacked"):
         unpack(archive, tmp_path / "data")
     assert names(tmp_path) == [archive.name, "data"]
 
@@ -548,17 +478,10 @@ def test_nothing_is_ever_written_outside_the_folder(members):
         assert not (folder / ".unpacking-a.tar").exists()
 
 
-def broken_header(whole):
-    second = whole.index(b"second")
-    return whole[: second + 148] + b"x" + whole[second + 149 :]
-
-
 DAMAGE = {
     "a.tar": {
         "cut in a file": lambda whole: whole[:1000],
-        "cut between files": lambda whole: whole[: whole.index(b"second")],
         "cut in a header": lambda whole: whole[: whole.index(b"second") + 99],
-        "broken header": broken_header,
         "empty": lambda whole: b"",
         "no archive": lambda whole: CONTENT,
     },
@@ -567,7 +490,6 @@ DAMAGE = {
         "cut at the end": lambda whole: whole[:-4],
         "wrong checksum": lambda whole: whole[:-8] + bytes(4) + whole[-4:],
         "flipped bytes": lambda whole: whole[:20_000] + b"flip" + whole[20_004:],
-        "broken header": lambda whole: gzip.compress(broken_header(gzip.decompress(whole))),
     },
 }
 
@@ -576,7 +498,7 @@ DAMAGE = {
 def test_a_damaged_archive_leaves_no_trace(tmp_path, name, damage):
     archive = pack(tmp_path / name, ("first", CONTENT), ("second", CONTENT[::-1]))
     archive.write_bytes(DAMAGE[name][damage](archive.read_bytes()))
-    with assert_refused(f"{archive}: is incomplete, damaged or no tar archive", lines=1):
+    with assert_refused(f"{archive}: cannot be unpacked into", "replace the archive if it is damaged"):
         unpack(archive, tmp_path / "data")
     assert names(tmp_path) == [name, "data"]
 
@@ -585,7 +507,7 @@ def test_an_archive_larger_than_the_disk_is_refused(tmp_path, monkeypatch):
     archive = pack(tmp_path / "a.tgz", ("a", bytes(60_000)), ("b", bytes(60_000)))
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(download.shutil, "disk_usage", lambda _: usage(200_000, 80_001, 119_999))
-    with assert_refused(f"{tmp_path / 'data'}: a.tgz needs 120000 bytes there, 119999 are free", lines=1):
+    with assert_refused("it needs 120000 bytes, 119999 are free", "free some space"):
         unpack(archive, tmp_path / "data")
     assert names(tmp_path) == ["a.tgz", "data"]
 
@@ -648,8 +570,8 @@ def test_folders_are_complete_or_repaired_after_a_kill_at_any_step(tmp_path, the
         shutil.rmtree(data)
         if not more:
             break
-    assert killed > 5
-    assert all(archives) if kept else sum(map(len, archives)) <= 2, "removed but for a kill at two moments"
+    assert killed > 3
+    assert archives[-1] == (["set.tar"] if kept else []), "removed where nothing was killed"
 
 
 def test_several_processes_unpack_an_archive_once(tmp_path):
@@ -659,12 +581,3 @@ def test_several_processes_unpack_an_archive_once(tmp_path):
         found = list(pool.map(lambda _: downloads.fetch_unpacked(remote, tmp_path / "data", ("a", "b")), range(6)))
     assert found == [[tmp_path / "data" / "a", tmp_path / "data" / "b"]] * 6
     assert names(tmp_path / "data") == ["a", "a/file", "b", "b/file"]
-
-
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
-    downloads, remote = archive_of(tmp_path, "a")
-    (tmp_path / "file").write_bytes(b"")
-    calls = (downloads.fetch, downloads.fetch_and_unpack, lambda *where: downloads.fetch_unpacked(*where, ("a",)))
-    for fetch in calls:
-        with pytest.raises(Missing, match="data: cannot be read or written"):
-            fetch(remote, tmp_path / "file" / "data")

@@ -70,7 +70,7 @@ def test_other_modes_are_converted_to_rgb(tmp_path, mode):
     image = Image.open(photograph(tmp_path / "rgb.png")).convert(mode)
     path = tmp_path / ("odd.jpg" if mode in ("L", "CMYK") else "odd.png")
     image.save(path)
-    assert FileCheck([path])[0] is None
+    assert ImageFiles([path], FileCheck())[0, 0][2] is None
     expected = T.functional.pil_to_tensor(T.functional.center_crop(Image.open(path).convert("RGB"), 64))
     assert torch.equal(CentreCrop(70, 64)(path, seed=0), expected)
 
@@ -93,8 +93,8 @@ def test_the_quick_check_finds_damage_and_decodes_few_files(tmp_path, monkeypatc
     decoded, decode = [], imagefiles.read_rgb
     monkeypatch.setattr(imagefiles, "read_rgb", lambda path: (decoded.append(path.name), decode(path))[1])
     paths = [tmp_path / name for name in [*cases, "missing.jpg"]]
-    check = FileCheck(paths)
-    for path, reason in zip(paths, [check[i] for i in range(len(check))], strict=True):
+    checked = ImageFiles(paths, FileCheck())
+    for path, reason in zip(paths, [checked[0, i][2] for i in range(len(paths))], strict=True):
         expected = cases.get(path.name, (None, "No such file"))[1]
         assert (reason is None) if expected is None else (str(path) in reason and expected in reason), (path, reason)
     assert decoded == ["trailing.jpg", "cut.jpg", "cut.png", "other.bmp"]

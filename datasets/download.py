@@ -89,19 +89,18 @@ class Downloads:
         An archive that was downloaded for this is removed; one that was there is kept. Raises what `fetch` and
         `unpack` raise, and UserError when the archive does not hold them.
         """
-        folders, path = [folder / name for name in holds], folder / archive.name
-        if missing := [path.name for path in folders if not path.is_dir()]:
+        path = folder / archive.name
+        if missing := _missing(folder, holds):
             with self._writing(archive, folder, f"{missing[0]} of {archive.name}"):
                 # Another process may have unpacked and removed the archive while this one waited.
-                if not all(path.is_dir() for path in folders):
+                if _missing(folder, holds):
                     was_there = path.exists()
                     unpack(self._fetch(archive, folder), folder, self.quiet)
                     if not was_there:
                         path.unlink()
-        for sub_folder in folders:
-            if not sub_folder.is_dir():
-                raise UserError(f"{path}: does not hold {sub_folder.name}")
-        return folders
+        if missing := _missing(folder, holds):
+            raise UserError(f"{path}: does not hold {missing[0]}")
+        return [folder / name for name in holds]
 
     def fetch_and_unpack(self, archive: Remote, folder: Path) -> None:
         """Unpack an archive over what `folder` holds, and keep it. Raises what `fetch` and `unpack` raise."""
@@ -164,8 +163,12 @@ class Downloads:
                 time.sleep(pause)
         if fault := remote.mismatch(part):
             part.unlink()  # it may have begun as a part of another version, so that another try may succeed
-            raise Missing(f"{url}: the downloaded file {fault} and was removed\ntry again, {by_hand}")
+            raise Missing(f"{url}: the downloaded file {fault} and was removed; try again\n{by_hand}")
         return part.replace(path)
+
+
+def _missing(folder: Path, names: Sequence[str]) -> list[str]:
+    return [name for name in names if not (folder / name).is_dir()]
 
 
 def _is_temporary(error: Exception) -> bool:
@@ -192,16 +195,8 @@ def _receive(url: str, part: Path, remote: Remote, quiet: bool) -> None:
                 file.truncate(0)
             length = response.headers.get("Content-Length")
             total = remote.size if length is None else size + int(length)
-            # disable=None: hidden unless stderr is a terminal
-            with tqdm(
-                desc=remote.name,
-                total=total,
-                initial=size,
-                unit="B",
-                unit_scale=True,
-                disable=quiet or None,
-                leave=False,
-            ) as bar:
+            shown = {"unit": "B", "unit_scale": True, "disable": quiet or None}  # None: hidden except on a terminal
+            with tqdm(desc=remote.name, total=total, initial=size, leave=False, **shown) as bar:
                 while chunk := response.read1(CHUNK):
                     file.write(chunk)
                     size += len(chunk)
@@ -221,7 +216,13 @@ def unpack(archive: Path, folder: Path, quiet: bool = False) -> None:
     shutil.rmtree(temporary, ignore_errors=True)  # left by a kill
     try:
         with tarfile.open(archive) as tar:
-            members = _members(tar)
+            members = []
+            for member in tar:
+                if member.size < 0:  # an earlier header would follow, again and again
+                    raise tarfile.ReadError("a negative size")
+                members.append(member)
+            while tar.fileobj.read(CHUNK):  # to the checksum of gzip
+                pass
             needed, free = sum(member.size for member in members), shutil.disk_usage(folder).free
             if needed > free:
                 raise OSError(f"it needs {needed} bytes, {free} are free")
@@ -236,17 +237,6 @@ def unpack(archive: Path, folder: Path, quiet: bool = False) -> None:
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _members(tar: tarfile.TarFile) -> list[tarfile.TarInfo]:
-    members = []
-    for member in tar:
-        if member.size < 0:  # an earlier header would follow, again and again
-            raise tarfile.ReadError("a negative size")
-        members.append(member)
-    while tar.fileobj.read(CHUNK):  # to the checksum of gzip
-        pass
-    return members
 
 
 def _files_and_folders(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:

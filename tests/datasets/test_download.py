@@ -236,7 +236,7 @@ def test_a_complete_part_is_checked(server, tmp_path):
 @pytest.mark.parametrize("left", [b"x" * 1000, b"x" * len(CONTENT)])
 def test_the_part_of_another_file_is_removed(server, tmp_path, left):
     (tmp_path / "file.bin.part").write_bytes(left)
-    with assert_refused("the downloaded file has md5 ", "was removed\ntry again, download "):
+    with assert_refused("the downloaded file has md5 ", "was removed; try again\ndownload "):
         Downloads().fetch(server.remote, tmp_path)
     assert names(tmp_path) == []
     assert Downloads().fetch(server.remote, tmp_path).read_bytes() == CONTENT
@@ -481,7 +481,6 @@ def test_nothing_is_ever_written_outside_the_folder(members):
 DAMAGE = {
     "a.tar": {
         "cut in a file": lambda whole: whole[:1000],
-        "cut in a header": lambda whole: whole[: whole.index(b"second") + 99],
         "empty": lambda whole: b"",
         "no archive": lambda whole: CONTENT,
     },

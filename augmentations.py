@@ -1,11 +1,13 @@
 """The sixteen operations of Adversarial AutoAugment, batched, and equal to Pillow bit for bit.
 
-A `Plan` says which operation happens to which image and how strongly; `apply` carries it out on a whole
-uint8 batch, on any device. Nothing here draws a random number, so a plan can be logged and replayed. The
-module needs torch alone and can be lifted into any other project.
+A `Plan` says which operation is applied to which image and how strongly; `apply` executes it on a whole uint8 batch, on
+any device. Nothing here draws a random number, so a plan can be logged and replayed. The module needs only torch and
+can be copied into any other project.
 
-"Equal to Pillow" holds for Pillow >= 7.0 on x86-64, for eager tensors. `torch.compile`, and Pillow's own
-builds for other machines, may contract a product and a sum into one rounding and so differ in a rare last bit.
+"Equal to Pillow" holds for Pillow >= 7.0 on x86-64, for eager tensors. `torch.compile`, and Pillow's builds for other
+machines, may round a product and a sum once instead of twice, which can change the last bit of a value.
+
+A new operation is a kernel and a row at the end of `OPS`. `_in_families` runs a kernel that is in no family by itself.
 
 Shape suffixes:
     B   images in the batch (with M copies of each of N images: B = N * M)
@@ -26,22 +28,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CACHED_VALUES = 2**19  # of images that a processor works on at a time, in its cache
-# Index tables of shears and rotations are kept where magnitudes are levels (two signs of ten) and images are small: at
-# most 64 tables of 9 bytes a pixel, 75 MB.
+CACHED_VALUES = 2**19  # bytes of images that fit a processor's cache
+# Index tables of shears and rotations are cached for levels (ten with two signs) and small images: at most 64 tables of
+# 9 bytes per pixel, 75 MB.
 TABLES, TABLED_MAGNITUDES, TABLED_PIXELS = 64, 20, 2**17
-GREY = (125, 123, 114)  # of Cutout: AutoAugment's
+GREY = (125, 123, 114)  # Cutout's fill in AutoAugment
 LARGEST_MAGNITUDE = 1e9  # far beyond any use; all index arithmetic is exact up to there
 
 
 class Plan(NamedTuple):
-    """All that happens to a batch of B images in K positions. Tensors live on the CPU.
+    """The operations on a batch of B images in K positions. Tensors are on the CPU.
 
     op_BK: int64, a row of `OPS`; -1 leaves the image as it is.
     magnitude_BK: float64, in the unit of the row, sign included; ignored where the row has no magnitude.
-    partner_BK: int64, which image of the batch, as it was before the plan, SamplePairing blends in.
+    partner_BK: int64, the image of the batch, as it was before the plan, that SamplePairing blends in.
     centre_BK2: float64, centre of the Cutout operation as fractions of width and height.
-    These two may be left out where no operation of the plan needs them.
+    The last two may be None where no operation of the plan needs them.
     bilinear: shears and rotations interpolate between pixels, as Pillow's with BILINEAR, instead of taking the nearest.
     """
 
@@ -53,17 +55,18 @@ class Plan(NamedTuple):
 
 
 def apply(images_BCHW: Tensor, plan: Plan, others: Tensor | None = None) -> Tensor:
-    """Carry out `plan` on a uint8 batch; returns a new uint8 batch of the same shape on the same device.
+    """Execute `plan` on a uint8 batch; returns a new uint8 batch of the same shape on the same device.
 
-    others: further images, uint8 (_, 3, H, W), that only serve as partners: partner B + i is others[i].
+    others: further images, uint8 (_, 3, H, W), used only as partners: partner B + i is others[i].
 
-    On the CPU each operation present is called once per position, with the images that it is for; elsewhere all images
-    pass through a few families of operations. What goes where is known on the CPU: nothing waits for the device.
+    On the CPU each operation present is called once per position, with its images; on other devices all images pass
+    through a few families of operations. Which image goes where is known on the CPU: nothing waits for the device.
 
-    Raises ValueError for a batch that is not uint8 (B, 3, H, W), for a plan of another size, with rows that are not in
-    `OPS` or magnitudes that are no finite numbers, and for one that lacks the partners or centres that it needs.
+    Raises ValueError for a batch that is not uint8 (B, 3, H, W), a plan of another size, rows that are not in `OPS`,
+    magnitudes that are not finite, and missing partners or centres; TypeError for a plan's field of a wrong dtype.
     """
     _check_images(images_BCHW)
+    _check_dtypes(plan)
     plan = plan._replace(magnitude_BK=plan.magnitude_BK.double())
     partners_BCHW = images_BCHW if others is None else torch.cat((images_BCHW, others))
     _check_plan(plan, len(images_BCHW), len(partners_BCHW))
@@ -72,9 +75,9 @@ def apply(images_BCHW: Tensor, plan: Plan, others: Tensor | None = None) -> Tens
 
 
 def portion(plan: Plan, start: int, stop: int) -> tuple[Plan, Tensor]:
-    """The plan of images start..stop-1 of a batch alone, and the numbers of the images outside that they need.
+    """The plan of images start..stop-1 of a batch, and the numbers of the images outside that they need as partners.
 
-    It is run as `apply(images[start:stop], part, others=images[outside])`.
+    Execute it with `apply(images[start:stop], part, others=images[outside])`.
     """
     part = Plan(*(field[start:stop] if isinstance(field, Tensor) else field for field in plan))
     if part.partner_BK is None:
@@ -93,7 +96,7 @@ def apply_op(
     """Run the operation called `name` on a uint8 batch, with one magnitude per image, sign included.
 
     partner: (B, C, H, W) uint8, for SamplePairing. centre: (B, 2) fractions of width and height, for Cutout.
-    Raises ValueError for an unknown name, a wrong batch, a magnitude that is no finite number, or a missing partner or
+    Raises ValueError for an unknown name, a wrong batch, a magnitude that is not finite, or a missing partner or
     centre.
     """
     _check_images(images_BCHW)
@@ -122,9 +125,19 @@ def _check_images(images_BCHW: Tensor) -> None:
         raise ValueError(f"need uint8 images (B, 3, H, W), got {images_BCHW.dtype} {tuple(images_BCHW.shape)}")
 
 
+def _check_dtypes(plan: Plan) -> None:
+    rows, numbers = (torch.int64,), (torch.float64, torch.float32, torch.int64)
+    dtypes = {"op_BK": rows, "magnitude_BK": numbers, "partner_BK": (*rows, None), "centre_BK2": (*numbers, None)}
+    for name, allowed in dtypes.items():
+        field = getattr(plan, name)
+        if (field if field is None else getattr(field, "dtype", "")) not in allowed:
+            found = field.dtype if isinstance(field, Tensor) else type(field).__name__
+            raise TypeError(f"plan.{name} must be a tensor of {allowed[0]}, not {found}")
+
+
 def _check_plan(plan: Plan, images: int, partners: int) -> None:
     op_BK = plan.op_BK
-    if op_BK.shape[0] != images or plan.magnitude_BK.shape != op_BK.shape:
+    if op_BK.ndim != 2 or op_BK.shape[0] != images or plan.magnitude_BK.shape != op_BK.shape:
         raise ValueError(
             f"plan is for {tuple(op_BK.shape)} (images, positions) with magnitudes {tuple(plan.magnitude_BK.shape)}; "
             f"the batch has {images} images"
@@ -153,16 +166,16 @@ def _needing(what: str, op_BK: Tensor) -> Tensor:
 def _check_magnitudes(name: str, magnitudes: Tensor) -> None:
     wrong = ~(magnitudes.abs() <= LARGEST_MAGNITUDE)
     if wrong.any():
-        raise ValueError(f"{magnitudes[wrong][0]} is no magnitude for {name}")
+        raise ValueError(f"{magnitudes[wrong][0]} is not a magnitude for {name}: it must be finite and at most 1e9")
 
 
 def _in_groups(images_BCHW: Tensor, plan: Plan, partners_BCHW: Tensor) -> Tensor:
-    """`apply` for the CPU: images sorted by operation, so that each operation present is called once per position.
+    """`apply` on the CPU: images sorted by operation, so that each operation present is called once per position.
 
-    A group too large for the processor's cache is taken in pieces.
+    A group that is too large for the processor's cache is processed in pieces.
     """
     buffers, size = [torch.empty_like(images_BCHW) for _ in range(2)], piece_size(images_BCHW)
-    place_B = torch.arange(len(images_BCHW))  # where each image stands, as sorted for the last position
+    place_B = torch.arange(len(images_BCHW))  # of each image in the order of the last position
     for k in range(plan.op_BK.shape[1]):
         order_B = plan.op_BK[:, k].argsort(stable=True)
         counts = (plan.op_BK[:, k] + 1).bincount(minlength=len(OPS) + 1).tolist()
@@ -178,7 +191,7 @@ def _in_groups(images_BCHW: Tensor, plan: Plan, partners_BCHW: Tensor) -> Tensor
 
 
 def _run(op: "Op", images_BCHW: Tensor, partners_BCHW: Tensor, plan: Plan, numbers: Tensor, k: int) -> Tensor:
-    """Run `op` on the images of these numbers, as they are at position k; partners_BCHW: as before the plan."""
+    """Run `op` on images_BCHW, which have these numbers in the batch, at position k."""
     if plan.bilinear and op.kernel in _MATRICES:
         matrix_6B = _matrices(_MATRICES[op.kernel], plan.magnitude_BK[numbers, k], *images_BCHW.shape[-2:])
         return _interpolated(images_BCHW, matrix_6B)
@@ -191,14 +204,14 @@ def _run(op: "Op", images_BCHW: Tensor, partners_BCHW: Tensor, plan: Plan, numbe
 
 
 def piece_size(images_BCHW: Tensor) -> int:
-    """How many of these images to work on at a time: on the CPU so few that they stay in its cache."""
+    """How many of these images to process at a time: on the CPU as many as fit its cache."""
     if images_BCHW.device.type != "cpu" or not images_BCHW.numel():
         return max(1, len(images_BCHW))
     return max(1, CACHED_VALUES * len(images_BCHW) // images_BCHW.numel())
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a small CPU tensor to the device, from pinned memory, without waiting for it."""
+    """Copy a small CPU tensor to the device through pinned memory, without waiting for it."""
     if device.type == "cpu" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
@@ -232,7 +245,7 @@ def translate_x(images_BCHW: Tensor, fraction_B: Tensor) -> Tensor:
     shift_B1 = x_BW[:, :1]
     if torch.equal(x_BW - shift_B1, torch.arange(width).expand_as(x_BW)):
         return gather_rows(images_BCHW, torch.arange(len(x_BW)), torch.arange(height)[None], shift_B1)
-    # A sum that Pillow rounds up within a line leaves a pixel out there.
+    # Where Pillow's running sum rounds up within a line, a pixel is skipped.
     x_BW = upload(x_BW, images_BCHW.device)
     return _gather_pixels(images_BCHW, x_BW[:, None, :], torch.arange(height, device=x_BW.device)[None, :, None])
 
@@ -252,12 +265,12 @@ def rotate(images_BCHW: Tensor, degrees_B: Tensor) -> Tensor:
 def gather_rows(
     images_NCHW: Tensor, image_B: Tensor, row_BH: Tensor, shift_BH: Tensor, mirrored_B: Tensor | None = None
 ) -> Tensor:
-    """Put B images together from whole rows: row y of image b is row row_BH[b, y] of image image_B[b].
+    """Assemble B images from whole rows: row y of image b is row row_BH[b, y] of image image_B[b].
 
-    It is read from column shift_BH[b, y] on; what lies outside is black. mirrored_B: bool, whether an image is read
-    from the mirror images. All but the images are on the CPU, int64; row_BH and shift_BH broadcast to (B, H).
+    It is read from column shift_BH[b, y] on; outside is black. mirrored_B: bool, whether an image is read flipped.
+    All but the images are on the CPU, int64; row_BH and shift_BH broadcast to (B, H).
 
-    Much faster than pixel by pixel: with enough black around them, rows are W bytes that can be copied at once.
+    Much faster than pixel by pixel: with enough black around them, rows are W bytes that are copied at once.
     """
     C, H, W = images_NCHW.shape[1:]
     if not len(image_B) or not W:
@@ -320,7 +333,7 @@ def _shear_y_matrix(slope: float, width: int, height: int) -> tuple[float, ...]:
 
 
 def _rotation_matrix(degrees: float, width: int, height: int) -> tuple[float, ...]:
-    """The output-to-input matrix of `Image.rotate`, with its cos of Python: torch's may differ in the last bit."""
+    """The output-to-input matrix of `Image.rotate`, with Python's cos: torch's may differ in the last bit."""
     radians = -math.radians(degrees % 360.0)
     cos, sin = round(math.cos(radians), 15), round(math.sin(radians), 15)
     x, y = width / 2, height / 2
@@ -356,7 +369,7 @@ def _affine(images_BCHW: Tensor, matrix_of: Callable[..., tuple[float, ...]], ma
 
 @functools.lru_cache(maxsize=TABLES)
 def _sources(*fixed_height_width: int) -> tuple[Tensor, Tensor]:
-    """Index and inside of `_flat_index` for every pixel. There are few levels: tables of them are worth keeping."""
+    """Index and inside of `_flat_index` for every pixel, cached because there are few levels."""
     *fixed, height, width = fixed_height_width
     x_1HW, y_1HW = _coordinates(torch.tensor(fixed)[:, None], height, width)
     index_1HW, inside_1HW = _flat_index(x_1HW, y_1HW, height, width)
@@ -376,7 +389,7 @@ def _coordinates(fixed_6B: Tensor, height: int, width: int) -> tuple[Tensor, Ten
 
 
 def _gather_pixels(images_BCHW: Tensor, x_BHW: Tensor, y_BHW: Tensor) -> Tensor:
-    """Fetch for every output pixel the input pixel at (x, y), black where that lies outside.
+    """Fetch for every output pixel the input pixel at (x, y), black where that is outside.
 
     x_BHW, y_BHW: int64 indices, each broadcastable to (B, H, W) of the output.
     """
@@ -402,7 +415,7 @@ def _translated(offset_B: Tensor, size: int) -> Tensor:
     return steps_BS.cumsum(1).floor().long()  # summed pixel by pixel, as Pillow does, so that rounding is the same
 
 
-# Tone: every pixel by itself, or by a table made from its image's histogram.
+# Tone: a function of each pixel, possibly through a table made from its image's histogram.
 
 
 def autocontrast(images_BCHW: Tensor, _: Tensor) -> Tensor:
@@ -441,7 +454,7 @@ def _kept_bits(bits_B: Tensor) -> Tensor:
 
 
 def _autocontrast_table(images_BCHW: Tensor) -> Tensor:
-    """float64 (B, C, 256), to be cut to integers."""
+    """float64 (B, C, 256), to be truncated to integers."""
     pixels_BCP = images_BCHW.flatten(2)
     low_BC1, high_BC1 = pixels_BCP.amin(2, keepdim=True).double(), pixels_BCP.amax(2, keepdim=True).double()
     span_BC1 = high_BC1 - low_BC1
@@ -452,7 +465,7 @@ def _autocontrast_table(images_BCHW: Tensor) -> Tensor:
 
 
 def _equalize_table(images_BCHW: Tensor, pixels_BCP: Tensor) -> Tensor:
-    """float64 (B, C, 256), to be cut to integers; the numbers before the division are whole. pixels_BCP: int64."""
+    """float64 (B, C, 256), to be truncated to integers. pixels_BCP: int64."""
     ones_BCP = torch.ones_like(pixels_BCP, dtype=torch.int32)
     histogram_BC256 = ones_BCP.new_zeros(*pixels_BCP.shape[:2], 256).scatter_add_(2, pixels_BCP, ones_BCP)
     brightest_BC1 = images_BCHW.flatten(2).amax(2, keepdim=True).long()
@@ -464,7 +477,7 @@ def _equalize_table(images_BCHW: Tensor, pixels_BCP: Tensor) -> Tensor:
 
 
 def _look_up(pixels_BCP: Tensor, table_BC256: Tensor) -> Tensor:
-    """`Image.point`: replace each value by its entry, which is cut to an integer. pixels_BCP: int64."""
+    """`Image.point`: replace each value by its entry, truncated to an integer. pixels_BCP: int64."""
     return table_BC256.to(torch.uint8).gather(2, pixels_BCP)
 
 
@@ -497,7 +510,7 @@ def sharpness(images_BCHW: Tensor, factor_B: Tensor) -> Tensor:
 def cutout(images_BCHW: Tensor, fraction_B: Tensor, centre_B2: Tensor) -> Tensor:
     """A rectangle of side fraction * width around the centre, as `ImageDraw.rectangle` fills it.
 
-    Its corners are cut to integers and both belong to it; what lies outside the image is left out. A fraction
+    Its corners are truncated to integers and both belong to it; outside the image there is nothing to fill. A fraction
     of 0 changes nothing.
     """
     box_4B = _box(fraction_B, centre_B2, *images_BCHW.shape[-2:])
@@ -510,15 +523,15 @@ def sample_pairing(images_BCHW: Tensor, weight_B: Tensor, partner_BCHW: Tensor) 
 
 
 def _blend(first: Tensor, second: Tensor, weight_B: Tensor) -> Tensor:
-    """`Image.blend`, also beyond 0..1: first + weight * (second - first), cut to an integer. `second` is written over.
+    """`Image.blend`, also beyond 0..1: first + weight * (second - first), truncated. Overwrites `second`.
 
-    The product and the sum are rounded apart; they must stay two operations (no lerp, no addcmul).
+    The product and the sum are rounded separately; they must stay two operations (no lerp, no addcmul).
     """
     return _cut(second.sub_(first).mul_(_per_image(weight_B, second, torch.float32)).add_(first))
 
 
 def _cut(values: Tensor) -> Tensor:
-    """float32, which are written over, to uint8; by way of int16, which on the CPU is twice as fast."""
+    """float32, which is overwritten, to uint8; through int16, which is twice as fast on the CPU."""
     return values.clamp_(0, 255).to(torch.int16).to(torch.uint8)
 
 
@@ -537,10 +550,10 @@ def _mean(grey_B1HW: Tensor) -> Tensor:
 
 
 def _smooth(images_BCHW: Tensor, wide_BCHW: Tensor) -> Tensor:
-    """`Image.filter(ImageFilter.SMOOTH)`: weights 1 around 5, over 13, rounded; the border stays as it is.
+    """`Image.filter(ImageFilter.SMOOTH)`: weights 1 around 5, over 13, rounded; the border is unchanged.
 
-    images_BCHW, wide_BCHW: the same as uint8 and as float32. The sums run over the whole batch as one line: those that
-    reach over an edge of an image are the border's, and are put back.
+    images_BCHW, wide_BCHW: the same as uint8 and as float32. The sums run over the whole batch as one line; those that
+    cross an edge of an image belong to its border, which is restored.
     """
     height, width = images_BCHW.shape[-2:]
     smooth_BCHW = wide_BCHW.clone()
@@ -548,7 +561,7 @@ def _smooth(images_BCHW: Tensor, wide_BCHW: Tensor) -> Tensor:
         line = images_BCHW.flatten().short()
         columns = (line[: -2 * width] + line[width:-width]).add_(line[2 * width :])
         weighted = (columns[:-2] + columns[1:-1]).add_(columns[2:]).add_(line[width + 1 : -width - 1], alpha=4)
-        # No sum of 13 bytes lies within 1/26 of a half: the rounding of 1/13 cannot matter.
+        # No sum of 13 bytes over 13 is within 1/26 of a half: the rounding of 1/13 cannot matter.
         smooth_BCHW.view(-1)[width + 1 : -width - 1] = weighted.float().mul_(1 / 13).add_(0.5).floor_()
         for border in ((..., 0, slice(None)), (..., -1, slice(None)), (..., 0), (..., -1)):
             smooth_BCHW[border] = wide_BCHW[border]
@@ -556,7 +569,7 @@ def _smooth(images_BCHW: Tensor, wide_BCHW: Tensor) -> Tensor:
 
 
 def _box(fraction_B: Tensor, centre_B2: Tensor, height: int, width: int) -> Tensor:
-    """Cutout's left, top, right and bottom, int64 (4, B), all inclusive; the latter two -1 where there is none."""
+    """Cutout's left, top, right and bottom, int64 (4, B), all inclusive; right and bottom are -1 for no box."""
     side_B = fraction_B * width
     size_2 = torch.tensor([width, height], dtype=torch.float64)
     corner_B2 = (centre_B2.double().cpu() * size_2 - side_B[:, None] / 2).clamp(min=0).floor()
@@ -578,17 +591,17 @@ def _fill(images_BCHW: Tensor, box_4B: Tensor) -> Tensor:
     return difference_BCHW.bitwise_xor_(images_BCHW)
 
 
-# The same in families, for devices where a launch costs more than the arithmetic: every image passes through each
-# family once per position, with settings that change nothing unless its operation is of that family.
+# The same in families, for devices on which a launch costs more than the arithmetic: every image passes through each
+# family once per position, with settings that change nothing unless its operation belongs to that family.
 
 
 class _Settings(NamedTuple):
-    """What each of B images needs of each family at one position, float64."""
+    """Parameters of each family for each of B images at one position, float64."""
 
     affine_6B: Tensor  # as `_fixed_point` gives it
     box_4B: Tensor  # as `_box` gives it
-    op_1B: Tensor  # a row of OPS with its kernel, -1 for a kernel of no family
-    threshold_1B: Tensor  # inverted from here on, 256: nowhere
+    op_1B: Tensor  # row of OPS, -1 for a kernel in no family
+    threshold_1B: Tensor  # values from here on are inverted; 256: none
     kept_1B: Tensor  # bits
     weight_1B: Tensor
     partner_1B: Tensor
@@ -596,9 +609,9 @@ class _Settings(NamedTuple):
 
 
 def _in_families(images_BCHW: Tensor, plan: Plan, partners_BCHW: Tensor) -> Tensor:
-    """`apply` for CUDA: one upload, then a few kernels of fixed shapes. A family that no image needs is skipped.
+    """`apply` on CUDA: one upload, then a few kernels of fixed shapes. A family that no image needs is skipped.
 
-    An operation that belongs to no family is run by its own kernel, on the images that it is for.
+    A kernel in no family runs by itself, on its images.
     """
     settings_KSB, present = family_settings(plan, *images_BCHW.shape[-2:])
     settings_KSB, out_BCHW = upload(settings_KSB, images_BCHW.device), images_BCHW.clone()
@@ -613,12 +626,12 @@ def _in_families(images_BCHW: Tensor, plan: Plan, partners_BCHW: Tensor) -> Tens
 
 
 def _members(op_B: Tensor) -> list[tuple[int, Tensor]]:
-    """The rows of `OPS` that occur at a position, each with the numbers of its images."""
+    """The rows of `OPS` at a position, each with the numbers of its images."""
     return [(row, (op_B == row).nonzero()[:, 0]) for row in op_B.unique().tolist() if row >= 0]
 
 
 def family_settings(plan: Plan, height: int, width: int) -> tuple[Tensor, list[set[Callable[..., Tensor]]]]:
-    """What `through_families` needs to know of each position of a plan, float64 on the CPU, and its kernels."""
+    """The parameters for `through_families` at each position of a plan, float64 on the CPU, and its kernels."""
     positions = range(plan.op_BK.shape[1])
     settings = [torch.cat(_settings(plan, k, height, width)) for k in positions]  # rows as in _Settings
     present = [{OPS[row].kernel for row, _ in _members(plan.op_BK[:, k])} for k in positions]
@@ -635,7 +648,7 @@ def through_families(
 ) -> Tensor:
     """One position of a plan on the device: fixed shapes, no wait; a CUDA graph can hold it for equal `kernels`.
 
-    What no family is needed for is returned as it came; kernels of no family are skipped.
+    Kernels in no family are skipped.
     """
     settings = _Settings(*settings_SB.split((6, 4, 1, 1, 1, 1, 1, len(settings_SB) - 15)))
     if kernels & (_GEOMETRY - _MATRICES.keys() if bilinear else _GEOMETRY):
@@ -693,7 +706,7 @@ def _settings(plan: Plan, k: int, height: int, width: int) -> _Settings:
 def _start_and_step(source_BS: Tensor) -> Tensor:
     """The source indices that `_translated` gives, in 16.16 fixed point: int64 (2, B).
 
-    They rise by one, or, where Pillow's sum rounds up, once by two: each step adds 1/65536, which carries there.
+    They rise by one or, where Pillow's sum rounds up, once by two: each step adds 1/65536, which carries there.
     """
     size = source_BS.shape[1]
     before_B = (source_BS - source_BS[:, :1] == torch.arange(size)).sum(1)
@@ -717,7 +730,7 @@ def _toned(images_BCHW: Tensor, settings: _Settings, kernels: set[Callable[..., 
 def _blended(
     images_BCHW: Tensor, settings: _Settings, kernels: set[Callable[..., Tensor]], partners_BCHW: Tensor
 ) -> Tensor:
-    """Every blend in one, of what each image's operation puts in the first and in the second place."""
+    """All blends in one: first and second image of each blend are chosen by the image's operation."""
     op_B111 = settings.op_1B.view(-1, 1, 1, 1)
     first = second = wide_BCHW = images_BCHW.float()
     if kernels & {contrast, color}:
@@ -744,10 +757,10 @@ _FAMILIES = _GEOMETRY | _TONES | _BLENDS | {cutout}
 class Op(NamedTuple):
     """One operation: kernel(images_BCHW, magnitude_B[, what it `needs`]) -> images_BCHW, pure.
 
-    low, high: magnitude at the first and the last level, in `unit`; None where there is none.
+    low, high: magnitude at the first and the last level, in `unit`; None for operations without a magnitude.
     signed: a fair coin per image negates the magnitude.
-    neutral: the magnitude that changes nothing, None where there is no such magnitude.
-    needs: "partner" (images_BCHW) or "centre" (fractions, (B, 2)) for the kernels with a third argument.
+    neutral: the magnitude that changes nothing, None if there is none.
+    needs: "partner" (images_BCHW) or "centre" (fractions, (B, 2)) for kernels with a third argument.
     """
 
     name: str
@@ -766,7 +779,7 @@ class Op(NamedTuple):
         return self.low + (level / (levels - 1)) * (self.high - self.low)
 
 
-# The order is the controller's index and so part of every checkpoint and log.
+# The order is the controller's index and part of every checkpoint and log: new operations go at the end.
 OPS: tuple[Op, ...] = (
     Op("ShearX", shear_x, 0.0, 0.3, "slope", signed=True, neutral=0.0),
     Op("ShearY", shear_y, 0.0, 0.3, "slope", signed=True, neutral=0.0),

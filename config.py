@@ -23,7 +23,7 @@ from utils import UserError, did_you_mean, first_line, printable, read_text, sho
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_CONF = ROOT / "confs" / "demo.yaml"
-# In the paper's order. What is added to augmentations.OPS is used where a conf names it.
+# The paper's, in its order. Operations added to augmentations.OPS are used if a conf names them.
 PAPER_OPS = (
     "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "AutoContrast", "Invert", "Equalize",
     "Solarize", "Posterize", "Contrast", "Color", "Brightness", "Sharpness", "Cutout", "SamplePairing",
@@ -32,8 +32,8 @@ DATASETS = ("shapes", "cifar10", "cifar100", "imagenet", "folder")
 FROM_A_FILE = ("recorded", "frozen")
 PER_IMAGE = ("trivialaugment", "randaugment", "autoaugment_cifar10", "autoaugment_imagenet", "augmix")
 POLICIES = ("controller", "random", "none", *FROM_A_FILE, *PER_IMAGE)
-LONGEST_CONF = 65536  # bytes; a conf that names every setting with its documentation has a tenth of it
-LARGEST = 1e9  # of any number in a conf: far beyond any use, and below what overflows
+LONGEST_CONF = 65536  # bytes; a conf with every setting and its documentation has a tenth of that
+LARGEST = 1e9  # number in a conf: far beyond any use, and no arithmetic overflows
 
 
 def setting(default: Any, doc: str, *, low=None, high=None, above=None, choices=(), may_change=False) -> Any:
@@ -74,7 +74,7 @@ def _problem(field: dataclasses.Field, value: Any) -> str | None:
 
 @dataclass(frozen=True)
 class Config:
-    """A run's settings. Raises ConfigError for a value that cannot be."""
+    """A run's settings. Raises ConfigError for an invalid value."""
 
     # Network and data
     model: str = setting("wresnet28_10", "network, by name: see models/__init__.py")
@@ -237,7 +237,7 @@ class Config:
 
 
 class ConfigError(UserError):
-    """A setting that cannot be; `field` is its name."""
+    """An invalid setting; `field` is its name."""
 
     def __init__(self, field: str, message: str):
         super().__init__(message)

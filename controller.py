@@ -1,19 +1,20 @@
-"""The adversary: an LSTM that writes augmentation policies, trained by REINFORCE to raise the network's loss.
+"""The adversary: an LSTM that samples augmentation policies, trained by REINFORCE to raise the network's loss.
 
 Adversarial AutoAugment (Zhang et al., ICLR 2020), https://arxiv.org/abs/1912.11188
 
-    theta   parameters of the policy network (here: `Controller`)
-    w       weights of the target network, which minimises the loss that theta maximises
-    M       policies sampled per interval (8)
-    Q       sub-policies of a policy (5); every image draws one of them
-    K       operations of a sub-policy, applied in order (2)
-    p_m     probability of policy m: the product over its 2 * Q * K decisions, operation and level in turn
-    L^_m    moving average of the target network's loss under policy m, over the interval (an epoch)
-    L~_m    L^_m normalised over the M policies: the advantage
-    beta    weight of the entropy bonus (1e-5)
+    symbol  here            meaning (default)
+    theta   Controller      parameters of the policy network
+    w       models/         weights of the target network, which minimises the loss that theta maximises
+    M       M               policies sampled per interval, an epoch (8)
+    Q       Q               sub-policies of a policy (5); every image draws one of them
+    K       K               operations of a sub-policy, applied in order (2)
+    p_m     log_prob_M      probability of policy m: the product over its 2 * Q * K decisions
+    L^_m    reward_M        mean of the target network's loss under policy m over the interval
+    L~_m    advantage_M     L^_m normalised over the M policies
+    beta    entropy_bonus   weight of the entropy in the objective (1e-5)
 
-Shape suffixes: M, Q and K as above. An operation is a row of the *controller's* list of operations, which may be a
-subset of `augmentations.OPS`; a level is 0..levels-1.
+Shape suffixes: M, Q and K as above; D decisions of a policy; C choices of a decision. An operation is an index into the
+controller's list of operations, which may be a subset of `augmentations.OPS`; a level is 0..levels-1.
 """
 
 from typing import NamedTuple
@@ -32,14 +33,14 @@ class Decisions(NamedTuple):
 
 
 class Controller(nn.Module):
-    """Embedding, one-layer LSTM, and a softmax over operations and over levels in turn; each decision is fed back.
+    """Embedding, one-layer LSTM, and a softmax over operations and over levels in turn; each choice is the next input.
 
-    `recurrence` "policy" carries the state through all decisions of a policy; "subpolicy" starts every sub-policy
+    recurrence: "policy" carries the state through all decisions of a policy; "subpolicy" starts every sub-policy
     from the zero state and the start symbol, so that the Q sub-policies are independent draws of one distribution.
 
-    logit_bound: c > 0 bounds all logits smoothly, c * tanh(logits / c), and so every probability; 0 does not.
+    logit_bound: c > 0 bounds all logits smoothly, c * tanh(logits / c), and so every probability; 0: unbounded.
 
-    It lives on the CPU in float32: it is small, and its decisions are needed there to group images by operation.
+    Runs on the CPU in float32: it is small, and its decisions are needed there to group images by operation.
     """
 
     def __init__(
@@ -70,20 +71,20 @@ class Controller(nn.Module):
 
     @torch.no_grad()
     def sample(self, M: int, generator: torch.Generator | None = None) -> Decisions:
-        """Draw M policies (Algorithm 1, line "generate M policies with the probabilities p_1..p_M")."""
+        """Draw M policies (Algorithm 1: generate M policies with the probabilities p_1, ..., p_M)."""
         return self._decide(M, lambda _, probability_MC: probability_MC.multinomial(1, generator=generator).squeeze(1))
 
     def log_prob(self, op_MQK: Tensor, level_MQK: Tensor) -> tuple[Tensor, Tensor]:
-        """log p_m and the entropy along the path for given decisions, (M,) each, with gradient.
+        """log p_m and the entropy for given decisions, (M,) each, with gradient.
 
-        The entropy is the sum over the decisions of the softmax entropies met on the way, in nats.
+        The entropy is the sum of the entropies of the softmaxes that the decisions were drawn from, in nats.
         """
         given_MD = torch.stack((op_MQK, level_MQK), dim=-1).flatten(1)
         decisions = self._decide(len(given_MD), lambda d, _: given_MD[:, d])
         return decisions.log_prob_M, decisions.entropy_M
 
     def _decide(self, M: int, choose) -> Decisions:
-        """Walk through the 2 * Q * K decisions; choose(d, probability_MC) names the d-th of each policy."""
+        """Run the LSTM over the 2 * Q * K decisions; choose(d, probability_MC) returns the d-th choice_M."""
         log_prob_M, entropy_M = torch.zeros(M), torch.zeros(M)
         chosen = []
         for d in range(2 * self.Q * self.K):
@@ -96,7 +97,7 @@ class Controller(nn.Module):
                 logits_MC = self.logit_bound * (logits_MC / self.logit_bound).tanh()
             log_p_MC = logits_MC.log_softmax(1)
             choice_M = choose(d, log_p_MC.exp())
-            log_prob_M = log_prob_M + log_p_MC.gather(1, choice_M[:, None]).squeeze(1)
+            log_prob_M = log_prob_M + log_p_MC.gather(1, choice_M[:, None]).squeeze(1)  # p_m = prod_d p(decision d)
             entropy_M = entropy_M - (log_p_MC.exp() * log_p_MC).sum(1)
             chosen.append(choice_M)
             symbol_M = choice_M + (1 if is_op else 1 + self.num_ops)
@@ -105,10 +106,10 @@ class Controller(nn.Module):
 
 
 def advantage(reward_M: Tensor, *, divide_by_std: bool = True, eps: float = 1e-5) -> Tensor:
-    """L~_m = (L^_m - mean) / std over the M policies, unbiased std; zero for a single policy, which has no rival.
+    """L~_m = (L^_m - mean) / std over the M policies, with the unbiased std; zero for a single policy.
 
-    reward_M: the losses L^_m, or what else rewards the adversary. divide_by_std: False leaves the division out, so that
-    differences that hardly matter hardly count.
+    reward_M: the losses L^_m, or another reward. divide_by_std: False skips the division, so that small differences
+    between policies have little effect.
     """
     if len(reward_M) < 2:
         return torch.zeros_like(reward_M)
@@ -117,9 +118,9 @@ def advantage(reward_M: Tensor, *, divide_by_std: bool = True, eps: float = 1e-5
 
 
 def policy_loss(log_prob_M: Tensor, entropy_M: Tensor, advantage_M: Tensor, entropy_bonus: float) -> Tensor:
-    """What a minimising optimizer is given so that theta *ascends* (1/M) sum_m L~_m grad log p_m.
+    """The loss whose descent lets theta *ascend* (1/M) sum_m L~_m grad log p_m, plus beta times the mean entropy.
 
-    Policies with a higher loss of the target network become more likely; `entropy_bonus` (beta) favours entropy.
+    Policies under which the target network's loss is higher become more likely.
     """
     return -(advantage_M * log_prob_M).mean() - entropy_bonus * entropy_M.mean()
 
@@ -134,10 +135,10 @@ def reinforce(
     *,
     divide_by_std: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """One step of theta for the M policies and the losses L^_m they caused (Algorithm 1, last line of the epoch).
+    """One step of theta for the M policies and the losses L^_m they caused (Algorithm 1, last line of an epoch).
 
-    Log-probabilities are computed anew here, so that between sampling and update nothing but the decisions has to be
-    kept. Returns (advantage_M, entropy_M), both without gradient. With M = 1 there is nothing to compare and no step.
+    Recomputes the log-probabilities, so that only the decisions have to be kept between sampling and update. Returns
+    (advantage_M, entropy_M), both without gradient. With M = 1 there is nothing to compare, and no step is taken.
     """
     advantage_M = advantage(reward_M, divide_by_std=divide_by_std)
     log_prob_M, entropy_M = controller.log_prob(op_MQK, level_MQK)

@@ -1,8 +1,7 @@
-"""User errors and messages, the command line, atomic files, keyed randomness, devices: nothing of the science."""
+"""User errors, the command line, files that are read with care and written atomically, seeding, devices."""
 
 import argparse
 import contextlib
-import ctypes
 import difflib
 import hashlib
 import os
@@ -16,14 +15,12 @@ import subprocess
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 class UserError(Exception):
@@ -31,10 +28,7 @@ class UserError(Exception):
 
 
 class CommandLine(argparse.ArgumentParser):
-    """An argument parser whose errors are one line with a guess at what was meant.
-
-    settings: names that `--set` takes, if the command has it.
-    """
+    """An argument parser whose errors are UserErrors that suggest what was meant. settings: names that --set takes."""
 
     settings: Sequence[str] = ()
 
@@ -61,7 +55,7 @@ class CommandLine(argparse.ArgumentParser):
 
 
 def did_you_mean(word: Any, known: Iterable[str]) -> str:
-    """A question to append to an error message, empty if nothing known is close."""
+    """A suggestion to append to an error message; empty if no known word is close."""
     spelled = {name.lower(): name for name in known}
     close = difflib.get_close_matches(word.lower(), spelled, n=1) if isinstance(word, str) else []
     return f"; did you mean {spelled[close[0]]}?" if close else ""
@@ -74,7 +68,7 @@ def printable(text: str, most: int = 240) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its kind if it says nothing."""
+    """The first line of an error's message, or its type if it has none."""
     lines = str(error).strip().splitlines()
     return printable(lines[0]) if lines else type(error).__name__
 
@@ -113,7 +107,7 @@ class _Shown(reprlib.Repr):
 
 
 def short_repr(value: Any) -> str:
-    """repr() for a message: on one line and not long, whatever was in the file that the value comes from."""
+    """repr() for a message: one short line, whatever the value is."""
     return printable(_Shown().repr(value), 160)
 
 
@@ -125,9 +119,9 @@ def duration(seconds: float) -> str:
 
 
 def has_shape(value: Any, shape: Any) -> bool:
-    """Whether a value read from a file is of this form.
+    """Whether a value read from a file has this form.
 
-    shape: a type or several, a list with the shape of all items, or a dict with those of the keys that must be there.
+    shape: a type or a tuple of types, a list with the shape of all items, or a dict with the shapes of required keys.
     """
     if isinstance(shape, dict):
         return isinstance(value, dict) and all(k in value and has_shape(value[k], of) for k, of in shape.items())
@@ -137,36 +131,35 @@ def has_shape(value: Any, shape: Any) -> bool:
 
 
 def load_tensors(path: Path) -> Any:
-    """A file written by torch.save that holds tensors and plain values only; nothing in it is executed."""
+    """A file of torch.save with tensors and plain values only; nothing in it is executed. Raises UserError."""
     return load_hashed(path)[0]
 
 
 def load_hashed(path: Path) -> tuple[Any, str]:
-    """What `load_tensors` gives, and the SHA-256, in hex, of the very file that it was read from."""
+    """As `load_tensors`, and the file's SHA-256 in hex, from the same open file."""
     try:
         require_file(path)
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            if zipfile.is_zipfile(file):
-                with zipfile.ZipFile(file) as archive:
-                    # torch.save packs nothing: what says that it holds more would fill the memory.
-                    if sum(entry.file_size for entry in archive.infolist()) > os.fstat(file.fileno()).st_size:
-                        raise ValueError("says that it holds more than it is long")
+            # torch.save does not compress: a file that claims more than its size could fill the memory
+            entries = zipfile.ZipFile(file).infolist() if zipfile.is_zipfile(file) else []
+            if sum(entry.file_size for entry in entries) > os.fstat(file.fileno()).st_size:
+                raise ValueError("it claims to hold more than its own size")
             file.seek(0)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # of torch, about files that it then refuses
+                warnings.simplefilter("ignore", UserWarning)  # from torch, about files that it then refuses
                 return torch.load(file, map_location="cpu", weights_only=True), sha256
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
-    except Exception as error:  # damage shows in many ways: RuntimeError, EOFError, UnpicklingError, KeyError, ...
+    except Exception as error:  # damage has many forms: RuntimeError, EOFError, UnpicklingError, KeyError, ...
         reason = first_line(error)[:160]
-        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):  # torch's words say how to run it
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):  # torch says how to execute it
             reason = "it is damaged, or holds more than tensors and plain values: do not trust it then"
         raise UserError(f"{path}: cannot be read as a checkpoint ({reason})") from None
 
 
 def save_tensors(path: Path, content: dict[str, Any]) -> None:
-    """Write a file for `load_tensors`, whole or not at all."""
+    """Write a file for `load_tensors` atomically."""
     write_atomically(path, lambda new: write_tensors(content, new), needs=size_of(content))
 
 
@@ -179,7 +172,7 @@ def size_of(state: Any) -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8, whole or not at all."""
+    """Write `text` as UTF-8 atomically."""
     write_atomically(path, lambda new: new.write_text(text, encoding="utf-8"))
 
 
@@ -188,8 +181,8 @@ def write_atomically(
 ) -> Path:
     """Call write(temporary path), flush to disk, and rename in one step to `path`, or to name(temporary path).
 
-    needs: bytes, as far as they are known, for the message. Raises UserError, with what was there before as it was,
-    where the disk is full or cannot be written to.
+    needs: size in bytes, for the message, if known. Raises UserError if the disk is full or not writable; the file
+    that was there before is then unchanged.
     """
     temporary = path.with_name(f"{path.name}.part")
     try:
@@ -200,19 +193,18 @@ def write_atomically(
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        cause = error.__context__ if isinstance(error, RuntimeError) else error  # as torch.save reports what it meets
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save wraps OSErrors
         if not isinstance(cause, OSError):
             raise
         raise UserError(f"{path.parent}: {cannot_write(path.parent, cause, needs)}") from None
-    with contextlib.suppress(OSError):  # not every file system knows it for a folder
+    with contextlib.suppress(OSError):  # not every file system can do it for a folder
         _flush_to_disk(final.parent)
     return final
 
 
 def cannot_write(folder: Path, error: OSError, needs: int = 0) -> str:
-    """Why a file in `folder` cannot be written, and what to do about it, in words."""
-    reason = [error.strerror or first_line(error)]
-    reason += [f"{needs / 1e6:,.1f} MB are needed"] if needs else []
+    """The message for a file in `folder` that cannot be written."""
+    reason = [error.strerror or first_line(error), *([f"{needs / 1e6:,.1f} MB are needed"] if needs else [])]
     with contextlib.suppress(OSError):
         reason.append(f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB are free")
     return f"cannot be written to ({', '.join(reason)}); make room or fix its permissions; earlier files are unharmed"
@@ -225,7 +217,7 @@ def sha256_of(path: Path) -> str:
 
 
 def write_tensors(content: dict[str, Any], path: Path) -> None:
-    with path.open("wb") as file:  # given a path, torch.save would not say why it cannot write
+    with path.open("wb") as file:  # given a path, torch.save hides why it cannot write
         torch.save(content, file)
 
 
@@ -247,14 +239,14 @@ def keyed_seed(*key: Any) -> int:
 
 
 def keyed_generator(*key: Any) -> torch.Generator:
-    """A CPU generator seeded by the key, so that no draw depends on which draws came before it."""
+    """A CPU generator seeded by the key, so that no draw depends on earlier ones."""
     return torch.Generator().manual_seed(keyed_seed(*key))
 
 
 def choose_kernels(device: torch.device, deterministic: bool, tf32: bool) -> None:
-    """On CUDA, kernels that give the same bits each time, or the fastest; on the CPU they always do.
+    """On CUDA, use kernels that give the same bits each time, or the fastest; on the CPU all give the same bits.
 
-    tf32: products of float32 numbers with 10 bits of mantissa each, on the GPUs that can.
+    tf32: multiply float32 numbers with 10 bits of mantissa, on GPUs that can.
     """
     torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
     if device.type == "cuda":
@@ -264,32 +256,8 @@ def choose_kernels(device: torch.device, deterministic: bool, tf32: bool) -> Non
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
-def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees, for what it allocates next. Without effect where no glibc is.
-
-    Otherwise every large tensor of a step on the CPU is made of new pages, which the system clears one by one.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        # Older glibc takes 32 MB at most. One that took neither would be left with its smallest threshold.
-        if any(mallopt(M_MMAP_THRESHOLD, size) for size in (2**30, 2**25)):
-            mallopt(M_TRIM_THRESHOLD, -1)
-
-
-@contextlib.contextmanager
-def full_float32() -> Iterator[None]:
-    """On CUDA, float32 with all its bits, and the same ones each time, whatever was chosen for training."""
-    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
-    try:
-        matmul.allow_tf32 = False
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            yield
-    finally:
-        matmul.allow_tf32 = before
-
-
 def seed_default_generators(devices: Sequence[torch.device], *key: Any) -> None:
-    """Seed the generators that networks draw from: by the key, and apart for each device."""
+    """Seed the generators that networks draw from, each device's differently."""
     torch.manual_seed(keyed_seed(*key))
     for device in devices[1:]:
         with torch.cuda.device(device):
@@ -297,7 +265,7 @@ def seed_default_generators(devices: Sequence[torch.device], *key: Any) -> None:
 
 
 def random_state(devices: Sequence[torch.device]) -> dict[str, Any]:
-    """State of the default generators, to be put back by `set_random_state`."""
+    """State of the default generators, for `set_random_state`."""
     return {"cpu": torch.get_rng_state(), "cuda": [torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"]}
 
 
@@ -308,14 +276,13 @@ def set_random_state(state: dict[str, Any], devices: Sequence[torch.device]) -> 
 
 
 def environment(device: torch.device, packages: Iterable[str] = ("torch", "torchvision", "numpy", "pillow")) -> dict:
-    """What a result depends on besides its settings: versions, device, threads, git revision, command."""
+    """What a result depends on besides the settings: versions, device, threads, git revision, command."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         **{package: metadata.version(package) for package in packages},
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device.type} {platform.machine()}",
+        "device": gpu or f"{device.type} {platform.machine()}",
         "processes": int(os.environ.get("WORLD_SIZE") or 1),
         "threads": torch.get_num_threads(),
         "git_revision": _git_revision(),
@@ -324,15 +291,9 @@ def environment(device: torch.device, packages: Iterable[str] = ("torch", "torch
 
 
 def _git_revision() -> str | None:
-    """Revision of the source, with '+' appended if files differ from it; outside a checkout GIT_REVISION, or None."""
+    """Revision of the source, with '+' if files differ from it; outside a checkout GIT_REVISION, or None."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
     try:
-        git = ["git", "-C", str(Path(__file__).parent)]
-        revision = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changes = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
-        ).stdout
-        return revision + ("+" if changes.strip() else "")
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("GIT_REVISION")

@@ -5,8 +5,8 @@ Shape suffixes: B images of a batch, I of a split; C, H, W as usual, but for log
 
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from dataloader import Normalise
 from datasets.splits import Readable
 from evaluation.metrics import Predictions, Scores
 from training.distributed import World
-from utils import duration, full_float32
+from utils import duration
 
 BATCH = 256  # images in a forward pass; does not influence the counts
 
@@ -80,6 +80,18 @@ def predict(
     model.train(was_training)
     predicted_I, confidence_I, loss_I, in_top5_I = world.sum(results_I4).cpu().unbind(1)
     return Predictions(split.labels, predicted_I.long(), confidence_I, loss_I, in_top5_I.bool())
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """On CUDA, full float32 precision and deterministic kernels, whatever was chosen for training."""
+    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
+    try:
+        matmul.allow_tf32 = False
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 class ImageProgress:

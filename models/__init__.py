@@ -1,4 +1,4 @@
-"""Networks by name: `build_model("wresnet28_10", num_classes=10)`. One file per family."""
+"""Networks by name: `build_model("wresnet28_10", num_classes=10)`. A new one is a file here and a row of FAMILIES."""
 
 import inspect
 import re
@@ -15,7 +15,7 @@ from models.wideresnet import wideresnet
 
 
 class Family(NamedTuple):
-    """Networks of one builder. The pattern's named groups are the builder's whole-number arguments."""
+    """Networks of one builder; form: of their names, for messages. The pattern's groups are its integer arguments."""
 
     form: str
     pattern: str
@@ -34,20 +34,20 @@ FAMILIES = (
 def build_model(name: str, num_classes: int, **options) -> nn.Module:
     """The network called `name`: normalised float images (B, 3, H, W) -> logits (B, num_classes).
 
-    options: what the family's builder takes besides, such as `dropout` of wide ResNets.
-    Raises ValueError for an unknown name, one whose numbers do not fit the family, and an option it does not have.
+    options: other arguments of the family's builder, such as `dropout` of wide ResNets.
+    Raises ValueError for an unknown name, numbers that the family does not support, and unknown options.
     """
     for family in FAMILIES:
         if match := re.fullmatch(family.pattern, name):
-            said = {key: int(value) for key, value in match.groupdict().items() if value is not None}
-            known = inspect.signature(family.builder).parameters.keys() - said.keys()
+            numbers = {key: int(value) for key, value in match.groupdict().items() if value is not None}
+            known = inspect.signature(family.builder).parameters.keys() - numbers.keys()
             if unknown := sorted(options.keys() - known):
                 raise ValueError(f"{name} has no option {unknown[0]!r}")
-            return family.builder(num_classes, **said, **options)
+            return family.builder(num_classes, **numbers, **options)
     raise ValueError(f"unknown model {name!r}; there are {', '.join(family.form for family in FAMILIES)}")
 
 
 def check_model(name: str, **options) -> None:
-    """Raise what `build_model` would raise for this name and these options, without taking memory."""
+    """Raise what `build_model` would raise for this name and these options, without allocating memory."""
     with torch.device("meta"):
         build_model(name, num_classes=2, **options)

@@ -1,11 +1,11 @@
-"""Noise of regularised networks, whose gradient is drawn apart from the value it belongs to."""
+"""Noise of regularised networks: multiplicative, with a separately drawn factor for the gradient."""
 
 import torch
 from torch import Tensor
 
 
 def scale_apart(x_BCHW: Tensor, forward_B111: Tensor, backward_B111: Tensor) -> Tensor:
-    """forward * x, whose gradient by x is `backward` instead: one factor of each per image, in x's dtype."""
+    """forward * x, with `backward` in place of `forward` in the gradient; one of each per image, cast to x's dtype."""
     return _ScaleApart.apply(x_BCHW, forward_B111.to(x_BCHW.dtype), backward_B111.to(x_BCHW.dtype))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.noise import scale_apart, uniform_per_image
 
-LAST_SURVIVAL = 0.5  # p_L: probability that the last block stays undisturbed; it falls linearly from 1
+LAST_SURVIVAL = 0.5  # p_L: probability of no noise in the last block; it falls linearly from 1
 
 
 def pyramidnet(num_classes: int, *, depth: int = 272, alpha: int = 200, bottleneck: bool = True) -> nn.Module:
@@ -53,9 +53,9 @@ class PyramidNet(nn.Module):
 
 
 class PyramidBlock(nn.Module):
-    """shortcut + ShakeDrop(residual), without a ReLU after the sum; a subclass says what the residual is.
+    """shortcut + ShakeDrop(residual), without a ReLU after the sum; subclasses define the residual.
 
-    The shortcut halves the image by averages where the residual has stride 2, and appends channels of zeros.
+    The shortcut halves the image by average pooling where the residual has stride 2, and appends channels of zeros.
     """
 
     def __init__(self, channels_in: int, channels_out: int, stride: int, survival: float, residual: nn.Sequential):
@@ -71,7 +71,7 @@ class PyramidBlock(nn.Module):
 
 
 class PyramidBottleneck(PyramidBlock):
-    """BN-conv1x1-BN-ReLU-conv3x3(stride)-BN-ReLU-conv1x1-BN; four times as many channels go out as are inside."""
+    """BN-conv1x1-BN-ReLU-conv3x3(stride)-BN-ReLU-conv1x1-BN, with four times as many channels out as inside."""
 
     def __init__(self, channels_in: int, planes: int, stride: int, survival: float):
         residual = nn.Sequential(
@@ -104,7 +104,7 @@ class PyramidBasic(PyramidBlock):
 
 
 class ShakeDrop(nn.Module):
-    """(b + alpha - b * alpha) * x, whose gradient has beta in alpha's place.
+    """(b + alpha - b * alpha) * x, with beta in place of alpha in the gradient.
 
     Drawn per image in training: gate b ~ Bernoulli(survival), alpha ~ U[-1, 1], beta ~ U[0, 1]. In evaluation the
     factor is its expectation, `survival`.

@@ -20,7 +20,7 @@ def resnet(num_classes: int, *, depth: int = 50) -> nn.Module:
 
 def resnet_d(num_classes: int, *, depth: int = 50) -> nn.Module:
     """ResNet-D (He et al., 2019), https://arxiv.org/abs/1812.01187: three 3x3 convolutions of 32, 32 and 64 channels in
-    place of the 7x7, and averages in place of the strides of the shortcuts. Raises ValueError for an unknown depth.
+    place of the 7x7, and average pooling in place of strides in the shortcuts. Raises ValueError for an unknown depth.
     """
     model = resnet(num_classes, depth=depth)
     model.conv1 = nn.Sequential(
@@ -33,7 +33,7 @@ def resnet_d(num_classes: int, *, depth: int = 50) -> nn.Module:
         nn.Conv2d(32, 64, 3, padding=1, bias=False),
     )
     for module in model.conv1:
-        if isinstance(module, nn.Conv2d):  # as torchvision starts the others
+        if isinstance(module, nn.Conv2d):  # as torchvision initialises the others
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
         block = stage[0]

@@ -48,7 +48,7 @@ class ShakeShake(nn.Module):
 class ShakeBlock(nn.Module):
     """skip + alpha * branch 1 + (1 - alpha) * branch 2.
 
-    In training alpha ~ U(0, 1) per image, and the gradient has a beta of its own in alpha's place; in evaluation 1/2.
+    In training alpha ~ U(0, 1) per image, with another beta ~ U(0, 1) in its place in the gradient; in evaluation 1/2.
     """
 
     def __init__(self, channels_in: int, channels_out: int, stride: int):
@@ -67,7 +67,7 @@ class ShakeBlock(nn.Module):
 
 
 class TwoPathShortcut(nn.Module):
-    """ReLU, then every stride-th pixel through one 1x1 convolution, its upper left neighbour through another; BN."""
+    """ReLU, every stride-th pixel through one 1x1 convolution and its upper left neighbour through another, BN."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int):
         super().__init__()

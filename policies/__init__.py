@@ -1,7 +1,7 @@
-"""Who decides what is applied to each image: a source of policies for each value of the setting `policy`.
+"""Sources of policies, which decide the operations on each image: one for each value of the setting `policy`.
 
-A new source is a subclass of `sources.PolicySource` (most need `_sample` or `_plan` alone), a row of SOURCES,
-and its name in config.POLICIES.
+A new source is a subclass of `sources.PolicySource` (most override only `_sample` or `_plan`), a row of SOURCES, and
+its name in config.POLICIES.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ SOURCES: dict[str, Callable[..., PolicySource]] = {
 
 
 def build_policies(config: Config) -> PolicySource:
-    """The source that the config asks for. Raises UserError for files that are not what it takes them for."""
+    """The source for the config. Raises UserError for a `policy_from` that holds no such policies."""
     weight = config.teacher_weight if config.has_teacher else 0.0
     reward = Reward(weight, config.reward_ema, config.divide_by_std)
     return SOURCES[config.policy](config, clean_share=config.clean_share, reward=reward)

@@ -17,7 +17,7 @@ from utils import UserError, first_line, has_shape, keyed_seed, load_tensors, sh
 
 
 class FrozenPolicies(PolicySource):
-    """M policies per interval, sampled from a controller that has learned elsewhere and learns no more."""
+    """M policies per interval, sampled from another run's controller, which is not trained further."""
 
     def __init__(self, M: int, controller: Controller, ops: tuple[str, ...], levels: int, **options: Any):
         super().__init__(M, controller.Q, controller.K, ops, levels, **options)
@@ -26,12 +26,12 @@ class FrozenPolicies(PolicySource):
     def _sample(self, generator: torch.Generator, progress: Fraction) -> None:
         try:
             decisions = self.controller.sample(self.M, generator)
-        except RuntimeError:  # of weights so large that what comes of them is no probability
+        except RuntimeError:  # the weights are so large that the softmax overflows
             raise FloatingPointError("the controller is no longer finite") from None
         self.op_MQK, self.level_MQK = self.rows[decisions.op_MQK], decisions.level_MQK
 
     def _choice_MQK(self) -> Tensor:
-        """The operations in use, as the controller counts them."""
+        """The operations in use, as indices into the controller's list."""
         return (self.op_MQK[..., None] == self.rows).int().argmax(-1)
 
     def _learn(self, reward_M: Tensor) -> tuple[Tensor, float]:
@@ -43,19 +43,19 @@ class FrozenPolicies(PolicySource):
         return super().state_dict() | {"controller": self.controller.state_dict(), "form": self._form()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on with the controller that was saved. Raises ValueError where the present one is of another form."""
+        """Restores the controller that was saved. Raises ValueError if policy_from now holds one of another form."""
         require_same_form(self._form(), state["form"])
         super().load_state_dict(state)
         self.controller.load_state_dict(state["controller"])
 
     def _form(self) -> list[Any]:
-        """All that a controller is but for its weights."""
-        own = self.controller
-        return [self.rows.tolist(), self.levels, own.Q, own.K, own.recurrence, own.logit_bound]
+        """All properties of the controller except its weights."""
+        c = self.controller
+        return [self.rows.tolist(), self.levels, c.Q, c.K, c.recurrence, c.logit_bound]
 
 
 class ControllerPolicies(FrozenPolicies):
-    """M policies sampled from the controller, which learns from the losses they cause."""
+    """M policies sampled from the controller, which learns from the network's losses under them."""
 
     learns = True
 
@@ -97,9 +97,10 @@ class ControllerPolicies(FrozenPolicies):
 
 
 def fresh_controller(config: Config) -> Controller:
-    """A controller as the config says, its weights drawn from the seed, whatever else has been drawn before."""
+    """A new controller for the config, whose initial weights depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(keyed_seed(config.seed, "controller"))  # manual_seed reaches other devices
+        # torch.manual_seed would seed other devices too
+        torch.default_generator.manual_seed(keyed_seed(config.seed, "controller"))
         return Controller(
             len(config.ops),
             config.levels,
@@ -111,9 +112,9 @@ def fresh_controller(config: Config) -> Controller:
 
 
 def read_controller(path: Path) -> tuple[Controller, tuple[str, ...], int]:
-    """The controller that a run has learned, its operations and its number of levels.
+    """A run's controller, its operations and its number of levels. path: the run's directory, or its model.pt.
 
-    path: the run's directory, or its model.pt. Raises UserError.
+    Raises UserError if there is none.
     """
     file = path / "model.pt" if path.is_dir() else path
     if not file.exists():

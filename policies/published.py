@@ -1,12 +1,12 @@
-"""Augmentations as they were published: drawn for each copy by itself, carried out by the batched engine.
+"""Augmentations as published, drawn for each copy and executed by `augmentations.apply`.
 
 TrivialAugment (Mueller and Hutter, ICCV 2021), RandAugment (Cubuk et al., 2020) and AutoAugment (Cubuk et al., 2019)
-are those of torchvision's classes, which the tests hold them against on Pillow images, draw by draw. AugMix is that of
-Hendrycks et al. (ICLR 2020).
+equal torchvision's classes on Pillow images, which the tests compare draw by draw. AugMix is that of Hendrycks et al.
+(ICLR 2020).
 
 Shape suffixes: N distinct images of a batch, M copies of each, B = N * M, image-major; K operations of a copy, applied
-in order; O operations to choose from, S strengths of one, 2 signs; V views that a copy is mixed of, W = V - 1 chains; C
-channels, but for logits_BC, where C counts classes; H, W rows and columns of images.
+in order; O operations to choose from, S strengths of one, 2 signs; V views that a copy is mixed from, W = V - 1 chains;
+C channels, but for logits_BC, where C counts classes; H, W rows and columns of images.
 """
 
 import functools
@@ -38,9 +38,9 @@ Space = dict[str, Range]
 def space(
     strengths: int, *, shear: float, pixels: tuple[float, float], degrees: float, factor: float, bits: int
 ) -> Space:
-    """Ranges from 0 to the given extremes, in float32 as torchvision's, whose pixels are cut to whole numbers.
+    """Ranges from 0 to the given extremes, in float32 like torchvision's.
 
-    pixels: along x and along y. bits: the most that Posterize takes away.
+    pixels: along x and along y. bits: the most that Posterize removes.
     """
 
     def up_to(extreme: float) -> Range:
@@ -56,21 +56,21 @@ def space(
 
 
 def usual_space(strengths: int, size: tuple[int, int]) -> Space:
-    """RandAugment's and AutoAugment's, whose translations are in proportion to images of 331 pixels."""
+    """The ranges of RandAugment and AutoAugment, whose translations are relative to images of 331 pixels."""
     height, width = size
     pixels = (150.0 / 331.0 * width, 150.0 / 331.0 * height)
     return space(strengths, shear=0.3, pixels=pixels, degrees=30.0, factor=0.9, bits=4)
 
 
 def trivial_space(size: tuple[int, int]) -> Space:
-    """TrivialAugment's wide one, whatever the size."""
+    """The ranges of TrivialAugment (wide), the same for every image size."""
     return {IDENTITY: Range((0.0,))} | space(
         STRENGTHS, shear=0.99, pixels=(32.0, 32.0), degrees=135.0, factor=0.99, bits=6
     )
 
 
 def engine_magnitude(name: str, value: float, size: tuple[int, int]) -> float:
-    """A strength, sign included, as `augmentations.Plan` has it; with the roundings of torchvision on Pillow images."""
+    """A strength, sign included, in the unit of `augmentations.Plan`, rounded as torchvision does on Pillow images."""
     height, width = size
     match name:
         case "ShearX" | "ShearY":  # through degrees and back
@@ -86,7 +86,7 @@ def engine_magnitude(name: str, value: float, size: tuple[int, int]) -> float:
 
 
 class OperationDraws(NamedTuple):
-    """Of each copy: which operations of the space, int64; which strengths, int64; whether negated and applied, bool."""
+    """For each copy: operations of the space, int64; strengths, int64; whether negated and whether applied, bool."""
 
     choice_BK: Tensor
     strength_BK: Tensor
@@ -95,7 +95,7 @@ class OperationDraws(NamedTuple):
 
 
 class PerImage(PolicySource, ABC):
-    """A source that draws for each copy by itself: its M policies are one."""
+    """A source that draws for each copy separately: its M policies are the same."""
 
     description = ""
 
@@ -105,14 +105,14 @@ class PerImage(PolicySource, ABC):
 
     @abstractmethod
     def space(self, size: tuple[int, int]) -> Space:
-        """What there is to choose from, for images of (H, W)."""
+        """The operations and strengths to choose from, for images of (H, W)."""
 
     @abstractmethod
     def draw(self, B: int, generator: torch.Generator) -> OperationDraws:
         """OperationDraws for B copies."""
 
     def plan_of(self, draws: OperationDraws, size: tuple[int, int]) -> Plan:
-        """What draws mean for images of (H, W)."""
+        """The plan of these draws for images of (H, W)."""
         row_O, magnitude_OS2 = self._tables(size)
         op_BK = row_O[draws.choice_BK].masked_fill(~draws.applied_BK, -1)
         return Plan(op_BK, magnitude_OS2[draws.choice_BK, draws.strength_BK, draws.negative_BK.long()])
@@ -127,7 +127,7 @@ class PerImage(PolicySource, ABC):
         return self.plan_of(self.draw(N * self.M, generator), size)
 
     def _tables_for(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Rows of OPS, -1 for the identity, and magnitudes by strength and by sign; both of an unsigned one are one."""
+        """Rows of OPS, -1 for the identity, and magnitudes by strength and sign (equal for unsigned operations)."""
         ranges = self.space(size)
         most = max(len(one.values) for one in ranges.values())
         magnitude_OS2 = torch.zeros(len(ranges), most, 2, dtype=torch.float64)
@@ -175,7 +175,7 @@ class RandAugment(PerImage):
 
 
 class AutoAugmentPolicies(PerImage):
-    """One of 25 learned sub-policies of two operations, each applied with a probability of its own."""
+    """One of 25 learned sub-policies of two operations, each applied with its own probability."""
 
     def __init__(self, M: int, learned_on: str, **options: Any):
         super().__init__(M, 2, **options)
@@ -195,7 +195,7 @@ class AutoAugmentPolicies(PerImage):
         return self.draws_of(*self.raw_draws(B, generator))
 
     def raw_draws(self, B: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each copy the sub-policy (B,), a number in 0..1 and a coin (B, 2), as torchvision's `get_params`."""
+        """For each copy the sub-policy (B,), a number in 0..1 and a coin (B, 2), as torchvision's `get_params`."""
         subpolicy_B = torch.randint(len(self._choice_RK), (B,), generator=generator)
         return subpolicy_B, torch.rand(B, 2, generator=generator), torch.randint(2, (B, 2), generator=generator)
 
@@ -205,10 +205,10 @@ class AutoAugmentPolicies(PerImage):
 
 
 class AugMix(PolicySource):
-    """Each copy a mixture of the image and of chains of operations on it; with `clean_first`, but for the first copy.
+    """Each copy is a mixture of the image and of chains of operations on it; `clean_first`: the first copy is clean.
 
-    A copy's views are the image itself and W = 3 chains of one to three operations of random strength, up to
-    SEVERITY of 10. Shears and rotations interpolate.
+    A copy's views are the image and W = 3 chains of one to three operations of random strength, up to SEVERITY of 10.
+    Shears and rotations interpolate.
     """
 
     OPS = (*GEOMETRY, "AutoContrast", "Equalize", "Posterize", "Solarize")
@@ -228,7 +228,7 @@ class AugMix(PolicySource):
         return ["as it is" if m == 0 and self.clean_first else mixed for m in range(self.M)]
 
     def weights(self, N: int, generator: torch.Generator) -> Tensor:
-        """(1 - m, m w_1, .., m w_W) with m of Beta(1, 1), which is uniform, and w of Dirichlet(1, .., 1)."""
+        """(1 - m, m w_1, ..., m w_W) with m from Beta(1, 1), which is uniform, and w from Dirichlet(1, ..., 1)."""
         B = N * self.M
         chain_BW = torch.empty(B, self.WIDTH, dtype=torch.float64).exponential_(generator=generator)
         m_B1 = torch.rand(B, 1, dtype=torch.float64, generator=generator)
@@ -251,7 +251,7 @@ class AugMix(PolicySource):
         return Plan(*views, bilinear=True)
 
     def _magnitudes(self, choice: Tensor, level: Tensor, negative: Tensor, size: tuple[int, int]) -> Tensor:
-        """Strengths of the recipe at levels of 0..10, in the engine's units."""
+        """The recipe's strengths at levels of 0..10, in the units of `augmentations.Plan`."""
         height, width = size
         tenth = level / 10
         signed = torch.where(negative, -1.0, 1.0)

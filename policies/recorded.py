@@ -32,10 +32,10 @@ MOST_OPERATIONS = 10**6  # of all policies of a file
 
 
 class RecordedPolicies(PolicySource):
-    """Policies from a file: of each interval those recorded at the same share of the run that they come from.
+    """Policies from a file: for each interval, those recorded at the same share of their run.
 
-    op_RPQK, level_RPQK: P policies of each of R intervals, rows of OPS and -1. Of P policies, M are drawn anew for each
-    interval, each as often as any other or once more; where P is M, they keep their places.
+    op_RPQK, level_RPQK: P policies of each of R intervals, as rows of OPS, -1 for none. With P = M, all are used in
+    their order; otherwise M of the P are drawn for each interval, all equally often or some once more.
     """
 
     def __init__(self, M: int, op_RPQK: Tensor, level_RPQK: Tensor, levels: int, **options: Any):
@@ -55,7 +55,7 @@ class RecordedPolicies(PolicySource):
         return super().state_dict() | {"recorded": [self.op_RPQK, self.level_RPQK], "levels": self.levels}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on with what was read when the run began. Raises ValueError where what is there now has another form."""
+        """Restores the policies read when the run started. Raises ValueError if policy_from has another form now."""
         require_same_form((self.levels, *self.op_RPQK.shape[2:]), (state["levels"], *state["recorded"][0].shape[2:]))
         super().load_state_dict(state)
         self.op_RPQK, self.level_RPQK = state["recorded"]
@@ -70,91 +70,71 @@ class Recorded(NamedTuple):
 
 
 def read_policies(path: Path) -> Recorded:
-    """The policies of a file, or those that a run has recorded (its directory, or its policies.jsonl).
+    """The policies of a file, or a run's record of policies (its directory, or its policies.jsonl).
 
-    Raises UserError, naming file, place and remedy, for what does not have the form above.
+    Raises UserError with the file and the place for anything that does not have the format above.
     """
     file = path / "policies.jsonl" if path.is_dir() else path
     return recorded(_read_intervals(file), file)
 
 
 def recorded(intervals: Sequence[Mapping[str, Any]], file: Path) -> Recorded:
-    """What was read from `file` for each interval, looked at closely. Raises UserError as `read_policies` does."""
-    levels = intervals[0].get("levels", 10)
-    if type(levels) is not int or not 2 <= levels <= 1000:
-        raise UserError(f"{file}: levels: {short_repr(levels)} is not a whole number between 2 and 1000")
-    reader = _Reader(file, levels)
+    """The policies of intervals that were read from `file`, checked. Raises UserError as `read_policies` does."""
+    levels, read, operations = intervals[0].get("levels", 10), [], 0
+    whole = type(levels) is int and 2 <= levels <= 1000
+    _require(whole, f"{file}: levels", levels, "is not a whole number between 2 and 1000")
     for interval in intervals:
         if interval.get("levels", 10) != levels:
             raise UserError(f"{file}: its lines differ in the number of levels; they cannot be of one run")
-        reader.add(interval)
-    return reader.recorded()
-
-
-class _Reader:
-    """Policies as they are read, all of one shape, and of a bounded number, whatever a small file stands for."""
-
-    def __init__(self, file: Path, levels: int):
-        self.file, self.levels = file, levels
-        self._intervals: list[list] = []
-        self._operations = 0
-
-    def add(self, interval: Mapping[str, Any]) -> None:
         policies = interval.get("policies")
-        if not isinstance(policies, list) or not policies:
-            raise self._wrong("", policies, "is no list of policies")
-        read = [self._policy(policy, f"policy {number}") for number, policy in enumerate(policies, start=1)]
-        first = self._intervals[0] if self._intervals else read
-        if len(read) != len(first):
-            what = f"policies on a line, where the first line has {len(first)}: all must have as many"
-            raise self._wrong("", len(read), what)
-        for number, policy in enumerate(read, start=1):
-            if len(policy) != len(first[0]):
-                what = f"sub-policies, where the first policy has {len(first[0])}: all must have as many"
-                raise self._wrong(f"policy {number}", len(policy), what)
-        self._intervals.append(read)
+        _require(isinstance(policies, list) and policies, file, policies, "is no list of policies")
+        read.append([])
+        for number, policy in enumerate(policies, start=1):
+            where = f"{file}: policy {number}"
+            _require(isinstance(policy, list) and policy, where, policy, "is no list of sub-policies")
+            operations += sum(1 + len(sub) if isinstance(sub, list) else 1 for sub in policy)
+            if operations > MOST_OPERATIONS:  # before they are read: YAML aliases can stand for any number
+                raise UserError(f"{file}: holds more than {MOST_OPERATIONS:,} operations; use fewer policies")
+            read[-1].append(
+                [_read_subpolicy(sub, f"{where}, sub-policy {q + 1}", levels) for q, sub in enumerate(policy)]
+            )
+            P, Q = len(read[0]), len(read[0][0])
+            _require(len(policy) == Q, where, len(policy), f"sub-policies, where the first policy has {Q}")
+        _require(len(policies) == P, file, len(policies), f"policies on a line, where the first line has {P}")
+    return _padded(read, levels, file)
 
-    def _policy(self, policy: Any, where: str) -> list[list[tuple[int, int]]]:
-        if not isinstance(policy, list) or not policy:
-            raise self._wrong(where, policy, "is no list of sub-policies")
-        return [self._subpolicy(one, f"{where}, sub-policy {q}") for q, one in enumerate(policy, start=1)]
 
-    def _subpolicy(self, subpolicy: Any, where: str) -> list[tuple[int, int]]:
-        if not isinstance(subpolicy, list):
-            raise self._wrong(where, subpolicy, "is no list of [operation, level]")
-        self._operations += len(subpolicy) + 1
-        if self._operations > MOST_OPERATIONS:
-            raise UserError(f"{self.file}: holds more than {MOST_OPERATIONS:,} operations; use fewer policies")
-        return [self._operation(one, where) for one in subpolicy]
-
-    def _operation(self, pair: Any, where: str) -> tuple[int, int]:
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise self._wrong(where, pair, "is not [operation, level]")
+def _read_subpolicy(subpolicy: Any, where: str, levels: int) -> list[tuple[int, int]]:
+    """Rows of OPS and levels."""
+    _require(isinstance(subpolicy, list), where, subpolicy, "is no list of [operation, level]")
+    known, read = [op.name for op in OPS], []
+    for pair in subpolicy:
+        _require(isinstance(pair, list) and len(pair) == 2, where, pair, "is not [operation, level]")
         name, level = pair
-        if name not in (known := [op.name for op in OPS]):
-            raise self._wrong(where, name, f"is no operation{did_you_mean(name, known)}")
-        if type(level) is not int or not 0 <= level < self.levels:
-            raise self._wrong(where, level, f"is no level: 0 to {self.levels - 1}")
-        return row_of(name), level
+        if name not in known:
+            raise UserError(f"{where}: {short_repr(name)} is no operation{did_you_mean(name, known)}")
+        _require(type(level) is int and 0 <= level < levels, where, level, f"is no level: 0 to {levels - 1}")
+        read.append((row_of(name), level))
+    return read
 
-    def recorded(self) -> Recorded:
-        lengths = [len(sub) for policies in self._intervals for policy in policies for sub in policy]
-        K, nothing = max(1, *lengths), (-1, 0)
-        if len(lengths) * K > 2 * MOST_OPERATIONS:
-            raise UserError(f"{self.file}: its sub-policies are of too different lengths, up to {K:,} operations")
-        padded = [
-            [[[*sub, *[nothing] * (K - len(sub))] for sub in policy] for policy in policies]
-            for policies in self._intervals
-        ]
-        return Recorded(*torch.tensor(padded).unbind(-1), self.levels)
 
-    def _wrong(self, where: str, value: Any, what: str) -> UserError:
-        place = ": ".join(filter(None, (str(self.file), where)))
-        return UserError(f"{place}: {short_repr(value)} {what}")
+def _padded(read: list[list[list[list[tuple[int, int]]]]], levels: int, file: Path) -> Recorded:
+    """Sub-policies padded with no operation to the length of the longest."""
+    lengths = [len(sub) for policies in read for policy in policies for sub in policy]
+    K = max(1, *lengths)
+    if len(lengths) * K > 2 * MOST_OPERATIONS:
+        raise UserError(f"{file}: its sub-policies are of too different lengths, up to {K:,} operations")
+    padded = [[[[*sub, *[(-1, 0)] * (K - len(sub))] for sub in policy] for policy in policies] for policies in read]
+    return Recorded(*torch.tensor(padded).unbind(-1), levels)
+
+
+def _require(ok: Any, where: str | Path, value: Any, problem: str) -> None:
+    if not ok:
+        raise UserError(f"{where}: {short_repr(value)} {problem}")
 
 
 def _read_intervals(file: Path) -> list[dict[str, Any]]:
-    """What a file holds for each of its intervals, not yet looked at."""
+    """The content of a file for each interval, not checked yet."""
     try:
         text = read_text(file, LONGEST_FILE if file.suffix in (".jsonl", ".json") else LONGEST_YAML)
         if file.suffix == ".jsonl":

@@ -1,14 +1,13 @@
-"""Who decides what is applied to each image: M policies at a time, turned into a `Plan` per batch.
+"""The base of all sources of policies, and random policies: M policies at a time, turned into a `Plan` per batch.
 
-A policy is Q sub-policies of K operations, each with a level. The M policies hold for an interval (an epoch, or some
-batches); every image of a batch is seen once per policy and draws one of that policy's sub-policies each time.
+A policy is Q sub-policies of K operations, each with a level. The M policies are in use for an interval (an epoch, or
+some steps); every image of a batch is seen once per policy and draws one of that policy's sub-policies each time.
 
-Every source has the same four calls, in this order: `resample` at the start of an interval, `plan` and `observe` per
-step, `update` at the end of the interval. Sources that draw for each image by itself are in published.py.
+Every source has the same four calls: `resample` at the start of an interval, `plan` and `observe` in every step,
+`update` at the end of the interval.
 
-Shape suffixes: M, Q, K as above; N distinct images of a batch; B = N * M copies, image-major: copy m of image n stands
-at n * M + m, so that any run of whole images holds all their copies; O rows of OPS; L levels; R recorded intervals with
-P policies each.
+Shape suffixes: M, Q, K as above; N distinct images of a batch; B = N * M copies, image-major: copy m of image n is
+number n * M + m, so that a slice of whole images holds all their copies; O rows of OPS; L levels.
 """
 
 import math
@@ -22,14 +21,14 @@ from torch import Tensor
 from augmentations import OPS, Plan, row_of, upload
 from controller import advantage
 
-BEGINNING = Fraction(0)  # of a run
+START = Fraction(0)  # of a run
 
 
 class LossSums(NamedTuple):
-    """What an interval has seen so far in this process: sums of losses under each policy, and over how many images.
+    """Sums of the losses under each policy over the interval's images in this process.
 
-    loss_sum_M, teacher_sum_M: of the network and of its teacher, float64; the latter 0 where there is none.
-    images: fewer than have been seen where older ones count less.
+    loss_sum_M, teacher_sum_M: of the network and of its teacher, float64; the latter 0 without a teacher.
+    images: number of images summed; with `Reward.ema`, the sum of their weights.
     """
 
     loss_sum_M: Tensor
@@ -42,11 +41,11 @@ class LossSums(NamedTuple):
 
 
 class Reward(NamedTuple):
-    """What the adversary is rewarded for; the defaults are the paper's.
+    """How the adversary is rewarded; the defaults are the paper's.
 
-    teacher_weight: lambda, times which the loss of the teacher is taken off that of the network.
-    ema: rate at which, step by step, L^_m keeps what it was in the interval; 0: it is the plain mean over the interval.
-    divide_by_std: the advantage is the distance from the mean over the M policies in standard deviations.
+    teacher_weight: lambda; the reward is the network's loss less lambda times the teacher's.
+    ema: rate of a moving average over the interval's steps for L^_m; 0: the plain mean over the interval.
+    divide_by_std: the advantage is measured in standard deviations over the M policies.
     """
 
     teacher_weight: float = 0.0
@@ -59,18 +58,18 @@ PAPERS_REWARD = Reward()
 
 def require_same_form(now: Sequence[Any], saved: Sequence[Any]) -> None:
     if list(now) != list(saved):
-        raise ValueError("policy_from holds policies of another form than when it began")
+        raise ValueError("policy_from holds policies of another form than when the run started")
 
 
 class PolicySource:
-    """M policies without any operation: the control that has only crop, flip and Cutout, each copy its own.
+    """M policies without operations: the control with crop, flip and Cutout only, and the base of all sources.
 
-    `ops` are names of operations in `augmentations.OPS`; op_MQK holds rows of OPS. clean_share: probability that a copy
-    is left without any operation, whatever its policy says.
+    ops: names of operations in `augmentations.OPS`; op_MQK holds rows of OPS. clean_share: probability that a copy is
+    not given its policy's operations.
     """
 
     learns = False
-    views = 1  # augmented versions of a copy, of which it is mixed
+    views = 1  # augmented versions that a copy is mixed from
 
     def __init__(
         self,
@@ -94,19 +93,19 @@ class PolicySource:
         self.level_MQK = torch.zeros(M, Q, K, dtype=torch.long)
         self.loss_sums = LossSums.empty(M)
 
-    def resample(self, generator: torch.Generator, progress: Fraction = BEGINNING) -> None:
-        """Begin an interval: choose the M policies and forget the losses of the last ones.
+    def resample(self, generator: torch.Generator, progress: Fraction = START) -> None:
+        """Start an interval: choose the M policies and reset the losses.
 
-        progress: share of the run's steps that lie before it, in 0..1.
+        progress: share of the run's steps that are done, in 0..1.
         """
         self._sample(generator, progress)
         self.loss_sums = LossSums.empty(self.M)
 
     def plan(self, N: int, size: tuple[int, int], generator: torch.Generator, groups: int = 1) -> Plan:
-        """Draw what happens to each of the N * M copies, (N * M * views, K) in all.
+        """Draw the operations on each of the N * M copies: a plan of (N * M * views, K).
 
-        size: (H, W) of the images. SamplePairing's partner is another image of the batch, in the copy made for the same
-        policy; of the same one of `groups` equal parts of the batch, where an image cannot see the others.
+        size: (H, W) of the images. SamplePairing's partner is the same policy's copy of another image, from the same
+        of `groups` equal parts of the batch.
         """
         plan = self._plan(N, size, generator, groups)
         if self.clean_share:
@@ -115,11 +114,11 @@ class PolicySource:
         return plan
 
     def weights(self, N: int, generator: torch.Generator) -> Tensor | None:
-        """Of which of its views each of the N * M copies is mixed, float32 (N * M, views); None where it is its one."""
+        """Weights of the views that each copy is mixed from, float32 (N * M, views); None if there is one view."""
         return None
 
     def observe(self, loss_NM: Tensor, teacher_loss_NM: Tensor | None = None) -> None:
-        """Add a step's losses to the interval's mean loss of each policy, L^_m; stays on the losses' device."""
+        """Add a step's losses to the sums of the interval; they stay on the losses' device."""
         keep = self.reward.ema or 1.0
         before, sums = self.loss_sums, []
         for sum_M, added_NM in ((before.loss_sum_M, loss_NM), (before.teacher_sum_M, teacher_loss_NM)):
@@ -130,12 +129,12 @@ class PolicySource:
     def update(self, average: Callable[[Tensor], Tensor] = lambda loss_M: loss_M) -> dict[str, Any]:
         """End an interval: learn from the losses. Returns the interval's record.
 
-        average: makes one mean of the means of several processes, each of which saw as many images.
+        average: the mean over processes, each of which saw the same number of images.
 
-        The record holds the policies by name, the number of levels, the policies' mean losses, and their teacher's
-        where it counts; advantages, mean entropy (nats), the spread of the losses (unbiased standard deviation), and
-        the shares of operations and levels. Raises FloatingPointError, before anything is learned, if a loss is not
-        finite, and afterwards if the controller is not.
+        The record holds the policies by name, the number of levels, the policies' mean losses (and the teacher's, with
+        a teacher), advantages, the mean entropy (nats), the spread of the losses (unbiased standard deviation), and the
+        shares of operations and levels. Raises FloatingPointError if a loss is not finite, before the controller is
+        changed, or if the controller is not finite after its step.
         """
         sums_2M = torch.stack((self.loss_sums.loss_sum_M, self.loss_sums.teacher_sum_M))
         loss_M, teacher_loss_M = average(sums_2M / max(1.0, self.loss_sums.images)).cpu()
@@ -179,7 +178,7 @@ class PolicySource:
         return [one(policy) for policy in self.by_name()]
 
     def shares(self) -> dict[str, dict[Any, float]]:
-        """Share of each operation, and of each level, in the M policies in use; empty where there are none."""
+        """Share of each operation, and of each level, in the M policies in use; empty for a source without policies."""
         if not len(self.rows):
             return {}
         op_shares = (self.op_MQK.flatten()[:, None] == self.rows).double().mean(0).tolist()
@@ -193,7 +192,7 @@ class PolicySource:
         return self.Q * self.K * (math.log(len(self.rows)) + math.log(self.levels)) if len(self.rows) else 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """The policies in use: with `loss_sums`, all that an interval needs to go on where it was left."""
+        """The policies in use: with `loss_sums`, all that is needed to continue an interval."""
         return {"op_MQK": self.op_MQK, "level_MQK": self.level_MQK}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -203,7 +202,7 @@ class PolicySource:
         """Choose the M policies of an interval."""
 
     def _plan(self, N: int, size: tuple[int, int], generator: torch.Generator, groups: int) -> Plan:
-        """Draw of each copy the sub-policy, and the sign, partner and centre of each operation."""
+        """Draw each copy's sub-policy, and the sign, partner and centre of each operation."""
         M, Q, K = self.M, self.Q, self.K
         subpolicy_NM = torch.randint(Q, (N, M), generator=generator)
         op_BK = self.op_MQK[torch.arange(M), subpolicy_NM].view(N * M, K)
@@ -219,12 +218,12 @@ class PolicySource:
         return Plan(op_BK, magnitude_BK, partner_NMK.view(N * M, K), centre_BK2)
 
     def _learn(self, reward_M: Tensor) -> tuple[Tensor, float]:
-        """Take the M rewards into account; returns (advantage_M, mean entropy of a policy in nats)."""
+        """Learn from the M rewards; returns (advantage_M, mean entropy of a policy in nats)."""
         return advantage(reward_M, divide_by_std=self.reward.divide_by_std), 0.0
 
 
 class RandomPolicies(PolicySource):
-    """M uniformly random policies per interval: what a learned policy has to beat."""
+    """M uniformly random policies per interval: the control that a learned policy has to beat."""
 
     def _sample(self, generator: torch.Generator, progress: Fraction) -> None:
         shape = (self.M, self.Q, self.K)

@@ -1,4 +1,4 @@
-"""Settings: what is read from where, and what is refused in which words."""
+"""Settings: where they come from, and messages for what is refused."""
 
 import argparse
 import dataclasses
@@ -125,7 +125,7 @@ def test_confs_are_the_published_settings(name):
         assert rates == pytest.approx([0.1] * 60 + [0.02] * 60 + [0.004] * 40 + [0.0008] * 40)
 
 
-def test_there_is_a_conf_for_every_cell_and_none_besides():
+def test_there_is_one_conf_for_every_published_cell():
     assert {path.stem for path in published_confs()} == PUBLISHED.keys() | {AUGMIX}
     assert {path.stem for path in CONFS} == PUBLISHED.keys() | {AUGMIX, "demo", "folder"}
 
@@ -157,7 +157,7 @@ def test_published_confs_open_with_errors_command_and_cost(path):
 
 
 @pytest.mark.parametrize(("name", "multiply_adds"), [("resnet50", 4.09e9), ("wresnet28x10_cifar10", 5.24e9)])
-def test_operations_are_counted_as_others_count_them(name, multiply_adds):
+def test_operations_are_counted_as_published(name, multiply_adds):
     """A forward pass as published (torchvision's model card; the wide ResNets' own page); backward about twice that."""
     (path,) = (path for path in CONFS if path.stem == name)
     assert cost(load_config(path, {})).flops_per_image == pytest.approx(3 * 2 * multiply_adds, rel=0.02)
@@ -181,19 +181,13 @@ def test_a_written_config_reads_back_equal(conf, config):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("learning_rate: 0.1", ["unknown setting 'learning_rate'"]),
         ("epoch: 3", ["unknown setting 'epoch'", "did you mean epochs?"]),
         ("lr: abc", ["lr: 'abc' is not a number"]),
         ("lr: .nan", ["lr: nan is not finite"]),
-        ("lr: .inf", ["lr: inf is not finite"]),
-        ("lr: [0.1]", ["lr: [0.1] is not a number"]),
         ("lr: true", ["lr: True is not a number"]),
         ("lr: 0", ["lr: 0.0 must be above 0"]),
-        ("lr: null", ["lr: None is not a number"]),
-        ("M: 0", ["M: 0 must be at least 1"]),
         ("M: 2.5", ["M: 2.5 is not a whole number"]),
         ("train_size: 0", ["train_size: 0 must be at least 1, or null"]),
-        ("collapse_entropy: 2", ["collapse_entropy: 2.0 is not between 0 and 1"]),
         ("flip: 1", ["flip: 1 is not true or false"]),
         ("model: vgg16", ["model: unknown model 'vgg16'", "wresnet<depth>_<width>"]),
         ("model: resnet50\ndropout: 0.1", ["model: resnet50 has no option 'dropout'"]),
@@ -201,10 +195,8 @@ def test_a_written_config_reads_back_equal(conf, config):
         ("eval_view: [224, 256]", ["eval_view: (224, 256) must be two numbers", "the second not the larger"]),
         ("dataset: imagenet", ["crop_padding: 4 is for small images", "set it to 0"]),
         ("model: wresnet27_10", ["model: ", "6n + 4"]),
-        ("model: wresnet10_99999999999", ["model: "]),
         ("model: 3", ["model: 3 is not a text"]),
         ("dataset: cifar11", ["dataset: 'cifar11' is not one of shapes, cifar10, cifar100, imagenet, folder"]),
-        ("ops: [Rotat]", ["unknown operation 'Rotat'", "did you mean Rotate?"]),
         ("ops: []", ["ops: () must name at least one operation"]),
         ("ops: [Rotate, Rotate]", ["names an operation twice"]),
         ("ops: Rotate", ["ops: 'Rotate' is not a list; write ops: [Rotate]"]),
@@ -216,21 +208,19 @@ def test_a_written_config_reads_back_equal(conf, config):
             ["milestones", "between 0 and epochs (200)", "--set epochs=200 schedule=cosine milestones=[]"],
         ),
         ("mean: [0.5]", ["mean: (0.5,) must be three numbers"]),
+        ("std: []", ["std: () must be three numbers"]),
         ("std: [0, 1, 1]", ["std: (0.0, 1.0, 1.0) must be above 0"]),
         ("warmup_epochs: 500", ["warmup_epochs: 500.0 must be below epochs (200)"]),
         ("- a list", ["a conf file holds lines of the form 'setting: value'"]),
         ("lr: [0.1", ["line 1: is not YAML"]),
         ("1: 2", ["unknown setting 1"]),
         ("lr: 2020-13-45", ["is not YAML"]),
-        ("lr: !!int abc", ["is not YAML"]),
         ("lr: " + "1" * 5000, ["is not YAML"]),
         ("[" * 3000, ["is not YAML"]),
         ("epochs: " + "9" * 30, ["epochs", "is larger than 1e9"]),
         ("M: 99999999", ["M: 99999999 is not between 1 and 10000"]),
-        ("levels: 99999999", ["levels: 99999999 is not between 2 and 1000"]),
         ("lr: 1e308", ["lr: 1e+308 is larger than 1e9"]),
         ("std: [1e-300, 1, 1]", ["std: (1e-300, 1.0, 1.0) must be above 0"]),
-        ("model: wresnet600000004_1", ["6n + 4"]),
     ],
 )
 def test_bad_settings_are_named_with_their_file(conf, text, words):
@@ -243,24 +233,35 @@ def test_bad_settings_are_named_with_their_file(conf, text, words):
     assert message.count("\n") <= 1
 
 
-@pytest.mark.parametrize("field", dataclasses.fields(Config), ids=lambda field: field.name)
-def test_values_beyond_a_settings_range_are_refused(field):
-    low, high, above, choices = (field.metadata[name] for name in ("low", "high", "above", "choices"))
-    if choices:
-        assert field.default in choices
-        with pytest.raises(ConfigError, match=f"^{field.name}: 'x' is not one of {choices[0]}, "):
-            Config(**{field.name: "x"})
-    for bound, beyond in ((low, -1), (high, 1)):
-        if bound is not None:
-            assert field.default is None or (low <= field.default and (high is None or field.default <= high))
-            with pytest.raises(ConfigError, match=f"^{field.name}: "):
-                Config(**{field.name: bound + beyond})
-    if above is not None:
-        with pytest.raises(ConfigError, match=f"^{field.name}: {above} must be above {above}$"):
-            Config(**{field.name: above})
+RANGES = [
+    (field, rule, bound, beyond)
+    for field in dataclasses.fields(Config)
+    for rule, beyond in (("low", -1), ("high", 1), ("above", 0))
+    if (bound := field.metadata[rule]) is not None
+]
+CHOICES = [field for field in dataclasses.fields(Config) if field.metadata["choices"]]
 
 
-def test_an_operation_that_is_added_changes_no_default():
+@pytest.mark.parametrize(("field", "rule", "bound", "beyond"), RANGES, ids=lambda v: getattr(v, "name", str(v)))
+def test_numbers_out_of_range_are_refused(field, rule, bound, beyond):
+    with pytest.raises(ConfigError, match=rf"^{field.name}: {bound + beyond} (must be|is not between) .*{bound}"):
+        Config(**{field.name: bound + beyond})
+
+
+@pytest.mark.parametrize("field", CHOICES, ids=lambda field: field.name)
+def test_other_values_than_the_choices_are_refused(field):
+    with pytest.raises(ConfigError, match=f"^{field.name}: 'x' is not one of {', '.join(field.metadata['choices'])}$"):
+        Config(**{field.name: "x"})
+
+
+def test_help_names_ranges_and_choices():
+    parser = CommandLine()
+    add_setting_arguments(parser)
+    for words in ("lr = 0.1", "[above 0]", "[0 to 0.999]", "[at least 1]", "[policy, subpolicy]"):
+        assert words in parser.format_help()
+
+
+def test_a_new_operation_changes_no_default():
     assert Config().ops == PAPER_OPS == tuple(op.name for op in OPS[:16])
 
 
@@ -273,7 +274,7 @@ def test_an_operation_that_is_added_changes_no_default():
         (("dataset=cifar100",), ["no --load_conf: all other settings are those of confs/demo.yaml (wresnet10_1,"]),
     ],
 )
-def test_settings_that_are_probably_a_mistake_are_warned_of(capsys, settings, words):
+def test_probable_mistakes_give_warnings(capsys, settings, words):
     args = argparse.Namespace(load_conf=None, set=settings)
     warn_of_settings(load_config(DEFAULT_CONF, parse_overrides(settings)), args)
     lines = capsys.readouterr().err.splitlines()
@@ -286,7 +287,7 @@ def test_a_conf_is_found_from_any_directory(tmp_path, monkeypatch):
     assert find_conf("confs/folder.yaml") == ROOT / "confs" / "folder.yaml"
     (tmp_path / "confs").mkdir()
     (tmp_path / "confs" / "folder.yaml").write_text("")
-    assert find_conf("confs/folder.yaml") == Path("confs/folder.yaml"), "the user's own comes first"
+    assert find_conf("confs/folder.yaml") == Path("confs/folder.yaml"), "the working directory comes first"
     assert find_conf("none.yaml") == Path("none.yaml")
 
 
@@ -305,7 +306,7 @@ def test_a_setting_given_as_a_flag_is_answered_with_set(words, answer):
         parser.parse_args(words)
 
 
-def test_a_bad_value_on_the_command_line_is_named_as_such(conf):
+def test_a_bad_value_is_blamed_on_the_command_line(conf):
     with pytest.raises(UserError, match=r"^--M: M: '0x' is not a whole number$"):
         load_config(conf("M: 4"), {"M": ("--M", "0x")})
     with pytest.raises(UserError, match=r"^--set: milestones: .* must rise"):

@@ -32,7 +32,7 @@ def test_probabilities_sum_to_one_and_give_the_entropy(recurrence):
 
 
 @pytest.mark.parametrize("recurrence", ["policy", "subpolicy"])
-def test_samples_follow_the_scored_probabilities(recurrence):
+def test_samples_follow_the_probabilities_of_log_prob(recurrence):
     torch.manual_seed(0)
     controller = Controller(2, 2, Q=1, K=1, recurrence=recurrence, hidden=5, embedding=4)
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_the_entropy_bonus_raises_entropy():
     assert (controller.log_prob(op, level)[1] > before).all()
 
 
-def test_a_single_policy_is_never_stepped():
+def test_a_single_policy_takes_no_step():
     torch.manual_seed(0)
     controller = Controller()
     before = {name: value.clone() for name, value in controller.state_dict().items()}
@@ -127,7 +127,7 @@ def test_a_single_policy_is_never_stepped():
 
 
 @pytest.mark.parametrize("recurrence", ["policy", "subpolicy"])
-def test_a_rewarded_operation_takes_over(recurrence):
+def test_a_rewarded_operation_becomes_dominant(recurrence):
     torch.manual_seed(0)
     controller = Controller(16, recurrence=recurrence)
     optimizer = torch.optim.Adam(controller.parameters(), lr=0.005)
@@ -141,7 +141,7 @@ def test_a_rewarded_operation_takes_over(recurrence):
     assert share > 0.9
 
 
-def test_bounded_logits_keep_every_choice_possible():
+def test_bounded_logits_bound_every_probability():
     """As above, but no probability leaves what a bound of 1 allows: e^1 / (e^1 + 15 e^-1) at most."""
     torch.manual_seed(0)
     controller, generator = Controller(16, logit_bound=1.0), torch.Generator().manual_seed(0)
@@ -157,12 +157,12 @@ def test_bounded_logits_keep_every_choice_possible():
 
 
 def min_entropy(choices, most):
-    """Of a distribution whose likeliest choice has probability `most`, and all others the same."""
+    """Entropy of a distribution in which one choice has probability `most` and the others are equally likely."""
     rest = (1 - most) / (choices - 1)
     return -most * math.log(most) - (choices - 1) * rest * math.log(rest)
 
 
-def test_without_division_small_differences_count_little():
+def test_without_the_division_small_differences_have_no_effect():
     """Rewards a thousandth apart: divided, they outweigh the entropy bonus, undivided they do not."""
     entropies = {}
     for divide_by_std in (True, False):

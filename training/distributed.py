@@ -5,6 +5,7 @@ environment. A process that was started without them is a World of one.
 """
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import os
@@ -18,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils import UserError, keep_freed_memory
+from utils import UserError
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 # How long a process waits for the others. A process that ends is noticed at once; one may be downloading tens of GB.
 TIMEOUT = timedelta(hours=12)
 
@@ -56,12 +58,12 @@ class World:
         processes = f"{self.size} process{'es' if self.size > 1 else ''}"
         if parts % self.size:
             raise UserError(
-                f"accumulate: {micro_batches} micro-batches cannot be split between {processes}; the nearest number "
+                f"accumulate: {micro_batches} micro-batches cannot be split over {processes}; the nearest number "
                 f"that can is {_nearest_multiple(micro_batches, self.size)}"
             )
         if images % parts:
             raise UserError(
-                f"batch_size: {images} images cannot be split between {processes} in {parts} equal parts; the nearest "
+                f"batch_size: {images} images cannot be split over {processes} in {parts} equal parts; the nearest "
                 f"number that can is {_nearest_multiple(images, parts)}"
             )
         size, own = images // parts, parts // self.size
@@ -292,3 +294,15 @@ def _number(variable: str, default: int) -> int:
 
 def _nearest_multiple(number: int, of: int) -> int:
     return max(of, (number + of // 2) // of * of)
+
+
+def keep_freed_memory() -> None:
+    """Let this process reuse the memory that it frees; no effect without glibc.
+
+    Otherwise every large tensor of a step on the CPU takes new pages from the system, which are cleared one by one.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        # Older glibc accepts at most 32 MB. If it accepts neither, leave both thresholds alone.
+        if any(mallopt(M_MMAP_THRESHOLD, size) for size in (2**30, 2**25)):
+            mallopt(M_TRIM_THRESHOLD, -1)

@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 from augmentations import OPS, Plan
+from utils import UserError
 
 try:
     import kornia
@@ -72,7 +73,7 @@ def with_torchvision(images_BCHW: Tensor, plan: Plan) -> Tensor:
                 numbers = torch.tensor(members)
                 extra = _extra(images_BCHW, plan, row, numbers, k)
                 numbers = numbers.to(images_BCHW.device)
-                out_BCHW[numbers] = TORCHVISION[OPS[row].name](out_BCHW[numbers], magnitude, extra)
+                out_BCHW[numbers] = _named(TORCHVISION, "TORCHVISION", row)(out_BCHW[numbers], magnitude, extra)
     return out_BCHW
 
 
@@ -125,8 +126,14 @@ def with_kornia(images_BCHW: Tensor, plan: Plan) -> Tensor:
                 extra = _extra(first_BCHW, plan, row, numbers, k)
                 magnitudes = plan.magnitude_BK[numbers, k].float().to(images_BCHW.device)
                 numbers = numbers.to(images_BCHW.device)
-                out_BCHW[numbers] = KORNIA[OPS[row].name](out_BCHW[numbers], magnitudes, extra)
+                out_BCHW[numbers] = _named(KORNIA, "KORNIA", row)(out_BCHW[numbers], magnitudes, extra)
     return (out_BCHW * 255).byte()
+
+
+def _named(table: dict[str, Callable], name: str, row: int) -> Callable:
+    if OPS[row].name not in table:
+        raise UserError(f"{name} in benchmarks/others/libraries.py has no {OPS[row].name}: add that library's function")
+    return table[OPS[row].name]
 
 
 def _extra(images_BCHW: Tensor, plan: Plan, row: int, numbers: Tensor, k: int) -> Tensor | None:

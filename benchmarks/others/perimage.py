@@ -26,6 +26,7 @@ from augmentations import OPS, Op, row_of
 from config import Config
 from dataloader import Normalise
 from policies.sources import PolicySource
+from utils import UserError
 
 
 class Operation(NamedTuple):
@@ -123,6 +124,8 @@ class PerImage(Dataset):
 def run(image: Image.Image, operations: Sequence[Operation]) -> Image.Image:
     """The operations, one after the other."""
     for name, magnitude, extra in operations:
+        if name not in OPERATIONS:
+            raise UserError(f"OPERATIONS in benchmarks/others/perimage.py has no {name}: add what Pillow does")
         image = OPERATIONS[name](image, magnitude, extra)
     return image
 

@@ -87,7 +87,7 @@ def test_dropout_acts_in_training_only():
 # Noise whose gradient is drawn apart
 
 
-def test_value_and_gradient_have_factors_of_their_own():
+def test_value_and_gradient_have_separate_factors():
     x = torch.randn(3, 2, 4, 4, dtype=torch.float64, requires_grad=True)
     forward, backward = torch.tensor([[0.5, -2.0, 0.0], [3.0, 0.0, 1.0]], dtype=torch.float64).view(2, 3, 1, 1, 1)
     y = scale_apart(x, forward, backward)
@@ -120,7 +120,7 @@ def two_branches(block, x):
 
 
 @pytest.mark.parametrize(("channels_out", "stride"), [(4, 1), (8, 1), (8, 2)])
-def test_shake_blocks_average_only_in_evaluation(channels_out, stride):
+def test_shake_blocks_follow_their_definition(channels_out, stride):
     torch.manual_seed(0)
     block, x = ShakeBlock(4, channels_out, stride).double(), torch.randn(16, 4, 6, 6, dtype=torch.float64)
     block.eval()
@@ -138,7 +138,7 @@ def test_shake_blocks_average_only_in_evaluation(channels_out, stride):
     assert len(alpha.unique()) == 16, "one alpha per image"
 
 
-def test_shake_blocks_have_a_beta_of_their_own_in_the_gradient():
+def test_shake_blocks_have_another_beta_in_the_gradient():
     """d y / d branch 1 is beta, d y / d branch 2 is 1 - beta, per image; and beta is not alpha."""
     torch.manual_seed(0)
     block, x = ShakeBlock(4, 4, 1).double(), torch.randn(8, 4, 6, 6, dtype=torch.float64)
@@ -157,7 +157,7 @@ def test_shake_blocks_have_a_beta_of_their_own_in_the_gradient():
     assert (beta[:, 0] - alpha).abs().min() > 1e-6
 
 
-def test_the_two_path_shortcut_reads_both_diagonal_pixels():
+def test_the_two_path_shortcut_uses_the_upper_left_neighbour():
     torch.manual_seed(0)
     shortcut, x = TwoPathShortcut(4, 6, 2).eval(), torch.randn(2, 4, 6, 6)
     y = shortcut(x)
@@ -227,7 +227,7 @@ def test_the_mean_over_the_noise_is_the_output_in_evaluation(block):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_noise_goes_with_autocast_and_channels_last(name):
+def test_noise_works_with_autocast_and_channels_last(name):
     torch.manual_seed(0)
     model = build_model(name, 10).to(memory_format=torch.channels_last)
     x = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
@@ -259,7 +259,7 @@ def test_networks_compile_into_one_graph(name):
     torch.testing.assert_close(compiled(x), model(x))
     model.train()
     first, second = compiled(x), compiled(x)
-    assert torch.equal(first, second) is not noisy, "noise is drawn anew at each call"
+    assert torch.equal(first, second) is not noisy, "noise is drawn at each call"
     second.sum().backward()
     assert all(p.grad is not None for p in model.parameters())
 
@@ -319,7 +319,7 @@ def test_options_that_a_network_does_not_have_are_refused():
         build_model("wresnet28_10", 10, width=3)
 
 
-def test_every_form_that_is_advertised_can_be_built():
+def test_every_form_in_the_messages_can_be_built():
     for family in FAMILIES:
         name = family.form.replace("<depth>", "50" if "resnet<" in family.form and "w" not in family.form else "20")
         name = name.replace("<width>", "2").replace("<alpha>", "9").replace("wresnet20", "wresnet16")

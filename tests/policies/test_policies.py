@@ -45,7 +45,7 @@ def test_every_copy_gets_a_subpolicy_of_its_own_policy(name):
     drawn = torch.zeros(M, source.Q)
     for m in range(M):
         subpolicies = source.op_MQK[m] * 10 + source.level_MQK[m]  # one number per operation and level
-        for b in range(m, N * M, M):  # image-major: copy m of image n stands at n * M + m
+        for b in range(m, N * M, M):  # image-major: copy m of image n is number n * M + m
             op_K, magnitude_K = plan.op_BK[b], plan.magnitude_BK[b].abs()
             fits = [
                 q
@@ -84,10 +84,10 @@ def test_partners_are_other_images_in_the_same_policys_copy():
     alone = source.plan(1, SIZE, generator(1))
     images = torch.randint(256, (M, 3, 8, 8), dtype=torch.uint8, generator=generator(2))
     assert torch.equal(alone.partner_BK, torch.arange(M)[:, None].expand(M, 2))
-    assert torch.equal(apply(images, alone), images), "an image without company stays as it is"
+    assert torch.equal(apply(images, alone), images), "a single image is its own partner"
 
 
-def test_centres_lie_in_the_image():
+def test_centres_are_in_the_image():
     source = RandomPolicies(4, 5, 2, NAMES)
     source.resample(generator())
     centre = source.plan(500, SIZE, generator(1)).centre_BK2
@@ -119,7 +119,7 @@ def test_a_subset_of_operations_by_name(name):
     assert sum(record["shares"]["levels"].values()) == pytest.approx(1)
 
 
-def test_policies_in_words_give_magnitudes_where_there_are_any():
+def test_descriptions_give_magnitudes():
     source = RandomPolicies(1, 2, 2, NAMES)
     source.op_MQK = torch.tensor([[[row_of("Rotate"), row_of("Invert")], [row_of("Solarize"), row_of("Contrast")]]])
     source.level_MQK = torch.tensor([[[2, 7], [9, 0]]])
@@ -129,7 +129,7 @@ def test_policies_in_words_give_magnitudes_where_there_are_any():
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_the_mean_of_the_policy_losses_is_the_loss_of_the_batch(name):
+def test_the_mean_of_the_policies_losses_is_the_batchs(name):
     source = SOURCES[name]()
     source.resample(generator())
     N, M = 6, source.M
@@ -144,7 +144,7 @@ def test_the_mean_of_the_policy_losses_is_the_loss_of_the_batch(name):
     assert record["loss_spread"] == pytest.approx(torch.tensor(by_hand).std().item(), rel=1e-5)
 
 
-def test_losses_are_averaged_over_one_interval():
+def test_losses_are_averaged_over_one_intervals_images():
     source = SOURCES["random"]()
     for start in (1.0, 5.0):
         source.resample(generator())
@@ -153,8 +153,8 @@ def test_losses_are_averaged_over_one_interval():
         assert source.update()["losses"] == pytest.approx([start + 0.6] * 4, rel=1e-12)
 
 
-def test_an_average_over_steps_forgets_what_came_first():
-    """Two policies: the first was hard and is easy now, the second the other way round."""
+def test_reward_ema_weights_late_steps_more():
+    """Two policies: one whose loss falls during the interval, and one whose loss rises."""
     loss_TM = torch.stack((torch.linspace(2, 0, 50), torch.linspace(0, 1.5, 50)), dim=1)
     found = {}
     for ema in (0.0, 0.9):
@@ -191,13 +191,13 @@ def recorded(M, P=3, R=4, levels=10):
     return RecordedPolicies(M, op_RPQK, level_RPQK, levels)
 
 
-def test_a_record_is_replayed_by_the_share_of_the_run_that_is_done():
+def test_a_record_is_replayed_by_share_of_the_run():
     source = recorded(M=3)
     for steps in (4, 7, 12, 1000):
         for step in range(steps):
             source.resample(generator(), Fraction(step, steps))
             assert source.level_MQK.unique().tolist() == [4 * step // steps]
-            assert source.op_MQK.flatten().tolist() == [0, 1, 2], "as many as recorded keep their places"
+            assert source.op_MQK.flatten().tolist() == [0, 1, 2], "with M = P all are used in order"
 
 
 def test_recorded_policies_are_drawn_equally_often():
@@ -211,7 +211,7 @@ def test_recorded_policies_are_drawn_equally_often():
         assert (drawn / drawn.sum() - 1 / 3).abs().max() < 0.05
 
 
-def test_a_frozen_controller_is_sampled_and_never_stepped():
+def test_a_frozen_controller_is_sampled_and_not_trained():
     torch.manual_seed(0)
     controller = Controller(3, 4, Q=2, K=2)
     with torch.no_grad():
@@ -232,7 +232,7 @@ def test_a_frozen_controller_is_sampled_and_never_stepped():
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_an_interval_goes_on_from_a_saved_state(name):
+def test_an_interval_continues_from_a_saved_state(name):
     torch.manual_seed(5)
     losses = torch.rand(3, 2, 4)
     whole, first, second = SOURCES[name](), SOURCES[name](), SOURCES[name]()

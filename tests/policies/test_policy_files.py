@@ -1,4 +1,4 @@
-"""Sources of policies as the settings ask for them, and what they take from files."""
+"""Sources of policies from settings, and files of policies."""
 
 import json
 
@@ -10,7 +10,7 @@ from conftest import LITTLE, assert_refused, files, final_state, lines, little_n
 import main
 import policies.recorded as recorded
 from augmentations import row_of
-from config import PAPER_OPS, Config
+from config import Config
 from policies import build_policies
 from policies.learned import ControllerPolicies, FrozenPolicies, read_controller
 from policies.recorded import RecordedPolicies, read_policies
@@ -47,7 +47,7 @@ def test_the_controllers_start_depends_on_its_seed_alone():
     torch.rand(3)
     state = torch.get_rng_state()
     b = build_policies(Config(seed=7)).state_dict()
-    assert torch.equal(torch.get_rng_state(), state), "others' draws must not be disturbed"
+    assert torch.equal(torch.get_rng_state(), state), "the default generator is unchanged"
     assert same(a["controller"], b["controller"])
     assert not same(a["controller"], build_policies(Config(seed=8)).state_dict()["controller"])
 
@@ -82,7 +82,7 @@ def test_policies_are_read_from_every_form(policy_file, form):
     assert recorded.levels == 10
 
 
-def test_what_is_written_by_hand_is_what_happens(policy_file):
+def test_policies_written_by_hand_are_applied(policy_file):
     source = build_policies(Config(policy="recorded", policy_from=str(policy_file("mine.yaml", POLICIES)), M=2))
     source.resample(generator())
     assert source.by_name() == [[[tuple(op) for op in sub] for sub in policy] for policy in POLICIES]
@@ -114,7 +114,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_a_file_that_holds_something_else_is_refused_by_place(policy_file, what):
+def test_a_bad_file_is_refused_with_the_place(policy_file, what):
     content, words = BAD[what]
     with pytest.raises(UserError, match=r"bad\.json|bad\.yaml") as refusal:
         read_policies(policy_file("bad.yaml" if isinstance(content, str) else "bad.json", content))
@@ -130,7 +130,7 @@ def test_lines_of_different_runs_are_refused(policy_file):
         read_policies(policy_file("mixed.jsonl", f'{one}\n{{"policies": [], "levels": 9}}\n'))
 
 
-def test_hostile_files_are_refused_soon(policy_file, tmp_path, monkeypatch):
+def test_hostile_files_are_refused(policy_file, tmp_path, monkeypatch):
     """Aliases that stand for a billion operations, tags that would be executed, depth, and files without end."""
     aliases = "a: &a [[Rotate, 1]]\n" + "".join(
         f"{name}: &{name} [{', '.join([f'*{before}'] * 1000)}]\n" for before, name in ("ab", "bc")
@@ -169,7 +169,7 @@ def test_hostile_files_are_refused_soon(policy_file, tmp_path, monkeypatch):
         (("optimizer=adam",), "is not one of sgd, adamw"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(script, tmp_path, said, words):
+def test_invalid_settings_of_policies_are_refused(script, tmp_path, said, words):
     done = script("main.py", "--logdir", tmp_path, "--set", *said)
     assert_refused(done, words)
     assert not list(tmp_path.iterdir())
@@ -184,8 +184,8 @@ def little(train, monkeypatch):
 LEARNED = ("controller_lr=0.1", "policy_interval=2", "levels=7", "ops=[Rotate, ShearX, Invert]", "Q=3", "logit_bound=4")
 
 
-def test_a_learned_controller_is_transferred_as_it_was(little):
-    """To a run with other settings of its own: what belongs to the controller comes with it."""
+def test_a_learned_controller_is_transferred_unchanged(little):
+    """Its operations, levels, Q and K come with it, whatever the new run's settings."""
     learned = little("learned", *LEARNED)
     run = little("transfer", "policy=frozen", f"policy_from={learned}", "M=3", "policy_interval=2")
     own = load_tensors(learned / "model.pt")["controller"]
@@ -199,10 +199,10 @@ def test_a_learned_controller_is_transferred_as_it_was(little):
     assert "controller" not in load_tensors(run / "model.pt")
     from_file = ("policy=frozen", f"policy_from={learned / 'model.pt'}", "M=3", "policy_interval=2")
     little("parts", *from_file, "--stop_epoch=1")
-    assert files(little("parts", *from_file, "--resume")) == files(run), "named otherwise, and in parts, it is the same"
+    assert files(little("parts", *from_file, "--resume")) == files(run), "also when named by its model.pt, and resumed"
 
 
-def test_a_record_is_replayed_over_a_run_of_another_length(little):
+def test_a_record_is_replayed_in_a_run_of_another_length(little):
     recorded = little("recorded", *LEARNED)
     theirs = [record["policies"] for record in lines(recorded / "policies.jsonl")]
     twice = little("twice", "policy=recorded", f"policy_from={recorded}", "policy_interval=1")
@@ -213,7 +213,7 @@ def test_a_record_is_replayed_over_a_run_of_another_length(little):
     assert [record["policies"] for record in lines(once / "policies.jsonl")] == [theirs[0], theirs[2], theirs[4]]
 
 
-def test_a_resumed_source_may_move_but_not_change_its_form(little, script, tmp_path, policy_file):
+def test_policy_from_may_move_but_not_change_form(little, script, tmp_path, policy_file):
     file = policy_file("mine.json", POLICIES)
     said = ("policy=recorded", "policy_interval=2", "M=2")
     whole = little("whole", *said, f"policy_from={file}")
@@ -225,10 +225,10 @@ def test_a_resumed_source_may_move_but_not_change_its_form(little, script, tmp_p
     small = ("model=wresnet10_1", "train_size=40", "batch_size=10", "epochs=3", "eval_every=3", "workers=0", *LITTLE)
     again = ("--logdir", tmp_path, "--name", "other", "--resume")
     done = script("main.py", *again, "--set", *small, *said, f"policy_from={moved}")
-    assert_refused(done, "policy_from holds policies of another form than when it began")
+    assert_refused(done, "policy_from holds policies of another form than when the run started")
 
 
-def test_a_small_file_that_stands_for_a_large_table_is_refused(policy_file):
+def test_sub_policies_of_too_different_lengths_are_refused(policy_file):
     operation = ["Rotate", 1]
     with pytest.raises(UserError, match="of too different lengths, up to 3,000 operations"):
         read_policies(policy_file("wide.json", [[[operation] * 3000, *[[] for _ in range(3000)]]]))
@@ -260,4 +260,3 @@ def test_a_controller_of_other_settings_is_refused(little, tmp_path):
     controller, ops, levels = read_controller(tmp_path / "learned")
     assert (controller.Q, controller.logit_bound, ops, levels) == (3, 4.0, ("Rotate", "ShearX", "Invert"), 7)
     assert isinstance(FrozenPolicies(2, controller, ops, levels), PolicySource)
-    assert len(PAPER_OPS) == 16

@@ -248,7 +248,7 @@ def test_chains_of_augmix_are_the_recipes(size, monkeypatch):
     assert (depths[1:] / 360 - 1 / 3).abs().max() < 0.1
 
 
-def test_weights_of_augmix_are_those_of_beta_and_dirichlet():
+def test_weights_of_augmix_follow_beta_and_dirichlet():
     weight_BV = AugMix(1).weights(20_000, generator())
     assert weight_BV.dtype == torch.float32
     torch.testing.assert_close(weight_BV.sum(1), torch.ones(20_000))
@@ -318,7 +318,7 @@ def test_whole_runs(little, said):
     assert same(final_state(parts), final_state(run))
 
 
-def test_only_the_first_copy_is_clean_with_jsd():
+def test_with_jsd_only_the_first_copy_is_clean():
     config = Config(
         policy="augmix", jsd=12, crop_per_copy=False, M=3, cutout=0, crop_padding=0, flip=False, model="wresnet10_1"
     )

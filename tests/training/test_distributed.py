@@ -1,9 +1,7 @@
-"""Several processes do what one would: the same draws, the same losses, the same scores; and they end together."""
+"""Several processes do what one would: the same draws, the same losses, the same scores."""
 
-import functools
 import itertools
 import json
-import multiprocessing
 import os
 import platform
 import re
@@ -12,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -21,7 +18,6 @@ from conftest import (
     ROOT,
     TINY,
     Unkept,
-    _start,
     assert_refused,
     final_state,
     free_port,
@@ -30,14 +26,12 @@ from conftest import (
     on_ranks,
     same,
     scripts_on_ranks,
-    start_ranks,
 )
 from PIL import Image
 from torch import nn
 
 import main
 import training.distributed as processes
-import training.exit as exits
 import training.state as trainingstate
 from config import Config
 from dataloader import Normalise
@@ -57,11 +51,11 @@ def all_well(ranks):
     return [done.result for done in ranks]
 
 
-# Dealing
+# Micro-batches
 
 
 @pytest.mark.parametrize(("images", "pieces", "size"), [(12, 1, 1), (12, 4, 1), (12, 1, 4), (12, 6, 2), (2048, 64, 8)])
-def test_every_image_is_dealt_once_in_equal_pieces(images, pieces, size):
+def test_a_batch_is_split_into_equal_parts(images, pieces, size):
     dealt = [World((CPU,), rank, size).split_batch(images, pieces) for rank in range(size)]
     assert list(itertools.chain.from_iterable(itertools.chain.from_iterable(dealt))) == list(range(images))
     parts = [part for own in dealt for part in own]
@@ -72,19 +66,19 @@ def test_every_image_is_dealt_once_in_equal_pieces(images, pieces, size):
 @pytest.mark.parametrize(
     ("images", "pieces", "size", "words"),
     [
-        (130, 1, 4, "batch_size: 130 images cannot be dealt to 4 processes in 4 equal parts; .* is 132$"),
+        (130, 1, 4, "batch_size: 130 images cannot be split over 4 processes in 4 equal parts; .* is 132$"),
         (129, 1, 4, "batch_size: 129 .* is 128$"),
         (2, 1, 8, "batch_size: 2 .* is 8$"),
-        (100, 8, 1, "batch_size: 100 images cannot be dealt to 1 process in 8 equal parts; .* is 104$"),
-        (128, 8, 3, "accumulate: 8 micro-batches cannot be dealt to 3 processes; the nearest number that can is 9$"),
+        (100, 8, 1, "batch_size: 100 images cannot be split over 1 process in 8 equal parts; .* is 104$"),
+        (128, 8, 3, "accumulate: 8 micro-batches cannot be split over 3 processes; the nearest number that can is 9$"),
     ],
 )
-def test_what_cannot_be_dealt_is_refused_with_the_nearest_that_can(images, pieces, size, words):
+def test_uneven_splits_are_refused_with_the_nearest_number(images, pieces, size, words):
     with pytest.raises(UserError, match=words):
         World((CPU,), 0, size).split_batch(images, pieces)
 
 
-def test_micro_batches_that_do_not_come_out_even_are_refused_before_anything_is_written(script, tmp_path):
+def test_uneven_micro_batches_are_refused_before_training(script, tmp_path):
     done = script("main.py", "--logdir", tmp_path / "logs", "--set", *TINY, "accumulate=3")
     assert_refused(done, "batch_size: 10 images", "the nearest number that can is 9")
     assert not (tmp_path / "logs").exists()
@@ -125,7 +119,7 @@ def first_step(world, accumulate=1, policy="random"):
     return record["losses"], metrics, {name: p.grad for name, p in state.model.named_parameters()}
 
 
-def test_micro_batches_and_processes_give_the_losses_and_gradients_of_the_whole_batch():
+def test_parts_give_the_losses_and_gradients_of_the_batch():
     """All sixteen operations, so that images are paired across the parts."""
     losses, metrics, gradients = first_step(ALONE)
     in_parts = [
@@ -141,22 +135,7 @@ def test_micro_batches_and_processes_give_the_losses_and_gradients_of_the_whole_
             torch.testing.assert_close(other_gradients[name], gradient, atol=1e-6, rtol=1e-4)
 
 
-def test_the_copies_made_in_parts_are_those_of_the_whole_batch():
-    """To the bit, with partners inside and outside the part, for any cut."""
-    config = Config(M=3, batch_size=12, ops=("SamplePairing", "Rotate", "Cutout"), policy="random", Q=2)
-    g = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (12, 3, 16, 16), dtype=torch.uint8, generator=g)
-    state = trainingstate.TrainingState.start(config, ALONE, nn.Linear(1, 1))
-    state.policies.resample(g)
-    draws = main.draw(state, images, "train", 0, N=12)
-    every = range(12)
-    whole = main.augment(state, images, every, draws, every)
-    for start, stop in ((0, 12), (0, 5), (5, 6), (6, 12)):
-        part = main.augment(state, images, every, draws, range(start, stop))
-        assert torch.equal(part, whole[start * 3 : stop * 3])
-
-
-def test_partners_come_from_the_images_at_hand():
+def test_partners_come_from_the_images_that_were_read():
     """A process that reads only its own images pairs them among themselves: 4 of 12, at places 4 to 7."""
     policies = RandomPolicies(3, 2, 2, ("SamplePairing",))
     policies.resample(torch.Generator().manual_seed(0))
@@ -248,7 +227,7 @@ PHOTOGRAPHS = ("dataset=imagenet", "image_size=32", "eval_view=[36,32]", "crop_p
 
 
 @pytest.mark.slow
-def test_images_that_are_streamed_are_read_alike_by_one_process_and_by_two(script, photographs, tmp_path):
+def test_two_processes_stream_the_images_that_one_does(script, photographs, tmp_path):
     """Without SamplePairing, whose partners are the process's own; without a resumption, and with one."""
     ops = "ops=[ShearX, Rotate, Invert, Cutout]"
     said = ("--dataroot", photographs, "--logdir", tmp_path, "--set", *TINY, *PHOTOGRAPHS, ops)
@@ -259,26 +238,6 @@ def test_images_that_are_streamed_are_read_alike_by_one_process_and_by_two(scrip
     one, two, parts = (lines(tmp_path / name / "policies.jsonl") for name in ("one", "two", "parts"))
     assert two == parts
     assert [line["losses"] for line in two] == [pytest.approx(line["losses"], rel=1e-5) for line in one]
-
-
-def test_what_is_found_in_the_files_is_said_once(photographs, tmp_path):
-    damaged = photographs / "train" / "n01" / "3.JPEG"
-    damaged.write_bytes(damaged.read_bytes()[:400])
-    said = (
-        "--dataroot",
-        photographs,
-        "--logdir",
-        tmp_path,
-        "--set",
-        *TINY,
-        *PHOTOGRAPHS,
-        "train_size=24",
-        "skip_unreadable=true",
-    )
-    done = scripts_on_ranks(2, "main.py", "--stop_epoch", 1, *said)
-    all_well(done)
-    assert "skipped 1 of 24 images" in done[0].err
-    assert done[1].err == ""
 
 
 def scores_of(world, count):
@@ -309,7 +268,7 @@ def test_scores_are_the_same_for_any_number_of_processes(count):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_two_processes_is_scored_alike_by_one_and_three(script, train_ranks, tmp_path):
+def test_scores_are_equal_from_one_and_three_processes(script, train_ranks, tmp_path):
     run = train_ranks(2, "two", "eval_every=1")
     last = lines(run / "metrics.jsonl")[-1]
     results = []
@@ -329,7 +288,7 @@ def test_a_checkpoint_of_two_processes_is_scored_alike_by_one_and_three(script, 
 
 
 @pytest.mark.slow
-def test_mixed_precision_keeps_the_keys_on_two_processes_in_micro_batches(train, train_ranks):
+def test_mixed_precision_keeps_the_keys_of_the_weights(train, train_ranks):
     plain, mixed = (
         train("plain", "epochs=1"),
         train_ranks(2, "mixed", "epochs=1", "amp=true", "batch_size=8", "accumulate=4"),
@@ -353,7 +312,7 @@ def test_a_compiled_network_trains_alike_and_keeps_the_keys(script, tmp_path):
     assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
 
 
-def test_a_machine_with_several_gpus_is_used_whole_by_one_process(script, monkeypatch, tmp_path, train):
+def test_one_process_uses_all_gpus_of_a_machine(script, monkeypatch, tmp_path, train):
     """DataParallel, which falls back on its module where there is no GPU: everything but the GPUs' own work."""
     plain = train("plain")
     monkeypatch.setattr(processes, "_devices", lambda name, local_rank, alone: (CPU, torch.device("cuda:1")))
@@ -372,7 +331,7 @@ def test_a_machine_with_several_gpus_is_used_whole_by_one_process(script, monkey
 # Agreement
 
 
-def test_statistics_of_batchnorm_are_evened_out():
+def test_batchnorm_statistics_are_averaged():
     def average_batchnorm(world):
         model = nn.BatchNorm2d(2)
         model.running_mean.fill_(world.rank)
@@ -383,7 +342,7 @@ def test_statistics_of_batchnorm_are_evened_out():
     assert all_well(on_ranks(3, average_batchnorm)) == [([1.0, 1.0], [2.0, 4.0], 0)] * 3
 
 
-def test_a_process_keeps_the_statistics_of_its_images_until_they_are_evened_out():
+def test_statistics_stay_apart_until_they_are_averaged():
     """Through DistributedDataParallel; the running mean after two steps is by hand."""
 
     def two_steps(world):
@@ -401,24 +360,8 @@ def test_a_process_keeps_the_statistics_of_its_images_until_they_are_evened_out(
     assert [mean for _, mean in results] == pytest.approx([1.5 * by_hand] * 2)
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_evening_out_twice_changes_nothing_more(size):
-    """For an epoch that is ended again because its evaluation was stopped. Three float32 values may not add up."""
-
-    def average_batchnorm(world):
-        norm = nn.BatchNorm2d(1000)
-        norm.running_mean = torch.rand(1000, generator=torch.Generator().manual_seed(world.rank))
-        world.average_batchnorm(norm)
-        once = norm.running_mean.clone()
-        world.average_batchnorm(norm)
-        return once, norm.running_mean
-
-    for once, twice in all_well(on_ranks(size, average_batchnorm)):
-        assert torch.equal(once, twice)
-
-
 @pytest.mark.parametrize("size", [1, 3])
-def test_what_one_process_has_noticed_all_know_at_the_same_call(size):
+def test_all_processes_see_a_maximum_at_the_same_call(size):
     """Process r notices r at its call r; the others know it one call later, and nobody waits for the slowest."""
 
     def notice(world):
@@ -433,7 +376,7 @@ def test_what_one_process_has_noticed_all_know_at_the_same_call(size):
 
 
 @pytest.mark.parametrize("what", ["weights", "policies"])
-def test_processes_that_have_ceased_to_be_equal_are_stopped(what):
+def test_processes_that_differ_are_stopped(what):
     def drift(world):
         config = Config(model="wresnet10_1", dataset="shapes", batch_size=10, M=2, epochs=1)
         torch.manual_seed(0)
@@ -466,267 +409,6 @@ def test_a_digest_tells_any_change():
     assert digest(transposed) == digest(transposed.contiguous())
 
 
-# Ends
-
-
-def test_an_error_of_one_process_ends_all_with_its_message():
-    def fail_in_one(world):
-        if world.rank == 1:
-            raise UserError("the disk of this machine is full")
-        world.gather("waiting for the other")
-
-    def run():
-        exits.exit_with_status(lambda: fail_joined())
-
-    def fail_joined():
-        with processes.join("cpu") as world:
-            fail_in_one(world)
-
-    done = start_ranks(3, run)
-    assert [rank.status for rank in done] == [2, 2, 2]
-    assert "".join(rank.err for rank in done) == "error: process 1: the disk of this machine is full\n"
-
-
-def test_an_error_that_all_processes_meet_is_said_once(tmp_path):
-    done = scripts_on_ranks(3, "main.py", "--logdir", tmp_path / "logs", "--set", *TINY)
-    assert [rank.status for rank in done] == [2, 2, 2]
-    (message,) = filter(None, (rank.err for rank in done))
-    assert "batch_size: 10 images cannot be dealt to 3 processes" in message
-    done = scripts_on_ranks(2, "main.py", "--ampp")
-    (message,) = filter(None, (rank.err for rank in done))
-    assert "did you mean --amp?" in message
-    assert not (tmp_path / "logs").exists()
-
-
-def test_a_killed_process_ends_the_others_in_one_line():
-    def run():
-        exits.exit_with_status(joined)
-
-    def joined():
-        with processes.join("cpu") as world:
-            if world.rank == 1:
-                time.sleep(0.5)
-                raise SystemExit(9)  # without a word to the others
-            world.gather("waiting for the other")
-
-    first, second = start_ranks(2, run)
-    assert second.status == 9
-    assert first.status == 2
-    assert first.err == "error: another process has ended without a word; was it killed, or out of memory?\n"
-
-
-def test_a_process_whose_leader_is_gone_ends_in_silence(monkeypatch, capsys):
-    """Without a launcher the first process keeps the store, which ends with it."""
-
-    class Gone:
-        def add(self, *_):
-            raise torch.distributed.DistNetworkError("Connection reset by peer")
-
-    @functools.cache
-    def met():
-        return Gone(), 1, 2
-
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(processes, "_meeting_point", met)
-    met()
-    with pytest.raises(SystemExit) as leaving:
-        exits.exit_with_status(lambda: met()[0].add("something", 1))
-    assert leaving.value.code == 2
-    assert capsys.readouterr().err == ""
-
-
-FORKING = multiprocessing.get_context("fork")
-STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
-WORD = {signal.SIGINT: "\ninterrupted", signal.SIGTERM: "terminated"}
-
-
-@pytest.fixture
-def end(tmp_path):
-    """How a process ends whose main() this is, and what it writes to stderr: end(function) -> (status, text).
-
-    out: descriptor for its stdout. before: to be called first.
-    """
-
-    def run(function, out=None, before=lambda: None):
-        def start():
-            os.dup2(os.open(tmp_path / "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-            sys.stderr = os.fdopen(2, "w", buffering=1)
-            if out is not None:
-                os.dup2(out, 1)
-                sys.stdout = os.fdopen(1, "w")
-            os.chdir(ROOT)
-            before()
-            exits.exit_with_status(function)
-
-        process = FORKING.Process(target=start)
-        _start(process)
-        process.join(100)
-        ended, status = not process.is_alive(), process.exitcode
-        process.kill()
-        assert ended, "goes on"
-        return status, (tmp_path / "stderr").read_text()
-
-    return run
-
-
-def send(number, to=None):
-    """A signal, which has arrived when this returns."""
-    os.kill(to or os.getpid(), number)
-    time.sleep(0)
-
-
-def wait():
-    """For a signal; one that comes just before a sleep does not cut it short."""
-    while True:
-        time.sleep(0.01)
-
-
-@pytest.mark.parametrize("number", STATUS)
-def test_ctrl_c_and_sigterm_end_alike(end, number):
-    def describe():
-        try:
-            send(number)
-        except KeyboardInterrupt as stop:
-            raise type(stop)("all is kept") from None
-
-    assert end(lambda: send(number)) == (STATUS[number], f"{WORD[number]}\n")
-    assert end(describe) == (STATUS[number], f"{WORD[number]}; all is kept\n")
-
-
-@pytest.mark.parametrize("number", STATUS)
-def test_signals_are_as_before_afterwards(number, capsys):
-    before = [signal.getsignal(each) for each in STATUS]
-    with pytest.raises(SystemExit) as leaving:
-        exits.exit_with_status(lambda: send(number))
-    assert leaving.value.code == STATUS[number]
-    assert capsys.readouterr().err == f"{WORD[number]}\n"
-    assert [signal.getsignal(each) for each in STATUS] == before
-
-
-@pytest.mark.parametrize("number", STATUS)
-def test_a_signal_that_is_ignored_stays_so(end, number):
-    """As SIGINT is in the background of a shell, and all are by nohup."""
-    assert end(lambda: send(number), before=lambda: signal.signal(number, signal.SIG_IGN)) == (0, "")
-
-
-@pytest.mark.parametrize("number", STATUS)
-def test_one_more_ctrl_c_ends_what_is_put_in_order(end, number):
-    def never_ready():
-        try:
-            send(number)
-        finally:
-            send(signal.SIGINT)
-            wait()
-
-    assert end(never_ready) == (130, "\ninterrupted\n")
-
-
-def test_ctrl_c_while_an_error_is_told_ends_in_silence(end, monkeypatch):
-    monkeypatch.setattr(processes, "_first_to_fail", lambda: send(signal.SIGINT))
-
-    def fail():
-        raise UserError("nobody will know")
-
-    assert end(fail) == (-signal.SIGINT, "")
-
-
-def test_sigterm_while_an_error_is_told_changes_nothing(end, monkeypatch):
-    """As torchrun sends it to the others when one has failed."""
-    monkeypatch.setattr(processes, "_first_to_fail", lambda: send(signal.SIGTERM) or True)
-
-    def fail():
-        raise UserError("all will know")
-
-    assert end(fail) == (2, "error: all will know\n")
-
-
-def test_a_child_ends_as_if_nothing_were_set(end):
-    def main():
-        child = os.fork()
-        if not child:
-            send(signal.SIGTERM)
-            os._exit(0)
-        print(os.WTERMSIG(os.waitpid(child, 0)[1]), file=sys.stderr)
-
-    assert end(main) == (0, f"{int(signal.SIGTERM)}\n")
-
-
-def test_a_script_may_run_in_another_thread(capsys):
-    with ThreadPoolExecutor(1) as pool, pytest.raises(SystemExit) as leaving:
-        pool.submit(exits.exit_with_status, lambda: None).result()
-    assert leaving.value.code == 0
-
-
-@pytest.fixture
-def closed():
-    """A pipe that nobody reads."""
-    reading, writing = os.pipe()
-    os.close(reading)
-    yield writing
-    os.close(writing)
-
-
-@pytest.mark.parametrize("flushed", [False, True])
-def test_a_pipe_that_nobody_reads_ends_in_silence(end, closed, flushed):
-    """`| head`: at the end, or at once as with PYTHONUNBUFFERED."""
-    assert end(lambda: print("something", flush=flushed), out=closed) == (141, "")
-
-
-def test_help_that_nobody_reads_ends_in_silence(end, closed):
-    def show():
-        print("usage:")
-        raise SystemExit(0)
-
-    assert end(show, out=closed) == (141, "")
-
-
-def test_a_message_that_nobody_reads_ends_in_silence(end, closed):
-    """`2>&1 | head`."""
-
-    def fail():
-        raise UserError("nobody will know")
-
-    assert end(fail, before=lambda: os.dup2(closed, 2)) == (2, "")
-
-
-def test_another_broken_pipe_is_told(end, closed):
-    assert end(lambda: os.write(closed, b"x")) == (2, "error: [Errno 32] Broken pipe\n")
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-def test_output_that_fills_a_disk_is_told(end):
-    full = os.open("/dev/full", os.O_WRONLY)
-    assert end(lambda: print("something"), out=full) == (2, "error: [Errno 28] No space left on device\n")
-    os.close(full)
-
-
-@pytest.mark.slow
-def test_a_script_leaves_nothing_for_the_interpreter_to_complain_of(closed):
-    """What a process of its own still says when it ends, after everything."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    done = subprocess.run(
-        [sys.executable, "evaluate.py", "--list"],
-        cwd=ROOT,
-        env=environment,
-        stdout=closed,
-        stderr=subprocess.PIPE,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (141, b"")
-
-
-@pytest.mark.parametrize("script", ["main.py", "evaluate.py"])
-def test_ctrl_c_in_the_first_seconds_ends_in_silence(start_process, monkeypatch, tmp_path, script):
-    """While torch is imported: here one that never gets ready."""
-    (tmp_path / "torch.py").write_text("print('importing', flush=True)\nimport time\ntime.sleep(1000)\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    process = start_process(script)
-    assert process.stdout.readline() == "importing\n"
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=100) == ("", "")
-    assert process.returncode == -signal.SIGINT
-
-
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
@@ -736,7 +418,7 @@ def test_ctrl_c_in_the_first_seconds_ends_in_silence(start_process, monkeypatch,
         ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "x"}, ["LOCAL_RANK: 'x' in the environment is not a number"]),
     ],
 )
-def test_a_half_made_environment_is_refused(script, monkeypatch, tmp_path, variables, words):
+def test_an_incomplete_environment_is_refused(script, monkeypatch, tmp_path, variables, words):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert_refused(script("main.py", "--logdir", tmp_path), *words)
@@ -796,8 +478,7 @@ def test_ctrl_c_ends_a_launched_run_and_its_epochs_are_kept(tmp_path):
 
 PAGE_FAULTS = """
 import ctypes, resource, torch
-from training.distributed import join
-from utils import M_MMAP_THRESHOLD
+from training.distributed import M_MMAP_THRESHOLD, join
 def faults_of_allocating():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(30_000_000)
@@ -810,7 +491,7 @@ print(faults[0], faults[-1], ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**30))
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no glibc")
-def test_on_the_cpu_freed_memory_serves_again():
+def test_freed_memory_is_reused_on_the_cpu():
     done = subprocess.run([sys.executable, "-c", PAGE_FAULTS], cwd=ROOT, check=True, capture_output=True, text=True)
     first, again, takes_large_thresholds = map(int, done.stdout.split())
     if not takes_large_thresholds:

@@ -258,7 +258,7 @@ def test_all_processes_are_told_the_same_of_any_of_them(size):
 
 # Collapse, by hand
 
-EVEN = {op.name: 1 / 16 for op in OPS}
+EVEN = {op.name: 1 / 16 for op in OPS[:16]}
 
 
 def one_larger(share, count=16):
@@ -305,7 +305,7 @@ def test_intervals_of_collapse_are_counted_with_the_step_of_the_first():
 
 def test_a_fresh_controller_is_no_alarm():
     """For the default settings, over 200 seeds; by far, and not by luck."""
-    config, names = Config(), [op.name for op in OPS]
+    config, names = Config(), [op.name for op in OPS[:16]]
     source, largest_share = build_policies(config), 0.0
     for seed in range(200):
         torch.manual_seed(seed)

@@ -97,9 +97,9 @@ def kill_at_random(size, arguments, checkpoints, draw):
 @pytest.mark.parametrize(
     ("size", "kills", "epochs"),
     [
-        (1, 3, 4),
-        pytest.param(1, 20, 25, marks=pytest.mark.slow),
-        pytest.param(2, 5, 12, marks=pytest.mark.slow),
+        (1, 2, 3),
+        pytest.param(1, 20, 20, marks=pytest.mark.slow),
+        pytest.param(2, 5, 8, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_killed_again_and_again_is_the_uninterrupted_one(tmp_path, size, kills, epochs):

@@ -40,7 +40,8 @@ class CommandLine(argparse.ArgumentParser):
         if "--" in words:
             following = words[words.index("--") + 1 :]
             flag = f"--{following[0]}" if following else ""
-            self.error(f"'--' stands alone{f'; did you mean {flag}?' if flag in self._option_string_actions else ''}")
+            guess = f"; did you mean {flag}?" if flag in self._option_string_actions else ""
+            self.error(f"'--' is not the name of an argument{guess}")
         known, unknown = self.parse_known_args(words, namespace)
         if unknown:
             flag, _, value = unknown[0].partition("=")

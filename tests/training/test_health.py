@@ -21,7 +21,9 @@ from conftest import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util import tensor_util
 
 import main
 import policies.learned as learned
@@ -272,7 +274,7 @@ def test_collapsed_intervals_and_the_first_step_are_counted():
 
 # Collapse, in whole runs
 
-COLLAPSING = ("controller_lr=0.5", "policy_interval=1", "M=4")
+COLLAPSING = ("controller_lr=0.5", "policy_interval=1", "M=4", "logit_bound=0")
 
 
 def has_collapsed(record, threshold=0.25):
@@ -309,7 +311,7 @@ def test_a_collapse_is_reported_once_and_in_every_log(told):
     assert 3 < len(collapsed) < len(records) == 12, "it begins well, and then collapses"
     assert collapsed == list(range(collapsed[0], 13)), "and stays so"
     assert [record["step"] for record in records if record["collapsed"]] == collapsed
-    assert curve(run, "policies/collapsed") == {r["step"]: float(r["step"] in collapsed) for r in records}
+    assert curve(run, "adversary/collapsed") == {r["step"]: float(r["step"] in collapsed) for r in records}
     first = records[collapsed[0] - 1]
     assert out.count("has collapsed") == 1
     assert f"after step {first['step']} the controller has collapsed: {first['collapsed']}\n" in out
@@ -332,7 +334,7 @@ def test_a_source_that_does_not_learn_does_not_collapse(told, monkeypatch, polic
     run, out = told("control", f"policy={policy}", "policy_interval=1")
     assert {record["collapsed"] for record in lines(run / "policies.jsonl")} == {None}
     assert "collapse" not in out
-    assert set(curve(run, "policies/collapsed").values()) == {0.0}
+    assert set(curve(run, "adversary/collapsed").values()) == {0.0}
     assert final_state(run)["collapse"] == [0, -1]
 
 
@@ -446,7 +448,7 @@ def test_a_fault_stops_the_run_and_its_checkpoint_resumes(
         Fault(patched, what, at(1, 2), value=value)
         done = script(*command(tmp_path, "faulty", *settings))
     run = tmp_path / "faulty"
-    assert_refused(done, f"{run}: ", where, "what was saved before is kept", "lower lr", "grad_clip", "warmup_epochs")
+    assert_refused(done, f"{run}: ", where, "earlier checkpoints are kept", "lower lr", "grad_clip", "warmup_epochs")
     (incident,) = lines(run / "incidents.jsonl")
     assert f"{incident['incident']} in epoch {incident['epoch']}, step {incident['step']}" in done.err
     assert (incident["processes"], incident["rewind"]) == ([0], None)
@@ -502,7 +504,7 @@ def test_a_fault_that_happens_once_leaves_no_trace(script, tmp_path, monkeypatch
     run, whole = tmp_path / "faulty", tmp_path / "whole"
     assert done.status == 0, done.err
     step = {"checkpoint_every=1": 3, "checkpoint_every=2": 3}.get(settings[0] if settings else "", 1)
-    assert f"\nback to epoch 2, step {step} (1 of 2 times)\n" in done.out
+    assert f"\nback to epoch 2, step {step} (1 of 2 rewinds)\n" in done.out
     assert "Numbers were not finite once: incidents.jsonl says where." in done.out
     assert [(i["rewind"], i["epoch"]) for i in lines(run / "incidents.jsonl")] == [(1, 2)]
     assert files(run) == files(whole)
@@ -527,7 +529,7 @@ def test_a_second_rewind_changes_the_draws(script, tmp_path, monkeypatch):
     assert start[0] == start[1] != start[2], "from the checkpoint on"
     run = tmp_path / "recurring"
     assert [incident["rewind"] for incident in lines(run / "incidents.jsonl")] == [1, 2]
-    assert "(2 of 2 times)" in done.out
+    assert "(2 of 2 rewinds)" in done.out
     assert "Numbers were not finite 2 times" in done.out
     assert final_state(run)["rewinds"] == 2
     assert [line["epoch"] for line in lines(run / "metrics.jsonl")] == [1, 2, 3]
@@ -545,11 +547,11 @@ def test_the_third_fault_stops_the_run(script, tmp_path, monkeypatch):
     Fault(monkeypatch, "loss", at(1, 2), times=99)
     done = script(*command(tmp_path, "always", REWIND))
     run = tmp_path / "always"
-    assert_refused(done, "the loss is no longer finite in epoch 2, step 3", "after going back 2 times", "lower lr")
+    assert_refused(done, "the loss is no longer finite in epoch 2, step 3", "after 2 rewinds", "lower lr")
     assert [incident["rewind"] for incident in lines(run / "incidents.jsonl")] == [1, 2, None]
     assert positions(run)[-1] == (1, 0)
     assert_finite(run)
-    assert_refused(script(*command(tmp_path, "always", REWIND, "--resume")), "after going back 2 times")
+    assert_refused(script(*command(tmp_path, "always", REWIND, "--resume")), "after 2 rewinds")
     assert [incident["rewind"] for incident in lines(run / "incidents.jsonl")] == [1, 2, None, None]
 
 
@@ -558,7 +560,9 @@ def test_incidents_are_shown_in_tensorboard(script, tmp_path, monkeypatch, setti
     Fault(monkeypatch, "loss", at(1, 2))
     assert script(*command(tmp_path, "run", *settings)).status == (0 if settings else 2)
     assert script(*command(tmp_path, "run", "--resume", *settings)).status == 0
-    ((_, text),) = short_repr(tmp_path / "run", "incidents/text_summary")
+    board = plugin_event_accumulator.EventAccumulator(str(tmp_path / "run")).Reload()
+    (event,) = board.Tensors("incidents/text_summary")
+    text = tensor_util.make_ndarray(event.tensor_proto).reshape(-1)[0]
     assert text.startswith(
         b"the loss is no longer finite in epoch 2, step 3 (process 0; policy 2), with these policies"
     )
@@ -581,7 +585,7 @@ def test_a_rewind_skips_a_damaged_checkpoint(script, tmp_path, monkeypatch):
     assert done.status == 0, done.err
     assert fault.left == 0
     assert "is damaged" in done.err
-    assert "back to epoch 2, step 2 (1 of 2 times)" in done.out
+    assert "back to epoch 2, step 2 (1 of 2 rewinds)" in done.out
     assert files(run) == files(tmp_path / "whole")
     assert same(without_rewinds(final_state(run)), without_rewinds(final_state(tmp_path / "whole")))
 
@@ -609,8 +613,8 @@ def test_a_controller_that_is_not_finite_ends_the_run(script, tmp_path, monkeypa
     """Its weights, or what comes of them in the next interval."""
     spoil_controller(monkeypatch, value)
     done = script(*command(tmp_path, "run", "policy_interval=1", f"on_nonfinite={on_nonfinite}"))
-    again = ", after going back 2 times" if on_nonfinite == "rewind" else ""
-    assert_refused(done, f"the controller is no longer finite in epoch 1, step 1{again}; what was saved before is")
+    again = ", after 2 rewinds" if on_nonfinite == "rewind" else ""
+    assert_refused(done, f"the controller is no longer finite in epoch 1, step 1{again}; earlier checkpoints are")
     assert_finite(tmp_path / "run")
     incidents = lines(tmp_path / "run" / "incidents.jsonl")
     assert [incident["rewind"] for incident in incidents] == ([1, 2, None] if again else [None])
@@ -670,7 +674,7 @@ def test_all_processes_rewind_for_the_fault_of_one(tmp_path, monkeypatch, what, 
     Fault(monkeypatch, what, at(1, 2, rank=1))
     ranks = run_on_ranks(tmp_path, "faulty", REWIND, *settings)
     assert [rank.status for rank in ranks] == [0, 0], ranks
-    assert "(1 of 2 times)" in ranks[0].out
+    assert "(1 of 2 rewinds)" in ranks[0].out
     run, whole = tmp_path / "faulty", tmp_path / "whole"
     assert [(i["rewind"], i["epoch"]) for i in lines(run / "incidents.jsonl")] == [(1, 2)]
     assert files(run) == files(whole)
@@ -742,11 +746,11 @@ def test_skipped_steps_survive_a_save_in_the_middle_of_an_epoch(tmp_path, monkey
     part = scaled_state()
     with pytest.raises(InterruptedError):
         main.train_one_epoch(part, split, stopped := Stop(part))
-    assert int(part.numbers.skipped) == stopped.drops() == 3
+    assert int(part.monitor.skipped) == stopped.drops() == 3
     Checkpoints(tmp_path).save(part.state_dict() | {"positions": {}, "data": ""})
     resumed = scaled_state(scale=1.0)
     resumed.load_state_dict(Checkpoints(tmp_path).load_newest(pytest.fail), tmp_path)
-    assert int(resumed.numbers.skipped) == stopped.drops()
+    assert int(resumed.monitor.skipped) == stopped.drops()
     assert resumed.scaler.get_scale() == part.scaler.get_scale()
     metrics = main.train_one_epoch(resumed, split, rest := Scales(resumed))
     assert metrics == expected
@@ -788,7 +792,7 @@ def test_skipped_steps_are_logged_and_printed(told, monkeypatch):
     told_lines = [line for line in out.splitlines() if line.startswith("epoch ")]
     for line, count in zip(told_lines, counts, strict=True):
         assert (f", {count} steps skipped (float16), " in line) == (count > 0)
-    assert curve(run, "epoch/skipped_steps") == {4 * (i + 1): count for i, count in enumerate(counts)}
+    assert curve(run, "run/skipped_steps") == {4 * (i + 1): count for i, count in enumerate(counts)}
 
     told("parts", "checkpoint_every=1", "--stop_epoch=1")
     max((run.parent / "parts" / "checkpoints").iterdir()).unlink()

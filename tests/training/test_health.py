@@ -14,6 +14,7 @@ import main
 import training.manager as manager
 from augmentations import OPS
 from config import Config
+from controller import Controller
 from datasets.splits import ResidentSplit
 from training.checkpoint import Checkpoints
 from training.health import CollapseCount, FiniteMonitor, NotFinite, all_finite, collapse_message

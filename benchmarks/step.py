@@ -136,7 +136,7 @@ class Steps:
         self.state = TrainingState.start(config, world, model)
         self.state.trained.train()
         self.state.policies.resample(keyed_generator(config.seed, "policies", 0))
-        self.micro_batches = world.deal(config.batch_size, config.accumulate)
+        self.micro_batches = world.split_batch(config.batch_size, config.accumulate)
         self.own = range(self.micro_batches[0].start, self.micro_batches[-1].stop)
         self.taken = itertools.count()
         images_NCHW, labels_N = self.noise()

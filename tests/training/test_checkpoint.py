@@ -462,13 +462,9 @@ def test_incomplete_or_impossible_states_change_no_log(resumption):
     resumption.train(saved(resumption.template))
 
 
-ONE_CHANGE = st.tuples(st.integers(0, 10**6), st.integers(0, len(WRONG) - 1))
 # Examples do not depend on each other; shrinking would take minutes.
-FUZZ = {"phases": [Phase.generate], "suppress_health_check": [HealthCheck.function_scoped_fixture]}
-
-
-@settings(max_examples=100, **FUZZ)
-@given(changes=st.lists(ONE_CHANGE, min_size=1, max_size=3))
+@settings(max_examples=100, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, len(WRONG) - 1)), min_size=1, max_size=3))
 def test_a_randomly_changed_state_is_loaded_or_refused(resumption, changes):
     state, places = resumption.template, list(paths_in(resumption.template))
     for place, number in changes:

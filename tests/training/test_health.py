@@ -17,7 +17,7 @@ from config import Config
 from controller import Controller
 from datasets.splits import ResidentSplit
 from training.checkpoint import Checkpoints
-from training.health import CollapseCount, FiniteMonitor, NotFinite, all_finite, collapse_message
+from training.health import CollapseCount, FiniteMonitor, NotFinite, collapse_message
 from training.state import TrainingState
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -115,28 +115,18 @@ def test_the_policies_with_a_bad_loss_are_named():
     assert finding(monitor) == ("loss", 1, [0], [1, 3, 4]), "those of the first bad step"
 
 
-@pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_every_number_of_the_state_is_checked(bad):
-    fine = [torch.ones(3), torch.tensor(2**60), torch.ones(2, 2, dtype=torch.bfloat16), torch.zeros(0)]
-    assert all_finite(fine)
-    assert all_finite([])
-    for place in (0, 7, 24):
-        spoilt = torch.ones(5, 5, dtype=torch.float16)
-        spoilt.view(-1)[place] = bad
-        assert finding(observed(GOOD), state=[*fine, spoilt], step=3) == ("network", 3, [0], [])
-    assert finding(observed(GOOD), state=fine, step=3) is None
-
-
-@pytest.mark.parametrize("where", ["parameters", "buffers"])
-def test_a_network_that_is_not_finite_is_never_saved(where):
-    for index, tensor in enumerate(getattr(little_network("", 10), where)()):
+@pytest.mark.parametrize("bad", [NAN, -INF])
+def test_a_network_that_is_not_finite_is_never_saved(bad):
+    """Whichever of its parameters and buffers is not; integers, as of BatchNorm, always are."""
+    state = TrainingState.start(Config(M=3, policy="random"), ALONE, little_network("", 10))
+    for tensor in [*state.model.parameters(), *state.model.buffers()]:
         if tensor.is_floating_point():
-            state = TrainingState.start(Config(M=3, policy="random"), ALONE, little_network("", 10))
-            state.step = 2
             state.state_dict()
-            list(getattr(state.model, where)())[index].data.view(-1)[-1] = INF
+            before = tensor.data.clone()
+            tensor.data.view(-1)[-1] = bad
             with pytest.raises(NotFinite, match="the network is no longer finite"):
                 state.state_dict()
+            tensor.data.copy_(before)
 
 
 AGREEMENTS = {
@@ -243,23 +233,6 @@ def test_skipped_steps_are_resumed_in_the_middle_of_an_epoch(tmp_path, monkeypat
     assert same(resumed.state_dict(), whole.state_dict())
 
 
-def test_a_bad_loss_is_an_error_although_steps_may_be_skipped(monkeypatch):
-    state, learn = scaled_state(scale=1.0), main.learn
-    weights = [parameter.clone() for parameter in state.model.parameters()]
-
-    def spoilt(*arguments):
-        loss_B, correct_B = learn(*arguments)
-        loss_B.view(-1, 2)[:, 1] = NAN  # of the second of two policies
-        return loss_B, correct_B
-
-    monkeypatch.setattr(main, "learn", spoilt)
-    spoil_gradients(monkeypatch, lambda *_: True)
-    with pytest.raises(NotFinite, match="the loss is no longer finite") as error:
-        main.train_one_epoch(state, images(200), Scales(state))
-    assert (error.value.step, error.value.policies) == (0, [1])
-    assert same(weights, list(state.model.parameters())), "the step was skipped"
-
-
 @pytest.fixture
 def run_and_output(script, tmp_path):
     """A run that must succeed: run_and_output("name", "--resume", "lr=0.2") -> its directory and stdout."""
@@ -317,14 +290,11 @@ def one_larger(share, count=16):
         (12.5, EVEN, 80, 0.25, None),  # exactly the threshold
         (12.4999, EVEN, 80, 0.25, "its entropy is 12.50 of 50.00 nats"),
         (0.0, EVEN, 80, 0.0, None),  # switched off
-        (49.9, EVEN, 80, 1.0, "its entropy is 49.90 of 50.00 nats"),
-        (50.0, EVEN, 80, 1.0, None),
         (0.0, EVEN, 1, 0.25, "its entropy is 0.00 of 50.00 nats"),  # for any number of draws
         (50.0, one_larger(0.5), 80, 0.25, None),  # exactly half
         (50.0, one_larger(0.51), 80, 0.25, f"{OPS[8].name} is 51% of all operations drawn"),
         (50.0, one_larger(1.0), 80, 0.0, f"{OPS[8].name} is 100% of all operations drawn"),
         (50.0, one_larger(1.0), 19, 0.25, None),  # few draws
-        (50.0, one_larger(0.55, 4), 20, 0.25, f"{OPS[2].name} is 55% of all operations drawn"),
         (50.0, one_larger(0.66, 3), 80, 0.25, None),
         (50.0, one_larger(0.67, 3), 80, 0.25, f"{OPS[1].name} is 67% of all operations drawn"),
         (50.0, one_larger(1.0, 2), 80, 0.25, None),  # with two operations one easily dominates
@@ -336,18 +306,12 @@ def test_when_a_controller_counts_as_collapsed(entropy, shares, draws, threshold
     assert collapse_message(entropy, 50.0, shares, draws, threshold) == expected
 
 
-def test_an_untrained_controller_has_not_collapsed():
-    """With the default settings and any of 100 seeds, by a wide margin."""
-    config, names = Config(), [op.name for op in OPS[:16]]
-    largest = 10 * (math.log(16) + math.log(10))
-    for seed in range(100):
+def test_an_untrained_controller_is_far_from_collapsed():
+    for seed in range(50):
         torch.manual_seed(seed)
-        decisions = Controller(16, config.levels, config.Q, config.K).sample(config.M)
-        counted = Counter(names[op] for op in decisions.op_MQK.flatten().tolist())
-        entropy, shares = decisions.entropy_M.mean().item(), {name: counted[name] / 80 for name in names}
-        assert 0.97 * largest < entropy < 1.000001 * largest
-        assert max(shares.values()) < 0.4
-        assert collapse_message(entropy, largest, shares, 80, config.collapse_entropy) is None
+        decisions = Controller(16, num_levels=10, Q=5, K=2).sample(8)
+        assert decisions.entropy_M.mean() > 0.97 * 10 * (math.log(16) + math.log(10))
+        assert decisions.op_MQK.flatten().bincount().max() < 0.4 * 80
 
 
 COLLAPSING = ("controller_lr=0.5", "logit_bound=0", "policy_interval=1", "M=4")
@@ -393,22 +357,13 @@ def test_a_collapse_after_a_recovery_is_reported_again(run_and_output, monkeypat
     assert final_state(run)["collapse"] == list(CollapseCount(5, 2))
 
 
-def test_a_collapse_is_judged_by_the_settings_of_the_run(run_and_output, monkeypatch):
-    calls = []
-
-    def noted(*arguments):
-        calls.append(arguments)
-        return collapse_message(*arguments)
-
-    monkeypatch.setattr(manager, "collapse_message", noted)
+def test_a_collapse_is_judged_by_the_settings_of_the_run(run_and_output):
     settings = ("M=3", "Q=2", "K=4", "levels=7", "ops=[Rotate, Invert]", "collapse_entropy=1", "logit_bound=0")
-    run, _ = run_and_output("settings", *settings)
-    for (entropy, largest, shares, draws, threshold), record in zip(calls, lines(run / "policies.jsonl"), strict=True):
-        assert entropy == record["entropy"]
-        assert largest == pytest.approx(8 * (math.log(2) + math.log(7)))
-        assert (draws, threshold) == (24, 1.0)
-        assert shares.keys() == {"Rotate", "Invert"}
-        assert record["collapsed"] == f"its entropy is {entropy:.2f} of {largest:.2f} nats"
+    run, _ = run_and_output("settings", *settings, "--stop_epoch=1")
+    (record,) = lines(run / "policies.jsonl")
+    largest = 8 * (math.log(2) + math.log(7))
+    assert record["entropy"] < largest
+    assert record["collapsed"] == f"its entropy is {record['entropy']:.2f} of {largest:.2f} nats"
 
 
 def test_policies_that_do_not_learn_do_not_collapse(run_and_output, monkeypatch):

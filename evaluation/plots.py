@@ -57,12 +57,13 @@ def plots_of(
     """
     title = f"{benchmark.name} ({benchmark.source})"
     if benchmark.kind != "test set":
-        name, columns, quantity = "flips", [""], "flip probability"
-        share = {cell["part"]: [cell.get("flip_probability")] for cell in record["cells"]}
         if benchmark.kind == "corruptions":
             name, columns, quantity = "error", [f"severity {s}" for s in SEVERITIES], "error"
             errors = {(cell["part"], cell["severity"]): cell["error"] for cell in record["cells"]}
-            share = {part: [errors[part, severity] for severity in SEVERITIES] for part in share}
+            share = {part: [errors[part, severity] for severity in SEVERITIES] for part in record["summary"]["error"]}
+        else:
+            name, columns, quantity = "flips", [""], "flip probability"
+            share = {part: [value] for part, value in record["summary"]["flip_probability"].items()}
         text = f"{title}: {quantity} (%); rows: {', '.join(share)}; columns: {', '.join(columns)}"
         yield name, heat_map(torch.tensor(list(share.values())), list(share), columns, f"{title}: {quantity}"), text
         return

@@ -286,21 +286,18 @@ def _all_notes(result: Result) -> list[str]:
 def _notes(result: Result, name: str, record: Mapping[str, Any]) -> list[str]:
     """Notes that qualify a number."""
     notes = [f"{name}: {record['note']}."] if record.get("note") else []
-    config = result["config"]
-    overlap = [op for op in RESEMBLING if op in _operations(config)] if config else []
+    config = result["config"] or {"policy": "none"}
+    if config["policy"] in PER_IMAGE:
+        operations = ("Posterize",) if config["policy"] == "augmix" else RESEMBLING
+    else:
+        operations = () if config["policy"] == "none" else config["ops"]
+    overlap = [op for op in RESEMBLING if op in operations]
     if record["kind"] == "corruptions" and overlap:
         notes.append(
             f"{name}: the policies hold {', '.join(overlap)}, which resemble corruptions; AugMix leaves out contrast, "
             "colour, brightness and sharpness. Train without them (ops) for a comparison."
         )
     return notes
-
-
-def _operations(config: Mapping[str, Any]) -> Sequence[str]:
-    """The operations of the policies, as far as they can resemble corruptions. AugMix leaves four of these out."""
-    if config["policy"] in PER_IMAGE:
-        return ("Posterize",) if config["policy"] == "augmix" else RESEMBLING
-    return () if config["policy"] == "none" else config["ops"]
 
 
 def _percent(share: float) -> str:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Scores computed with other versions of these, or on another device, are computed again.
 VERSIONS = ("torch", "torchvision", "numpy", "pillow", "device")
 
-# What a record of a benchmark says of its images.
+# Fields of a Benchmark that its record repeats.
 COPIED = ("kind", "source", "checked_by", "note", "fingerprint", "classes")
 
 # The entries of a results.json that are read here. KINDS: those of a cell and of the summary, by kind of benchmark.

@@ -83,7 +83,7 @@ def load_checkpoint(args: argparse.Namespace, file: Path | None) -> Classifier:
         file = (file or run_directory(args, requested)) / "model.pt"
     if not file.exists():
         raise UserError(f"{file}: there is no such checkpoint; {_existing_checkpoints(args.logdir)}")
-    content, sha256 = load_hashed(file)
+    content, sha256 = _load(file)
     if not has_shape(content, MODEL_FILE) or not _is_state_dict(content["model"]) or content["epoch"] < 0:
         raise UserError(
             f"{file}: is not a model.pt of main.py; score other state dicts with --model NAME --weights FILE"
@@ -116,7 +116,7 @@ def load_state_dict(args: argparse.Namespace, file: Path) -> Classifier:
     if conf is None:
         overrides = {"crop_padding": ("--benchmarks", 0)} | overrides  # for training; not every data set allows it
     config = load_config(conf, overrides)
-    content, sha256 = load_hashed(file)
+    content, sha256 = _load(file)
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -124,6 +124,15 @@ def load_state_dict(args: argparse.Namespace, file: Path) -> Classifier:
         raise UserError(f"{file}: does not hold a state dict (names with tensors)")
     weights = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in content.items()}
     return Classifier(file, sha256, weights, config, _number_of_classes(weights, config))
+
+
+def _load(file: Path) -> tuple[Any, str]:
+    """The content of a file written by torch.save, and its SHA-256. Raises UserError."""
+    if file.is_file():
+        with file.open("rb") as opened:
+            if not opened.read(2).startswith((b"PK", b"\x80")):  # a zip archive, or a pickle
+                raise UserError(f"{file}: cannot be read as a checkpoint (it was not written by torch.save)")
+    return load_hashed(file)
 
 
 def _existing_checkpoints(logdir: Path) -> str:

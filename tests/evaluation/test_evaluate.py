@@ -194,7 +194,7 @@ def test_checkpoints_that_cannot_be_scored(script, run, tmp_path):
     for content in (b"", b"Some text.", b"\x00" * 100):
         (tmp_path / "other.txt").write_bytes(content)
         done = script("evaluate.py", "--checkpoint", tmp_path / "other.txt")
-        assert_refused(done, "other.txt: cannot be read as a checkpoint (it is damaged, or holds more than tensors")
+        assert_refused(done, "other.txt: cannot be read as a checkpoint (it was not written by torch.save)")
     torch.save(load_tensors(model)["model"], tmp_path / "plain.pt")
     assert_refused(script("evaluate.py", "--checkpoint", tmp_path / "plain.pt"), "is not a model.pt", "--weights")
     of_demo = ("--load_conf", "confs/demo.yaml")

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,24 +24,16 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tif
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 
 
-class Reader(Protocol):
-    """Reads the image file at a path as uint8 (3, size, size); its random draws follow from `seed`."""
-
-    size: int
-
-    def __call__(self, path: Path, seed: int) -> Tensor: ...
-
-
 @dataclass
 class ImageFiles(Dataset):
     """Image files, read by (epoch, position): the image, its position, and why it could not be read, or None.
 
-    substitute: an unreadable file is replaced by the next one, with that one's position. Without a replacement the
-    image is black, at position -1.
+    read: from a path and a seed for its random draws to uint8 (3, size, size). substitute: an unreadable file is
+    replaced by the next one, with that one's position. Without a replacement the image is black, at position -1.
     """
 
     paths: Sequence[Path]
-    read: Reader
+    read: "FileCheck | RandomCrop | CentreCrop | FitSquare"
     seed: int = 0
     substitute: bool = False
 
@@ -56,7 +47,7 @@ class ImageFiles(Dataset):
             try:
                 return self.read(self.paths[position], draws), position, reason
             except Exception as error:  # damage raises many types: OSError, SyntaxError, struct.error, ...
-                reason = reason or _unreadable(self.paths[position], error)
+                reason = reason or f"{printable(str(self.paths[position]), 1000)} ({first_line(error)})"
         return torch.zeros(3, self.read.size, self.read.size, dtype=torch.uint8), -1, reason
 
     def batches(
@@ -69,35 +60,25 @@ class ImageFiles(Dataset):
             num_workers=workers,
             collate_fn=_collate,
             pin_memory=pinned,
-            worker_init_fn=leave_signals_to_parent,
+            worker_init_fn=_leave_signals_to_parent,
             generator=torch.Generator(),  # otherwise the loader draws from the default generator
         )
 
 
-@dataclass
-class FileCheck(Dataset):
-    """A quick check of each file's header and last bytes: why it cannot be read, or None.
+@dataclass(frozen=True)
+class FileCheck:
+    """A quick check of a file's header and last bytes; the file is decoded only where these do not tell. No image."""
 
-    A file is decoded only where these do not tell.
-    """
+    size = 0
 
-    paths: Sequence[Path]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, position: int) -> str | None:
-        path = self.paths[position]
-        try:
-            with open_image(path) as image:
-                mark = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(image.format)
-                if mark:
-                    image.fp.seek(-min(64, path.stat().st_size), os.SEEK_END)
-                if mark is None or mark not in image.fp.read():
-                    read_rgb(path)
-        except Exception as error:
-            return _unreadable(path, error)
-        return None
+    def __call__(self, path: Path, seed: int) -> Tensor:
+        with open_image(path) as image:
+            mark = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(image.format)
+            if mark:
+                image.fp.seek(-min(64, path.stat().st_size), os.SEEK_END)
+            if mark is None or mark not in image.fp.read():
+                read_rgb(path)
+        return torch.empty(3, 0, 0, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -187,11 +168,7 @@ def _collate(results: list[tuple[Tensor, int, str | None]]) -> tuple[Tensor, Ten
     return images_NHWC.permute(0, 3, 1, 2), torch.tensor(positions), list(reasons)
 
 
-def _unreadable(path: Path, error: Exception) -> str:
-    return f"{printable(str(path), 1000)} ({first_line(error)})"
-
-
-def leave_signals_to_parent(_: int = 0) -> None:
+def _leave_signals_to_parent(_: int = 0) -> None:
     """In a worker process: ignore SIGINT, and SIGTERM once, so that the main process can finish its step and save.
 
     Both reach the whole process group. A second SIGTERM, which the main process sends to a stuck worker, ends it.

@@ -5,27 +5,18 @@ A data set of arrays takes a function that opens it, a row of REGISTRY, and its 
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from config import Config
 from datasets.download import Downloads, Missing, Remote
-from datasets.imagefiles import (
-    IMAGE_SUFFIXES,
-    CentreCrop,
-    FileCheck,
-    FitSquare,
-    ImageFiles,
-    RandomCrop,
-    leave_signals_to_parent,
-)
+from datasets.imagefiles import IMAGE_SUFFIXES, CentreCrop, FileCheck, FitSquare, ImageFiles, RandomCrop
 from datasets.shapes import CLASSES as SHAPE_CLASSES
 from datasets.shapes import draw_shapes
 from datasets.splits import ResidentSplit, Split, StreamedSplit
@@ -41,6 +32,9 @@ class Arrays(NamedTuple):
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+
+    def take(self, indices: Tensor, device: torch.device, *, training: bool = False) -> Split:
+        return ResidentSplit(self.images[indices].to(device), self.labels[indices])
 
 
 class DataSet(NamedTuple):
@@ -123,20 +117,14 @@ def load_data(config: Config, device: torch.device, downloads: Downloads = PUBLI
     source = _open(config, "train", downloads)
     test_source = _open(config, "test", downloads, source.classes)
     order = balanced_order(source.labels)
+    sizes = f"{config.dataset}: train_size {config.train_size} and valid_size {config.valid_size}"
     if config.valid_size + (config.train_size or 1) > len(order):
-        raise UserError(
-            f"{config.dataset}: train_size {config.train_size} and valid_size {config.valid_size} "
-            f"ask for more than its {len(order)} training images"
-        )
+        raise UserError(f"{sizes} ask for more than its {len(order)} training images")
     end = None if config.train_size is None else config.valid_size + config.train_size
     chosen = order[config.valid_size : end].sort().values
     counts = source.labels[chosen].bincount(minlength=len(source.classes))
     if not counts.all():
-        name = source.classes[int(counts.argmin())]
-        raise UserError(
-            f"{config.dataset}: train_size {config.train_size} and valid_size {config.valid_size} "
-            f"leave class {name!r} without training images"
-        )
+        raise UserError(f"{sizes} leave class {source.classes[int(counts.argmin())]!r} without training images")
     train = source.take(chosen, device, training=True)
     if len(train.labels) < config.batch_size:
         raise UserError(f"batch_size: {config.batch_size} is more than the {len(train.labels)} training images")
@@ -164,11 +152,6 @@ def balanced_order(labels: Tensor) -> Tensor:
     return by_class[rank_within_class.argsort(stable=True)]
 
 
-class _ArraySource(Arrays):
-    def take(self, indices: Tensor, device: torch.device, *, training: bool = False) -> Split:
-        return ResidentSplit(self.images[indices].to(device), self.labels[indices])
-
-
 @dataclass
 class _FolderSource:
     """A split whose images are files, <dataroot>/<split>/<class>/*."""
@@ -182,22 +165,18 @@ class _FolderSource:
     def take(self, indices: Tensor, device: torch.device, *, training: bool = False) -> Split:
         """The given images, without unreadable ones: ImageNet's files are checked, others decoded, all at once."""
         config, paths = self.config, [self.paths[i] for i in indices]
+        images, reasons = None, [None] * len(paths)
         if config.dataset == "imagenet":
             read = RandomCrop(config.image_size, config.flip) if training else CentreCrop(*config.eval_view)
-            images, reasons = None, self._check(paths)
+            if config.check_files:
+                _, reasons = self._read("checking", ImageFiles(paths, FileCheck()), keep=False)
         else:
             read = FitSquare(config.image_size)
-            images, reasons = self._decode(ImageFiles(paths, read))
+            fits = len(paths) * 3 * read.size**2 <= config.resident_gb * 1e9
+            images, reasons = self._read("reading", ImageFiles(paths, read), keep=fits)
         readable = torch.tensor([reason is None for reason in reasons])
-        if not readable.all() and not config.skip_unreadable:
-            raise UserError(
-                f"{(~readable).sum()} of {len(paths)} images cannot be read, first {next(filter(None, reasons))}\n"
-                "repair or remove them, or skip them with --set skip_unreadable=true"
-            )
-        if not readable.any():
-            raise UserError(f"{config.dataroot}: none of the {len(paths)} images can be read")
-        if not readable.all() and not self.quiet:
-            warn(f"skipped {(~readable).sum()} of {len(paths)} images, first {next(filter(None, reasons))}")
+        if not readable.all():
+            self._report(int((~readable).sum()), len(paths), next(filter(None, reasons)))
         labels = self.labels[indices][readable]
         if images is not None:
             return ResidentSplit(images[readable].to(device), labels)
@@ -205,59 +184,48 @@ class _FolderSource:
         files = ImageFiles(paths, read, config.seed, substitute=training)
         return StreamedSplit(files, labels, device, config.workers)
 
-    def _check(self, paths: list[Path]) -> list[str | None]:
-        """For each file why it cannot be read, or None, from a quick check."""
+    def _read(self, title: str, files: ImageFiles, *, keep: bool) -> tuple[Tensor | None, list[str | None]]:
+        """All images where they are to be kept, and for each file why it cannot be read, or None."""
+        size = files.read.size
+        images = torch.empty(len(files), 3, size, size, dtype=torch.uint8) if keep else None
         reasons: list[str | None] = []
-        if not self.config.check_files:
-            return [None] * len(paths)
-        loader = DataLoader(
-            FileCheck(paths),
-            256,
-            num_workers=self.config.workers,
-            collate_fn=list,
-            worker_init_fn=leave_signals_to_parent,
-            generator=torch.Generator(),
-        )
-        with self._bar("checking", len(paths)) as bar:
-            for reasons_of_batch in loader:
-                reasons += reasons_of_batch
-                bar.update(len(reasons_of_batch))
-        return reasons
-
-    def _decode(self, files: ImageFiles) -> tuple[Tensor | None, list[str | None]]:
-        """All images, or None where they exceed resident_gb, and for each file why it cannot be read, or None."""
-        keep = len(files) * 3 * files.read.size**2 <= self.config.resident_gb * 1e9
-        kept = torch.empty(len(files) if keep else 0, 3, files.read.size, files.read.size, dtype=torch.uint8)
-        reasons: list[str | None] = []
-        with self._bar("reading", len(files)) as bar:
-            for images, _, reasons_of_batch in files.batches(
-                torch.arange(len(files)).split(64), 0, self.config.workers
-            ):
-                if keep:
-                    kept[len(reasons) : len(reasons) + len(images)] = images
-                reasons += reasons_of_batch
-                bar.update(len(images))
-        return kept if keep else None, reasons
-
-    def _bar(self, title: str, images: int) -> tqdm:
         hidden = True if self.quiet else None  # None: hidden unless stderr is a terminal
-        return tqdm(total=images, desc=f"{title} {self.config.dataroot}", unit="image", disable=hidden, leave=False)
+        title = f"{title} {self.config.dataroot}"
+        with tqdm(desc=title, total=len(files), unit="image", disable=hidden, leave=False) as bar:
+            batches = files.batches(torch.arange(len(files)).split(64), 0, self.config.workers)
+            for batch, _, reasons_of_batch in batches:
+                if images is not None:
+                    images[len(reasons) : len(reasons) + len(batch)] = batch
+                reasons += reasons_of_batch
+                bar.update(len(batch))
+        return images, reasons
+
+    def _report(self, unreadable: int, total: int, first: str) -> None:
+        """Raises UserError for unreadable images, unless they may be skipped and others are left."""
+        if not self.config.skip_unreadable:
+            raise UserError(
+                f"{unreadable} of {total} images cannot be read, first {first}\n"
+                "repair or remove them, or skip them with --set skip_unreadable=true"
+            )
+        if unreadable == total:
+            raise UserError(f"{self.config.dataroot}: none of the {total} images can be read")
+        if not self.quiet:
+            warn(f"skipped {unreadable} of {total} images, first {first}")
 
 
 def _open(
     config: Config, split: str, downloads: Downloads, classes: tuple[str, ...] | None = None
-) -> _ArraySource | _FolderSource:
+) -> "Arrays | _FolderSource":
     """The "train" or "test" split of the data set, labelled by position in `classes` where they are given."""
     row = _row(config.dataset)
     if row.open_arrays is None:
         source = _open_folder(config, split, classes, downloads.quiet)
     else:
-        source = _ArraySource(*row.open_arrays(config, split, downloads))
+        source = row.open_arrays(config, split, downloads)
         _check_arrays(config.dataset, source)
     if classes is not None and classes != source.classes:
-        raise UserError(
-            f"{config.dataset}: its classes are not those expected: {_first_difference(source.classes, classes)}"
-        )
+        found, expected = short_repr(source.classes), short_repr(classes)
+        raise UserError(f"{config.dataset}: its classes are not those expected: {found} instead of {expected}")
     return source
 
 
@@ -277,7 +245,11 @@ def _open_folder(config: Config, split: str, classes: tuple[str, ...] | None, qu
     names = ("train",) if split == "train" else ("test", "val")
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     if folder is None:
-        raise Missing(_no_split(root, names))
+        full = root.resolve()
+        if full.name in ("train", "test", "val") and root.is_dir():
+            raise Missing(f"{root}: is the folder of a split; pass the folder above it: --dataroot {full.parent}")
+        missing = f"holds no folder {' or '.join(names)}"
+        raise Missing(f"{root}: {missing}; images belong in {root / names[0]}/<class>/")
     found = class_folders(folder)
     if classes is None and len(found) < 2:
         raise UserError(f"{folder}: holds {len(found)} class folders; a classifier needs at least two")
@@ -286,18 +258,6 @@ def _open_folder(config: Config, split: str, classes: tuple[str, ...] | None, qu
     classes = classes or found
     paths, labels = list_images(folder, {name: classes.index(name) for name in found})
     return _FolderSource(paths, labels, classes, config, quiet)
-
-
-def _no_split(root: Path, names: Sequence[str]) -> str:
-    """What is wrong where `root` holds none of the folders `names`."""
-    belongs = f"images belong in {root / names[0]}/<class>/"
-    if root.is_dir() and class_folders(root):
-        full = root.resolve()
-        if full.name in ("train", "test", "val"):
-            above = root.parent if root.name == full.name else full.parent
-            return f"{root}: is the folder of a split; pass the folder above it: --dataroot {above}"
-        return f"{root}: holds folders, but none called {' or '.join(names)}; {belongs}"
-    return f"{root}: holds no folder {' or '.join(names)}; {belongs}"
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:
@@ -323,17 +283,3 @@ def list_images(folder: Path, label_of: Mapping[str, int]) -> tuple[list[Path], 
         paths += [Path(path) for path, _ in files]
         labels += [label] * len(files)
     return paths, torch.tensor(labels)
-
-
-def image_files(folder: Path) -> list[os.DirEntry]:
-    """The image files in `folder`, known by their names, in no order."""
-    entries = os.scandir(folder)
-    with_suffix = (e for e in entries if os.path.splitext(e.name)[1].lower() in IMAGE_SUFFIXES)
-    # e.is_file() asks the disk about links alone, and raises for one that leads to itself.
-    return [e for e in with_suffix if (os.path.isfile(e) if e.is_symlink() else e.is_file())]
-
-
-def _first_difference(found: Sequence[str], expected: Sequence[str]) -> str:
-    if len(found) != len(expected):
-        return f"{len(found)} instead of {len(expected)}"
-    return next(f"{short_repr(a)} instead of {short_repr(b)}" for a, b in zip(found, expected, strict=True) if a != b)

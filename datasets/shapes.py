@@ -11,7 +11,20 @@ from torch import Tensor
 
 from utils import keyed_generator
 
-CLASSES = ("disc", "ring", "square", "frame", "triangle", "star", "plus", "crescent", "bars", "dots")
+# Which points belong to a shape of unit radius, from x, y, the distance r from the centre and box = max(|x|, |y|).
+INSIDE = {
+    "disc": lambda x, y, r, box: r < 0.9,
+    "ring": lambda x, y, r, box: (r < 1.0) & (r > 0.55),
+    "square": lambda x, y, r, box: box < 0.8,
+    "frame": lambda x, y, r, box: (box < 0.9) & (box > 0.5),
+    "triangle": lambda x, y, r, box: (y < 0.6) & (1.73 * x.abs() < y + 1.1),
+    "star": lambda x, y, r, box: r < 0.72 + 0.33 * (5 * torch.atan2(y, x)).cos(),
+    "plus": lambda x, y, r, box: (x.abs().minimum(y.abs()) < 0.3) & (box < 0.95),
+    "crescent": lambda x, y, r, box: (r < 1.0) & ((x - 0.45).hypot(y) > 0.75),
+    "bars": lambda x, y, r, box: (box < 0.95) & (y.abs() > 0.35),
+    "dots": lambda x, y, r, box: ((x.abs() - 0.6).hypot(y) < 0.4) | (x.hypot(y.abs() - 0.6) < 0.4),
+}
+CLASSES = tuple(INSIDE)
 SIZE = 32
 COUNTS = {"train": 4000, "test": 2000}
 # Half-widths of the uniform draws of each split: shift in pixels, turn in degrees, shear as a slope, colour and light
@@ -53,37 +66,11 @@ def _masks(label_B: Tensor, spread: dict[str, float], uniform) -> Tensor:
     radius_B11 = 9.5 + 1.5 * uniform(1, 1)
     x_BHW, y_BHW = (cos * x_BHW + sin * y_BHW) / radius_B11, (cos * y_BHW - sin * x_BHW) / radius_B11
     inside_BHW = torch.empty_like(x_BHW, dtype=torch.bool)
-    for label in range(len(CLASSES)):
+    for label, is_inside in enumerate(INSIDE.values()):
         rows = label_B == label
-        inside_BHW[rows] = _inside(CLASSES[label], x_BHW[rows], y_BHW[rows])
+        x, y = x_BHW[rows], y_BHW[rows]
+        inside_BHW[rows] = is_inside(x, y, x.hypot(y), x.abs().maximum(y.abs()))
     return torch.nn.functional.avg_pool2d(inside_BHW.float(), _OVERSAMPLING)
-
-
-def _inside(shape: str, x: Tensor, y: Tensor) -> Tensor:
-    """Which points belong to the shape of unit radius around the origin."""
-    r, angle, box = x.hypot(y), torch.atan2(y, x), x.abs().maximum(y.abs())
-    match shape:
-        case "disc":
-            return r < 0.9
-        case "ring":
-            return (r < 1.0) & (r > 0.55)
-        case "square":
-            return box < 0.8
-        case "frame":
-            return (box < 0.9) & (box > 0.5)
-        case "triangle":
-            return (y < 0.6) & (1.73 * x.abs() < y + 1.1)
-        case "star":
-            return r < 0.72 + 0.33 * (5 * angle).cos()
-        case "plus":
-            return (x.abs().minimum(y.abs()) < 0.3) & (box < 0.95)
-        case "crescent":
-            return (r < 1.0) & ((x - 0.45).hypot(y) > 0.75)
-        case "bars":
-            return (box < 0.95) & (y.abs() > 0.35)
-        case "dots":
-            return ((x.abs() - 0.6).hypot(y) < 0.4) | (x.hypot(y.abs() - 0.6) < 0.4)
-    raise ValueError(f"unknown shape {shape!r}")
 
 
 def _colours(spread: dict[str, float], uniform) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,9 @@
 """Splits of a data set, read in batches: on the device, mapped from a .npy file, or decoded by worker processes.
 
+Each split has `labels` (int64, on the CPU), and `batches`: for each index tensor in turn (images uint8 (N, 3, H, W),
+labels int64 (N,)) on the device; `epoch` is a key of the random draws made while an image is read. `fingerprint` is a
+hash of the images, their labels and order; `resident` says whether every image is on the device.
+
 Shape suffixes: N images of a batch; C channels, H rows, W columns.
 """
 
@@ -7,7 +11,6 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,29 +21,6 @@ from datasets.imagefiles import ImageFiles
 from utils import UserError, warn
 
 PIECE = 256  # images that a worker reads and passes on through shared memory at a time; larger batches are joined
-
-
-class Readable(Protocol):
-    """Images and labels, ready to be read in batches."""
-
-    labels: Tensor  # int64, on the CPU
-
-    def batches(self, indices: Sequence[Tensor], epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images uint8 (N, 3, H, W), labels int64 (N,)) on the device, for each index tensor in turn.
-
-        epoch: key of the random draws made while an image is read.
-        """
-        ...
-
-
-class Split(Readable, Protocol):
-    """Part of a data set."""
-
-    resident: bool  # every image is on the device
-
-    def fingerprint(self) -> str:
-        """A hash of the images, their labels and order."""
-        ...
 
 
 @dataclass
@@ -110,3 +90,7 @@ class StreamedSplit:
     def fingerprint(self) -> str:
         files = [(path.parent.name, path.name, path.stat().st_size) for path in self.files.paths]
         return hashlib.sha256(repr(files).encode() + self.labels.numpy().tobytes()).hexdigest()
+
+
+Split = ResidentSplit | StreamedSplit
+Readable = Split | MappedSplit

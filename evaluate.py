@@ -30,7 +30,7 @@ import torch
 from config import DEFAULT_CONF, Config, add_arguments, load_config, overrides_from, plain_values
 from dataloader import Normalise
 from datasets.download import Downloads, Missing
-from evaluation.benchmarks import BENCHMARKS, Benchmark, BenchmarkSpec, EvalRequest, Subset, find_spec, fits
+from evaluation.benchmarks import BENCHMARKS, Benchmark, EvalRequest, Subset, find_spec, fits
 from evaluation.corruptions import CORRUPTIONS
 from evaluation.generated import draw_corruptions
 from evaluation.metrics import Predictions, measure
@@ -56,20 +56,17 @@ def main() -> None:
         print(make_corruptions(args))
     else:
         with join(args.device) as world:
-            results = [evaluate(classifier, args, world) for classifier in list(load_classifiers(args))]
+            results = []
+            for classifier in list(load_classifiers(args)):  # all are loaded before the first is scored
+                file = results_file(classifier, args)
+                with sole_writer(file, "name another file with --output") if world.is_main else nullcontext():
+                    results.append(evaluate(classifier, args, world, file))
             if world.is_main:
                 print(report(results, args.format or "table"))
 
 
-def evaluate(classifier: Classifier, args: argparse.Namespace, world: World) -> dict[str, Any]:
-    """Score one checkpoint on the requested benchmarks; returns the content of its results.json for them."""
-    file = results_file(classifier, args)
-    with sole_writer(file, "name another file with --output") if world.is_main else nullcontext():
-        return score_benchmarks(classifier, args, world, file)
-
-
-def score_benchmarks(classifier: Classifier, args: argparse.Namespace, world: World, file: Path) -> dict[str, Any]:
-    """`evaluate`, in a process that alone writes to `file`."""
+def evaluate(classifier: Classifier, args: argparse.Namespace, world: World, file: Path) -> dict[str, Any]:
+    """Score one checkpoint on the requested benchmarks; returns the content of its results.json, `file`, for them."""
     config, num_classes = classifier.config, classifier.num_classes
     model = classifier.build().to(world.device, memory_format=torch.channels_last)
     quiet = not world.is_main
@@ -111,7 +108,13 @@ def open_benchmarks(names: list[str], request: EvalRequest) -> list[Benchmark]:
     """
     fitting = [spec for spec in BENCHMARKS if fits(spec, request)]
     if names == ["all"]:
-        available = [benchmark for spec in fitting if (benchmark := _open_if_available(spec, request))]
+        available = []
+        for spec in fitting:
+            try:
+                available.append(spec.open(spec, request))
+            except Missing as error:
+                if not request.downloads.quiet:
+                    warn(f"{spec.name} is skipped: {error}")
         if not available:
             raise UserError(f"--benchmarks all: none that fits is in {request.root} or can be downloaded")
         return available
@@ -124,15 +127,6 @@ def open_benchmarks(names: list[str], request: EvalRequest) -> list[Benchmark]:
                 f"one is for {request.num_classes} classes of {request.config.dataset}; those that fit are {known}"
             )
     return [spec.open(spec, request) for spec in specs]
-
-
-def _open_if_available(spec: BenchmarkSpec, request: EvalRequest) -> Benchmark | None:
-    try:
-        return spec.open(spec, request)
-    except Missing as error:
-        if not request.downloads.quiet:
-            warn(f"{spec.name} is skipped: {error}")
-        return None
 
 
 def results_file(classifier: Classifier, args: argparse.Namespace) -> Path:

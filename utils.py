@@ -40,11 +40,12 @@ class CommandLine(argparse.ArgumentParser):
         if "--" in words:
             following = words[words.index("--") + 1 :]
             flag = f"--{following[0]}" if following else ""
-            self.error(f"'--' stands alone{f'; did you mean {flag}?' if flag in self._option_string_actions else ''}")
+            guess = f"; did you mean {flag}?" if flag in self._option_string_actions else ""
+            self.error(f"'--' is not the name of an argument{guess}")
         known, unknown = self.parse_known_args(words, namespace)
         if unknown:
             flag, _, value = unknown[0].partition("=")
-            if (setting := flag.removeprefix("--")) in self.settings:
+            if flag.startswith("--") and (setting := flag.removeprefix("--")) in self.settings:
                 value = value or (unknown[1] if len(unknown) > 1 else "...")
                 self.error(f"{flag}: settings are changed with --set {setting}={printable(value, 80)}")
             self.error(f"unknown argument {unknown[0]}{did_you_mean(flag, self._option_string_actions)}")

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from measuring import Spread, count, in_turn, parse, parser, publish, ratios
 from others import libraries
-from others.perimage import Operation, PerImage, run
+from others.perimage import Operation, PillowPipeline, run
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as on_pillow
@@ -194,7 +194,7 @@ def from_images(work: Work, normalise: Normalise, *, crop_per_copy: bool) -> Way
     N, _, height, width = images_NCHW.shape
     M, device = work.config.M, images_NCHW.device
     config = Config(dataset="cifar10", M=M, crop_per_copy=crop_per_copy, policy="random")
-    per_image = PerImage(config, policies, images_NCHW.permute(0, 2, 3, 1).contiguous().cpu().numpy(), [0] * N)
+    per_image = PillowPipeline(config, policies, images_NCHW.permute(0, 2, 3, 1).contiguous().cpu().numpy(), [0] * N)
     draws = keyed_generator("benchmark", "draws")
 
     def batched() -> Tensor:

@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from cost import CLASSES
 from measuring import Spread, cores, count, host_waits, parse, parser, peak_memory, publish, ratios, take_turns, timed
-from others.perimage import PerImage
+from others.perimage import PillowPipeline
 
 import main as training
 from config import DEFAULT_CONF, Config, add_setting_arguments, load_config, overrides_from, plain_values
@@ -56,7 +56,7 @@ WAYS = ("policies", "limit", "per image")
 AHEAD = 2  # batches that each worker of the per-image pipeline prepares in advance: the DataLoader's default
 
 
-class Row(NamedTuple):
+class StepTimes(NamedTuple):
     """The measurements of one size: seconds per step by way and turn, peak memory in bytes by way, waits per step."""
 
     config: Config
@@ -110,7 +110,7 @@ def requested_sizes(args: argparse.Namespace) -> list[Config]:
     return [dataclasses.replace(config, M=M, batch_size=N, image_size=side) for side, N, M in sizes]
 
 
-def measure(config: Config, args: argparse.Namespace, world: World) -> Row:
+def measure(config: Config, args: argparse.Namespace, world: World) -> StepTimes:
     memory = {way: peak_alone(config, way, args) for way in WAYS[:2]} if args.memory else {}
     steps = Steps(config, world)
     ways = {
@@ -120,7 +120,7 @@ def measure(config: Config, args: argparse.Namespace, world: World) -> Row:
     }
     seconds = {way: [took / args.steps for took in turns] for way, turns in take_turns(ways, args.repeats).items()}
     waits = host_waits(lambda: [steps.take(steps.with_policies()) for _ in range(args.steps)], world.device)
-    return Row(config, seconds, memory, None if waits is None else waits / args.steps)
+    return StepTimes(config, seconds, memory, None if waits is None else waits / args.steps)
 
 
 class Steps:
@@ -136,7 +136,7 @@ class Steps:
         self.state = TrainingState.start(config, world, model)
         self.state.trained.train()
         self.state.policies.resample(keyed_generator(config.seed, "policies", 0))
-        self.micro_batches = world.deal(config.batch_size, config.accumulate)
+        self.micro_batches = world.split_batch(config.batch_size, config.accumulate)
         self.own = range(self.micro_batches[0].start, self.micro_batches[-1].stop)
         self.taken = itertools.count()
         images_NCHW, labels_N = self.noise()
@@ -202,7 +202,7 @@ def per_image(steps: Steps, number: int, workers: int) -> Callable[[], float]:
     """
     images_NCHW, labels_N = steps.noise()
     images_NHWC, ahead = images_NCHW.permute(0, 2, 3, 1).contiguous().numpy(), workers * AHEAD
-    data = PerImage(steps.config, steps.state.policies, images_NHWC, labels_N.tolist())
+    data = PillowPipeline(steps.config, steps.state.policies, images_NHWC, labels_N.tolist())
     keys = [[(n, keyed_seed("image", step, n)) for n in steps.own] for step in range(ahead + 1 + number + ahead)]
     loader = DataLoader(
         data,
@@ -241,7 +241,7 @@ def peak_of_steps(config: Config, way: str, device: str, threads: int | None) ->
         return peak_memory(world.device)
 
 
-def table(conf: str, rows: list[Row], args: argparse.Namespace) -> Table:
+def table(conf: str, rows: list[StepTimes], args: argparse.Namespace) -> Table:
     header = ["M", "N", "side", *(f"{way}, ms" for way in WAYS), "policies / limit", "per image / limit", "waits"]
     header += ["peak, MB", "above the limit's"] if args.memory else []
     policies, per_image = (Spread.of([row.ratio(way).median for row in rows]) for way in ("policies", "per image"))
@@ -252,7 +252,7 @@ def table(conf: str, rows: list[Row], args: argparse.Namespace) -> Table:
     return Table(f"A training step of {conf}, median (lowest to highest)", header, [cells(row) for row in rows], notes)
 
 
-def cells(row: Row) -> list[str]:
+def cells(row: StepTimes) -> list[str]:
     config = row.config
     words = [str(number) for number in (config.M, config.batch_size, config.image_size)]
     for way in WAYS:
@@ -266,7 +266,7 @@ def cells(row: Row) -> list[str]:
     return words
 
 
-def as_measured(rows: list[Row], args: argparse.Namespace) -> dict[str, Any]:
+def as_measured(rows: list[StepTimes], args: argparse.Namespace) -> dict[str, Any]:
     sizes = [
         {
             "M": row.config.M,

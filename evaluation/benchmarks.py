@@ -133,12 +133,14 @@ def _open_corruption_arrays(
     (folder,) = request.downloads.fetch_unpacked(archive, request.root, (spec.folder,))
     remedy = f"replace it with a correct copy, or remove {folder} to download it again"
     subsets, files = _corruption_subsets(folder, request, 32, remedy)
-    official = 5 * subsets[0].images == CIFAR_C_IMAGES
-    if official:
+    source, checked_by = "subset", "shape"
+    if 5 * subsets[0].images == CIFAR_C_IMAGES:
+        source, checked_by = "official", "md5"
         for path in files:
-            if (found := _md5(path)) != md5[path.stem]:
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
+            if found != md5[path.stem]:
                 raise UserError(f"{path}: has md5 {found} instead of {md5[path.stem]}\n{remedy}")
-    source, checked_by = ("official", "md5") if official else ("subset", "shape")
     fingerprint = _digest([sha256_of(path) for path in files])
     return Benchmark(spec.name, "corruptions", source, checked_by, fingerprint, subsets)
 
@@ -329,11 +331,6 @@ def _mapped(path: Path) -> np.ndarray:
         raise UserError(f"{path}: there is no such file") from None
     except Exception as error:  # damage shows in many ways: ValueError, EOFError, SyntaxError, ...
         raise UserError(f"{path}: cannot be read as an array ({first_line(error)})") from None
-
-
-def _md5(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
 
 
 def _digest(content: Any) -> str:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from config import Config
 from datasets.download import Downloads
@@ -86,12 +85,27 @@ def draw_corruptions(
         text = json.dumps(manifest | {"environment": drawn_with, "files": files}, indent=2)
         write_text(folder / MANIFEST, text + "\n")
 
-    record(write_atomically(folder / "labels.npy", partial(_save_labels, np.tile(split.labels[chosen].numpy(), 5))))
+    def draw(name: str, path: Path) -> None:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (5 * images, side, side, 3)}
+        with path.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for severity in SEVERITIES:
+                progress.begin(f"{name} {severity}")
+                for number, (images_NCHW, _) in enumerate(split.batches(chosen.split(CHUNK))):
+                    generator = keyed_generator(config.seed, "corruption", name, severity, number)
+                    drawn_NCHW = corrupt(images_NCHW, name, severity, generator)
+                    file.write(drawn_NCHW.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+                    progress.update(len(drawn_NCHW))
+
+    def save_labels(path: Path) -> None:
+        with path.open("wb") as file:
+            np.save(file, np.tile(split.labels[chosen].numpy(), 5))
+
+    record(write_atomically(folder / "labels.npy", save_labels))
     progress = ImageProgress(len(rows) * 5 * images, shown=not downloads.quiet)
     try:
         for row in rows:
-            draw = partial(_draw, split, chosen, row.name, (5 * images, side, side, 3), config.seed, progress)
-            record(write_atomically(folder / f"{row.name}.npy", draw))
+            record(write_atomically(folder / f"{row.name}.npy", partial(draw, row.name)))
     except KeyboardInterrupt as stop:
         raise type(stop)("complete files are kept; the same command continues with the rest") from None
     finally:
@@ -116,32 +130,6 @@ def _existing_files(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
         )
     present = {name: sha256 for name, sha256 in before["files"].items() if (folder / name).is_file()}
     return {name: sha256 for name, sha256 in present.items() if sha256_of(folder / name) == sha256}
-
-
-def _draw(
-    split: Split,
-    chosen: Tensor,
-    name: str,
-    shape: tuple[int, ...],
-    seed: int,
-    progress: ImageProgress,
-    path: Path,
-) -> None:
-    with path.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        for severity in SEVERITIES:
-            progress.begin(f"{name} {severity}")
-            batches = split.batches(chosen.split(CHUNK))
-            for number, (images_NCHW, _) in enumerate(batches):
-                generator = keyed_generator(seed, "corruption", name, severity, number)
-                drawn_NCHW = corrupt(images_NCHW, name, severity, generator)
-                file.write(drawn_NCHW.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
-                progress.update(len(drawn_NCHW))
-
-
-def _save_labels(labels: np.ndarray, path: Path) -> None:
-    with path.open("wb") as file:
-        np.save(file, labels)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

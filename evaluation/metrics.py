@@ -126,10 +126,12 @@ def calibration_error(reliability: Mapping[str, Sequence[float]]) -> float:
 def most_confident_mistakes(predictions: Predictions) -> list[dict[str, Any]]:
     """The wrong predictions of highest confidence: position in the split, label, predicted class, confidence."""
     wrong = (~predictions.correct_I).nonzero().flatten()
-    first = wrong[predictions.confidence_I[wrong].argsort(descending=True, stable=True)][:MISTAKES]
-    columns = (first, predictions.label_I[first], predictions.predicted_I[first], predictions.confidence_I[first])
-    names = ("image", "label", "predicted", "confidence")
-    return [dict(zip(names, row, strict=True)) for row in zip(*(c.tolist() for c in columns), strict=True)]
+    first = wrong[predictions.confidence_I[wrong].argsort(descending=True, stable=True)][:MISTAKES].tolist()
+    label_I, predicted_I, confidence_I = predictions.label_I, predictions.predicted_I, predictions.confidence_I
+    return [
+        {"image": i, "label": int(label_I[i]), "predicted": int(predicted_I[i]), "confidence": float(confidence_I[i])}
+        for i in first
+    ]
 
 
 def summarise(name: str, kind: str, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -141,13 +143,15 @@ def summarise(name: str, kind: str, cells: Sequence[Mapping[str, Any]]) -> dict[
         by_sequence = mean_by_part(cells, "flip_probability")
         mean = sum(by_sequence.values()) / len(by_sequence)
         return {"flip_probability": by_sequence, "mean_flip_probability": mean}
-    error = mean_by_part(cells, "error")
+    error, calibration = mean_by_part(cells, "error"), mean_by_part(cells, "calibration_error")
     means = {
         "error": error,
-        "mean_corruption_error": mean_of_standard(error),
-        "mean_calibration_error": mean_of_standard(mean_by_part(cells, "calibration_error")),
+        "mean_corruption_error": sum(error[part] for part in ALEXNET_ERROR) / len(ALEXNET_ERROR),
+        "mean_calibration_error": sum(calibration[part] for part in ALEXNET_ERROR) / len(ALEXNET_ERROR),
     }
-    return means | ({"mce": normalised_mce(error)} if name == "imagenet-c" else {})
+    if name == "imagenet-c":  # normalised by AlexNet's errors (section 4.1 of 1903.12261); on CIFAR it is not
+        means["mce"] = sum(error[part] / of_alexnet for part, of_alexnet in ALEXNET_ERROR.items()) / len(ALEXNET_ERROR)
+    return means
 
 
 def mean_by_part(cells: Sequence[Mapping[str, Any]], quantity: str) -> dict[str, float]:
@@ -156,13 +160,3 @@ def mean_by_part(cells: Sequence[Mapping[str, Any]], quantity: str) -> dict[str,
     for cell in cells:
         by_part.setdefault(cell["part"], []).append(cell[quantity])
     return {part: sum(values) / len(values) for part, values in by_part.items()}
-
-
-def mean_of_standard(by_corruption: Mapping[str, float]) -> float:
-    """Mean over the fifteen standard corruptions, not normalised; of errors, most papers' "mCE" on CIFAR."""
-    return sum(by_corruption[name] for name in ALEXNET_ERROR) / len(ALEXNET_ERROR)
-
-
-def normalised_mce(error_by_corruption: Mapping[str, float]) -> float:
-    """ImageNet-C's mCE, as a share: each corruption's error over AlexNet's, on average (section 4.1 of 1903.12261)."""
-    return sum(error_by_corruption[name] / ALEXNET_ERROR[name] for name in ALEXNET_ERROR) / len(ALEXNET_ERROR)

@@ -4,10 +4,10 @@ They are written as PNG and for TensorBoard. Without matplotlib there are none.
 """
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,75 +23,60 @@ if TYPE_CHECKING:
     from evaluation.benchmarks import Benchmark
 
 
-class Plot(NamedTuple):
-    """A figure, to be drawn on demand, with its file's name and a text for TensorBoard."""
-
-    name: str
-    figure: Callable[[], "Figure"]
-    text: str
-
-
 @cache
 def figure_class() -> "type[Figure] | None":
     """Matplotlib's class of figures, or None without it. It takes long to import, and training does not need it."""
     try:
         return importlib.import_module("matplotlib.figure").Figure
     except ImportError:
+        warn("no plots are drawn, since matplotlib is not installed (pip install matplotlib)")
         return None
-
-
-@cache
-def _warn_without_matplotlib() -> None:
-    warn("no plots are drawn, since matplotlib is not installed (pip install matplotlib)")
 
 
 def draw_plots(folder: Path, benchmark: "Benchmark", record: Mapping[str, Any], classes: Sequence[str] | None) -> None:
     """Write the plots of a finished benchmark, from its record in results.json, to `folder`: PNG and TensorBoard."""
     if figure_class() is None:
-        return _warn_without_matplotlib()
+        return
     from torch.utils.tensorboard import SummaryWriter  # takes seconds
 
     folder.mkdir(parents=True, exist_ok=True)
     writer = SummaryWriter(str(folder))
-    for plot in plots_of(benchmark, record, classes or benchmark.classes):
-        name = f"{benchmark.name}_{plot.name}"
-        plot.figure().savefig(folder / f"{name}.png", dpi=130)
+    for kind, figure, text in plots_of(benchmark, record, classes or benchmark.classes):
+        name = f"{benchmark.name}_{kind}"
+        figure.savefig(folder / f"{name}.png", dpi=130)
         writer.add_image(name, np.asarray(Image.open(folder / f"{name}.png").convert("RGB")), dataformats="HWC")
-        writer.add_text(name, plot.text)
+        writer.add_text(name, text)
     writer.close()
 
 
-def plots_of(benchmark: "Benchmark", record: Mapping[str, Any], classes: Sequence[str] | None) -> list[Plot]:
-    """For corruptions and perturbations a table of shares; for a test set calibration and mistakes."""
+def plots_of(
+    benchmark: "Benchmark", record: Mapping[str, Any], classes: Sequence[str] | None
+) -> Iterator[tuple[str, "Figure", str]]:
+    """Name, figure and text: for corruptions and perturbations a table of shares, for a test set calibration and
+    mistakes.
+    """
     title = f"{benchmark.name} ({benchmark.source})"
-    if benchmark.kind == "corruptions":
-        errors = {(cell["part"], cell["severity"]): cell["error"] for cell in record["cells"]}
-        share = {part: [errors[part, severity] for severity in SEVERITIES] for part in record["summary"]["error"]}
-        return [_shares("error", share, [f"severity {s}" for s in SEVERITIES], f"{title}: error")]
-    if benchmark.kind == "perturbations":
-        share = {part: [value] for part, value in record["summary"]["flip_probability"].items()}
-        return [_shares("flips", share, [""], f"{title}: flip probability")]
+    if benchmark.kind != "test set":
+        if benchmark.kind == "corruptions":
+            name, columns, quantity = "error", [f"severity {s}" for s in SEVERITIES], "error"
+            errors = {(cell["part"], cell["severity"]): cell["error"] for cell in record["cells"]}
+            share = {part: [errors[part, severity] for severity in SEVERITIES] for part in record["summary"]["error"]}
+        else:
+            name, columns, quantity = "flips", [""], "flip probability"
+            share = {part: [value] for part, value in record["summary"]["flip_probability"].items()}
+        text = f"{title}: {quantity} (%); rows: {', '.join(share)}; columns: {', '.join(columns)}"
+        yield name, heat_map(torch.tensor(list(share.values())), list(share), columns, f"{title}: {quantity}"), text
+        return
     (cell,) = record["cells"]
-    return [_calibration(cell, title), *([_mistakes(benchmark, cell, classes, title)] if cell["mistakes"] else [])]
-
-
-def _shares(name: str, share: Mapping[str, Sequence[float]], columns: Sequence[str], title: str) -> Plot:
-    text = f"{title} (%); rows: {', '.join(share)}; columns: {', '.join(columns)}"
-    return Plot(name, partial(heat_map, torch.tensor(list(share.values())), list(share), columns, title), text)
-
-
-def _calibration(cell: Mapping[str, Any], title: str) -> Plot:
     text = f"{title}: accuracy by confidence; calibration error {cell['calibration_error']:.2%}"
-    return Plot("reliability", partial(reliability, cell["reliability"], text), text)
-
-
-def _mistakes(benchmark: "Benchmark", cell: Mapping[str, Any], classes: Sequence[str] | None, title: str) -> Plot:
-    positions = torch.tensor([mistake["image"] for mistake in cell["mistakes"]])
-    images_NCHW = next(benchmark.subsets[0].open().batches([positions]))[0].cpu()
-    captions = [_caption(mistake, classes) for mistake in cell["mistakes"]]
-    title = f"{title}: the {len(captions)} most confident mistakes"
-    text = "\n".join([title, "", *(f"{number}. {caption}" for number, caption in enumerate(captions, start=1))])
-    return Plot("mistakes", partial(gallery, images_NCHW, captions, title), text)
+    yield "reliability", reliability(cell["reliability"], text), text
+    if mistakes := cell["mistakes"]:
+        positions = torch.tensor([mistake["image"] for mistake in mistakes])
+        images_NCHW = next(benchmark.subsets[0].open().batches([positions]))[0].cpu()
+        captions = [_caption(mistake, classes) for mistake in mistakes]
+        title = f"{title}: the {len(captions)} most confident mistakes"
+        text = "\n".join([title, "", *(f"{number}. {caption}" for number, caption in enumerate(captions, start=1))])
+        yield "mistakes", gallery(images_NCHW, captions, title), text
 
 
 def _caption(mistake: Mapping[str, Any], classes: Sequence[str] | None) -> str:
@@ -142,13 +127,7 @@ def gallery(images_NCHW: Tensor, captions: Sequence[str], title: str, in_a_row: 
     for position, (image_CHW, caption) in enumerate(zip(images_NCHW, captions, strict=True)):
         left, top = position % in_a_row * 1.05 * width, position // in_a_row * (height + gap)
         axes.imshow(image_CHW.permute(1, 2, 0).numpy(), extent=(left, left + width, top + height, top))
-        axes.text(
-            left + width / 2,
-            top - 0.03 * height,
-            caption.replace(", ", "\n"),
-            ha="center",
-            size="small",
-            parse_math=False,
-        )
+        text = caption.replace(", ", "\n")
+        axes.text(left + width / 2, top - 0.03 * height, text, ha="center", size="small", parse_math=False)
     axes.set(xlim=(0, 1.05 * width * min(in_a_row, len(captions))), ylim=(rows * (height + gap) - gap, -gap))
     return figure

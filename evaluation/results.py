@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 # Scores computed with other versions of these, or on another device, are computed again.
 VERSIONS = ("torch", "torchvision", "numpy", "pillow", "device")
 
+# Fields of a Benchmark that its record repeats.
+COPIED = ("kind", "source", "checked_by", "note", "fingerprint", "classes")
+
 # The entries of a results.json that are read here. KINDS: those of a cell and of the summary, by kind of benchmark.
 NUMBER = (int, float)
 RESULT = {
@@ -93,7 +96,9 @@ class Results:
         """Take the scores that the main process has kept, and add an empty record for each other benchmark."""
         self.benchmarks = benchmarks
         for benchmark in requested:
-            self.benchmarks.setdefault(benchmark.name, self._empty_record(benchmark))
+            copied = {name: getattr(benchmark, name) for name in COPIED}
+            empty = copied | {"environment": self.environment, "cells": [], "summary": None, "finished": None}
+            self.benchmarks.setdefault(benchmark.name, empty)
 
     def of(self, benchmark: "Benchmark") -> dict[str, Any]:
         return self.benchmarks[benchmark.name]
@@ -118,20 +123,6 @@ class Results:
         must_be_same = VERSIONS if record["summary"] else (*VERSIONS, "git_revision")
         same = all(record["environment"].get(key) == self.environment[key] for key in must_be_same)
         return same and record["fingerprint"] == benchmark.fingerprint
-
-    def _empty_record(self, benchmark: "Benchmark") -> dict[str, Any]:
-        return {
-            "kind": benchmark.kind,
-            "source": benchmark.source,
-            "checked_by": benchmark.checked_by,
-            "note": benchmark.note,
-            "fingerprint": benchmark.fingerprint,
-            "classes": benchmark.classes,
-            "environment": self.environment,
-            "cells": [],
-            "summary": None,
-            "finished": None,
-        }
 
 
 def read_results(path: Path) -> dict[str, Any]:

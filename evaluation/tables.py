@@ -8,6 +8,7 @@ import dataclasses
 import io
 import itertools
 import json
+import operator
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -91,7 +92,8 @@ def compare(paths: Iterable[Path], form: str) -> str:
     if not entries:
         raise UserError("--compare: none of the files holds a finished benchmark")
     rows, notes = [], {}
-    for _, same in itertools.groupby(sorted(entries, key=lambda entry: entry[0]), key=lambda entry: entry[0]):
+    by_key = operator.itemgetter(0)
+    for _, same in itertools.groupby(sorted(entries, key=by_key), by_key):
         _, results, names, records = zip(*same, strict=True)
         rows.append(_row(results, names[0], records))
         notes |= dict.fromkeys(_notes(results[0], names[0], records[0]))
@@ -115,14 +117,8 @@ def benchmark_table(config: Config) -> Table:
 
 def headline(summary: Mapping[str, Any]) -> tuple[str, float]:
     """The main number of a benchmark, in 0..1, and its name."""
-    for key, name in (
-        ("mce", "mCE"),
-        ("mean_corruption_error", "mean corruption error"),
-        ("mean_flip_probability", "mean flip probability"),
-    ):
-        if key in summary:
-            return name, summary[key]
-    return "error", summary["error"]
+    key = next(key for key in ("mce", "mean_corruption_error", "mean_flip_probability", "error") if key in summary)
+    return "mCE" if key == "mce" else key.replace("_", " "), summary[key]
 
 
 def _full_tables(result: Result) -> list[Table]:
@@ -164,25 +160,21 @@ def _by_class(result: Result, name: str, record: Mapping[str, Any]) -> Table:
 
 
 def _by_severity(name: str, record: Mapping[str, Any]) -> Table:
-    cells = {(cell["part"], cell["severity"]): cell["error"] for cell in record["cells"]}
+    errors = {(cell["part"], cell["severity"]): cell["error"] for cell in record["cells"]}
     summary, images = record["summary"], record["cells"][0]["images"]
-    rows = [
-        (part, *(_percent(cells[part, severity]) for severity in SEVERITIES), _percent(mean))
-        for part, mean in summary["error"].items()
-    ]
-    counted = [row for row in rows if row[0] in STANDARD]
-    means = [
-        sum(cells[part, severity] for part in summary["error"] if part in STANDARD) / len(STANDARD)
-        for severity in SEVERITIES
-    ]
-    mean_row = ("mean of the fifteen", *map(_percent, means), _percent(summary["mean_corruption_error"]))
-    extra = [(f"({row[0]})", *row[1:]) for row in rows if row[0] not in STANDARD]
+    counted, extra = [], []
+    for part, mean in summary["error"].items():
+        shares = (*(errors[part, severity] for severity in SEVERITIES), mean)
+        label, rows = (part, counted) if part in STANDARD else (f"({part})", extra)
+        rows.append((label, *map(_percent, shares)))
+    means = [sum(errors[part, severity] for part in STANDARD) / len(STANDARD) for severity in SEVERITIES]
+    counted.append(("mean of the fifteen", *map(_percent, (*means, summary["mean_corruption_error"]))))
     notes = ["In brackets: extra corruptions, not in the mean."] if extra else []
     notes.append(f"Mean calibration error {_percent(summary['mean_calibration_error'])}.")
     if "mce" in summary:
         notes.append(f"mCE, normalised by AlexNet: {_percent(summary['mce'])}.")
     title = f"{name}: error (%) by severity, {len(record['cells'])} x {images:,} images, {_source(record)}"
-    return Table(title, ("corruption", *map(str, SEVERITIES), "mean"), [*counted, mean_row, *extra], notes)
+    return Table(title, ("corruption", *map(str, SEVERITIES), "mean"), [*counted, *extra], notes)
 
 
 def _by_sequence(name: str, record: Mapping[str, Any]) -> Table:
@@ -294,21 +286,18 @@ def _all_notes(result: Result) -> list[str]:
 def _notes(result: Result, name: str, record: Mapping[str, Any]) -> list[str]:
     """Notes that qualify a number."""
     notes = [f"{name}: {record['note']}."] if record.get("note") else []
-    config = result["config"]
-    overlap = [op for op in RESEMBLING if op in _operations(config)] if config else []
+    config = result["config"] or {"policy": "none"}
+    if config["policy"] in PER_IMAGE:
+        operations = ("Posterize",) if config["policy"] == "augmix" else RESEMBLING
+    else:
+        operations = () if config["policy"] == "none" else config["ops"]
+    overlap = [op for op in RESEMBLING if op in operations]
     if record["kind"] == "corruptions" and overlap:
         notes.append(
             f"{name}: the policies hold {', '.join(overlap)}, which resemble corruptions; AugMix leaves out contrast, "
             "colour, brightness and sharpness. Train without them (ops) for a comparison."
         )
     return notes
-
-
-def _operations(config: Mapping[str, Any]) -> Sequence[str]:
-    """The operations of the policies, as far as they can resemble corruptions. AugMix leaves four of these out."""
-    if config["policy"] in PER_IMAGE:
-        return ("Posterize",) if config["policy"] == "augmix" else RESEMBLING
-    return () if config["policy"] == "none" else config["ops"]
 
 
 def _percent(share: float) -> str:

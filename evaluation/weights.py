@@ -44,27 +44,23 @@ class Classifier:
         """The network with the weights, on the CPU. Raises UserError where they do not fit."""
         options = self.config.model_options()
         with torch.device("meta"):  # the settings come from the file, too: they may ask for more than any memory
-            self._require_fit(build_model(self.config.model, self.num_classes, **options))
-        model = build_model(self.config.model, self.num_classes, **options)
-        model.load_state_dict(self.weights)
-        return model
-
-    def _require_fit(self, model: nn.Module) -> None:
-        """Raises UserError that names the first tensors that do not fit."""
-        expected, found = model.state_dict(), self.weights
-        problems = [f"{name} is missing" for name in expected if name not in found]
-        problems += [f"{printable(name, 80)} is unknown" for name in found if name not in expected]
-        problems += [
-            f"{name} is {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
-            for name in expected
-            if name in found and found[name].shape != expected[name].shape
-        ]
+            expected = build_model(self.config.model, self.num_classes, **options).state_dict()
+        found = {name: tuple(value.shape) for name, value in self.weights.items()}
+        problems = [f"{printable(name, 80)} is unknown" for name in found if name not in expected]
+        for name, value in expected.items():
+            if name not in found:
+                problems.append(f"{name} is missing")
+            elif found[name] != tuple(value.shape):
+                problems.append(f"{name} is {found[name]} instead of {tuple(value.shape)}")
         if problems:
             more = f" and {len(problems) - 2} more" if len(problems) > 2 else ""
             raise UserError(
                 f"{self.file}: does not fit {self.config.model} with {self.num_classes} classes: "
                 f"{'; '.join(problems[:2])}{more}"
             )
+        model = build_model(self.config.model, self.num_classes, **options)
+        model.load_state_dict(self.weights)
+        return model
 
 
 def load_classifiers(args: argparse.Namespace) -> Iterator[Classifier]:

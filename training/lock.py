@@ -1,7 +1,8 @@
 """One writer at a time for a run directory or a results file.
 
 A lock is a file that holds the process and host of its owner and is locked by the system for as long as that process
-lives, so that a file left behind by a killed process does not block the next one.
+lives, so that a file left behind by a killed process does not block the next one. On a file system without locks
+there is only a warning: a second writer is rare, and refusing would make such a file system unusable.
 """
 
 import contextlib

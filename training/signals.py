@@ -13,7 +13,10 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-REQUIRED = ("torch", "torchvision", "numpy", "yaml", "tensorboard", "tqdm")
+REQUIRED = {  # module -> package
+    "torch": "PyTorch", "torchvision": "torchvision", "numpy": "NumPy", "yaml": "PyYAML", "PIL": "Pillow",
+    "tensorboard": "TensorBoard", "tqdm": "tqdm",
+}  # fmt: skip
 
 
 class Terminated(KeyboardInterrupt):
@@ -42,8 +45,8 @@ def begin() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (open until the process ends)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is ignored in a shell's background jobs
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    for package in REQUIRED:
-        if importlib.util.find_spec(package) is None:
+    for module, package in REQUIRED.items():
+        if importlib.util.find_spec(module) is None:
             print(f"error: {package} is not installed; run: pip install -r requirements.txt", file=sys.stderr)
             sys.exit(2)
 

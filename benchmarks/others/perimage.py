@@ -53,7 +53,7 @@ class ImageDraws(NamedTuple):
 
 
 @dataclass
-class PerImage(Dataset):
+class PillowPipeline(Dataset):
     """The M copies of one image and its label, by (position in the data, seed).
 
     images: uint8 (N, H, W, C). policies: those in use now are applied.

@@ -21,7 +21,7 @@ import step
 import torch
 from conftest import ALONE, ROOT
 from others import libraries
-from others.perimage import ImageDraws, Operation, PerImage
+from others.perimage import ImageDraws, Operation, PillowPipeline
 from PIL import Image
 
 import training.state as trainingstate
@@ -216,7 +216,7 @@ def per_image(images_NCHW, **settings):
     policies = build_policies(config)
     policies.resample(keyed_generator("policies"))
     images_NHWC = images_NCHW.permute(0, 2, 3, 1).contiguous().numpy()
-    return PerImage(config, policies, images_NHWC, list(range(len(images_NCHW))))
+    return PillowPipeline(config, policies, images_NHWC, list(range(len(images_NCHW))))
 
 
 def noise(N, height=32, width=32):

@@ -96,10 +96,16 @@ def open_stripes(config, split, downloads):
     return Arrays(images, torch.arange(8) // 4, ("plain", "stripes"))
 
 
+def with_stripes(**settings):
+    """A config whose data set is one that config.DATASETS does not have."""
+    config = Config(**settings)
+    object.__setattr__(config, "dataset", "stripes")
+    return config
+
+
 def test_a_data_set_of_arrays_takes_a_function_and_a_row(monkeypatch):
-    monkeypatch.setattr(config, "DATASETS", (*config.DATASETS, "stripes"))
     monkeypatch.setitem(loading.REGISTRY, "stripes", DataSet((0.5,) * 3, (0.5,) * 3, "own", open_stripes))
-    data = load_data(Config(dataset="stripes", batch_size=4, valid_size=2), CPU)
+    data = load_data(with_stripes(batch_size=4, valid_size=2), CPU)
     assert data.classes == ("plain", "stripes")
     assert [split.labels.tolist() for split in data[:3]] == [[0] * 3 + [1] * 3, [0, 1], [0] * 4 + [1] * 4]
     assert loading.statistics("stripes") == ((0.5,) * 3, (0.5,) * 3)

@@ -142,7 +142,6 @@ def test_the_corruptions_are_the_published_ones():
     assert EXTRA == ("speckle_noise", "gaussian_blur", "spatter", "saturate")
     assert (*STANDARD, *EXTRA) == tuple(BY_NAME)
     assert {row.name for row in CORRUPTIONS if not row.random} == set(DEFINITIONS)
-    assert all(len(row.severities) == 5 for row in CORRUPTIONS)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (32, 47), (64, 64)], ids=lambda s: f"{s[0]}x{s[1]}")

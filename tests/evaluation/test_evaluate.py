@@ -379,7 +379,7 @@ def test_scores_of_other_inputs_are_not_reused(script, corrupted, run, tmp_path)
     assert bfloat16 != first
     assert bfloat16 == pytest.approx(first, rel=0.05)
     assert script("evaluate.py", "--checkpoint", run / "model.pt", "--overwrite").status == 0
-    assert of(run / "results.json")["generated-c"] == first, "nobody asked to score that anew"
+    assert of(run / "results.json")["generated-c"] == first, "that was not asked to be scored again"
     content = load_tensors(run / "model.pt")
     content["model"]["classifier.bias"] += torch.arange(10.0)
     torch.save(content, run / "model.pt")

@@ -1,5 +1,8 @@
 """Plots of scores: they show what was scored."""
 
+import sys
+from functools import cache
+
 import pytest
 import torch
 from PIL import Image
@@ -55,8 +58,8 @@ def test_plots_are_png_files_and_tensorboard_images(tmp_path, made, names):
 
 
 def test_without_matplotlib_plots_are_skipped(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(plots, "figure_class", lambda: None)
-    plots._warn_without_matplotlib.cache_clear()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(plots, "figure_class", cache(plots.figure_class.__wrapped__))
     for name in ("a", "b"):
         plots.draw_plots(tmp_path / name, *perturbed(), None)
     assert not list(tmp_path.iterdir())
@@ -65,8 +68,8 @@ def test_without_matplotlib_plots_are_skipped(tmp_path, monkeypatch, capsys):
 
 def test_the_heat_map_shows_every_error():
     benchmark, record = corrupted()
-    (plot,) = plots.plots_of(benchmark, record, None)
-    (axes, _) = plot.figure().axes
+    ((_, figure, _),) = plots.plots_of(benchmark, record, None)
+    (axes, _) = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == [*STANDARD, *EXTRA]
     assert [text.get_text() for text in axes.texts] == [f"{100 * cell['error']:.1f}" for cell in record["cells"]]
     assert "cifar10-c (subset)" in axes.get_title()
@@ -75,15 +78,15 @@ def test_the_heat_map_shows_every_error():
 def test_the_gallery_shows_the_mistaken_images():
     benchmark, record = scored_test_set()
     calibration, mistakes = plots.plots_of(benchmark, record, [f"class{i}" for i in range(10)])
-    (axes,) = mistakes.figure().axes
+    (axes,) = mistakes[1].axes
     for shown, image in zip(axes.images, (3, 7), strict=True):
         assert torch.equal(torch.from_numpy(shown.get_array().data).permute(2, 0, 1), IMAGES[image])
     assert axes.texts[0].get_text() == "is class3\ncalled class5\n90.0% sure"
-    assert "1. is class3, called class5, 90.0% sure" in mistakes.text
-    assert "calibration error 17.00%" in calibration.text
-    heights = [bar.get_height() for bar in calibration.figure().axes[0].patches]
+    assert "1. is class3, called class5, 90.0% sure" in mistakes[2]
+    assert "calibration error 17.00%" in calibration[2]
+    heights = [bar.get_height() for bar in calibration[1].axes[0].patches]
     assert heights == [0.0] * 14 + [0.8]
 
 
 def test_without_mistakes_there_is_no_gallery():
-    assert [plot.name for plot in plots.plots_of(*scored_test_set(mistakes=()), None)] == ["reliability"]
+    assert [name for name, *_ in plots.plots_of(*scored_test_set(mistakes=()), None)] == ["reliability"]

@@ -154,7 +154,7 @@ def test_hostile_files_are_refused(policy_file, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("said", "words"),
+    ("settings", "words"),
     [
         (("policy=recorded",), "needs policy_from"),
         (("policy=frozen",), "needs policy_from"),
@@ -169,8 +169,8 @@ def test_hostile_files_are_refused(policy_file, tmp_path, monkeypatch):
         (("optimizer=adam",), "is not one of sgd, adamw"),
     ],
 )
-def test_invalid_settings_of_policies_are_refused(script, tmp_path, said, words):
-    done = script("main.py", "--logdir", tmp_path, "--set", *said)
+def test_invalid_settings_of_policies_are_refused(script, tmp_path, settings, words):
+    done = script("main.py", "--logdir", tmp_path, "--set", *settings)
     assert_refused(done, words)
     assert not list(tmp_path.iterdir())
 
@@ -178,7 +178,7 @@ def test_invalid_settings_of_policies_are_refused(script, tmp_path, said, words)
 @pytest.fixture
 def little(train, monkeypatch):
     monkeypatch.setattr(main, "build_model", little_network)
-    return lambda name, *said: train(name, *LITTLE, *said)
+    return lambda name, *settings: train(name, *LITTLE, *settings)
 
 
 LEARNED = ("controller_lr=0.1", "policy_interval=2", "levels=7", "ops=[Rotate, ShearX, Invert]", "Q=3", "logit_bound=4")
@@ -215,16 +215,16 @@ def test_a_record_is_replayed_in_a_run_of_another_length(little):
 
 def test_policy_from_may_move_but_not_change_form(little, script, tmp_path, policy_file):
     file = policy_file("mine.json", POLICIES)
-    said = ("policy=recorded", "policy_interval=2", "M=2")
-    whole = little("whole", *said, f"policy_from={file}")
-    little("parts", *said, f"policy_from={file}", "--stop_epoch=1")
+    settings = ("policy=recorded", "policy_interval=2", "M=2")
+    whole = little("whole", *settings, f"policy_from={file}")
+    little("parts", *settings, f"policy_from={file}", "--stop_epoch=1")
     moved = file.rename(tmp_path / "moved.json")
-    assert files(little("parts", *said, f"policy_from={moved}", "--resume")) == files(whole)
-    little("other", *said, f"policy_from={moved}", "--stop_epoch=1")
+    assert files(little("parts", *settings, f"policy_from={moved}", "--resume")) == files(whole)
+    little("other", *settings, f"policy_from={moved}", "--stop_epoch=1")
     moved.write_text(json.dumps({"policies": POLICIES, "levels": 20}))
     small = ("model=wresnet10_1", "train_size=40", "batch_size=10", "epochs=3", "eval_every=3", "workers=0", *LITTLE)
     again = ("--logdir", tmp_path, "--name", "other", "--resume")
-    done = script("main.py", *again, "--set", *small, *said, f"policy_from={moved}")
+    done = script("main.py", *again, "--set", *small, *settings, f"policy_from={moved}")
     assert_refused(done, "policy_from holds policies of another form than when the run started")
 
 

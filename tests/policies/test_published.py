@@ -47,8 +47,8 @@ def from_pillow(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-class Told:
-    """torch, as torchvision's module sees it, whose randint gives what it is told."""
+class Scripted:
+    """torch, as torchvision's module sees it, whose randint returns given numbers."""
 
     def __init__(self, numbers):
         self._numbers = iter(numbers)
@@ -101,7 +101,7 @@ def check_against(source, theirs, draws, size, monkeypatch):
     images = some_images(B, size)
     ours = apply(images, source.plan_of(draws, size))
     for b in range(B):
-        monkeypatch.setattr(autoaugment, "torch", Told(as_torchvision_draws(source, draws, b, K)))
+        monkeypatch.setattr(autoaugment, "torch", Scripted(as_torchvision_draws(source, draws, b, K)))
         expected = from_pillow(theirs(to_pillow(images[b])))
         assert torch.equal(ours[b], expected), [field[b].tolist() for field in draws]
     monkeypatch.undo()
@@ -121,9 +121,9 @@ def test_autoaugment_is_torchvisions(monkeypatch, size, learned_on):
     images = some_images(len(every), size)
     ours = apply(images, source.plan_of(source.draws_of(subpolicy_B, numbers_BK, coins_BK), size))
     for b in range(len(every)):
-        said = int(subpolicy_B[b]), numbers_BK[b], coins_BK[b]
-        monkeypatch.setattr(theirs, "get_params", lambda _, said=said: said)
-        assert torch.equal(ours[b], from_pillow(theirs(to_pillow(images[b])))), said
+        params = int(subpolicy_B[b]), numbers_BK[b], coins_BK[b]
+        monkeypatch.setattr(theirs, "get_params", lambda _, params=params: params)
+        assert torch.equal(ours[b], from_pillow(theirs(to_pillow(images[b])))), params
 
 
 @pytest.mark.parametrize("size", [*SIZES, (224, 224)], ids=str)
@@ -299,14 +299,14 @@ def test_a_portion_of_views_is_the_same_as_in_the_whole():
 @pytest.fixture
 def little(train, monkeypatch):
     monkeypatch.setattr(main, "build_model", little_network)
-    return lambda name, *said: train(name, *LITTLE, *said)
+    return lambda name, *settings: train(name, *LITTLE, *settings)
 
 
 @pytest.mark.parametrize(
-    "said", [(p,) for p in PER_IMAGE] + [("augmix", "jsd=12", "crop_per_copy=false", "M=3")], ids=str
+    "settings", [(p,) for p in PER_IMAGE] + [("augmix", "jsd=12", "crop_per_copy=false", "M=3")], ids=str
 )
-def test_whole_runs(little, said):
-    policy, *others = said
+def test_whole_runs(little, settings):
+    policy, *others = settings
     run = little("run", f"policy={policy}", *others)
     records = lines(run / "policies.jsonl")
     assert all(record["policies"] == [] for record in records)

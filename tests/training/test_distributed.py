@@ -442,7 +442,7 @@ def test_both_launchers_start_the_same_run(train_ranks, tmp_path, launcher):
 
 @pytest.mark.slow
 def test_an_error_ends_a_launched_run_and_leaves_nothing_behind(tmp_path):
-    """The leader cannot write; the other process waits for it in vain, and is ended."""
+    """The leader cannot write; the other process is ended while it waits."""
     (tmp_path / "file").write_text("")
     port = free_port()
     said = ("main.py", "--logdir", tmp_path / "file", "--set", *TINY)

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -186,6 +187,16 @@ def test_output_on_a_full_disk_is_an_error(end):
     full = os.open("/dev/full", os.O_WRONLY)
     assert end(lambda: print("something"), out=full) == (2, "error: [Errno 28] No space left on device\n")
     os.close(full)
+
+
+@pytest.mark.parametrize("script", ["main.py", "evaluate.py", "experiments.py", "report.py"])
+def test_a_missing_package_is_named_with_its_command(script):
+    """-S: without the packages that are installed."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-S", script]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: PyTorch is not installed; run: pip install -r requirements.txt\n"
 
 
 @pytest.mark.parametrize("script", ["main.py", "evaluate.py"])

@@ -23,7 +23,8 @@ TIMEOUT = 60.0  # seconds without a byte after which a connection is closed
 PAUSES = (1.0, 4.0, 16.0)  # seconds before each retry
 CHUNK = 1 << 20  # bytes
 # All other OSErrors are errors of the disk. ValueError: a malformed address.
-NETWORK_ERRORS = (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError, ValueError)
+TEMPORARY_ERRORS = (HTTPException, ConnectionError, TimeoutError)
+NETWORK_ERRORS = (URLError, ssl.SSLError, ValueError, *TEMPORARY_ERRORS)
 
 
 class Missing(UserError):
@@ -102,17 +103,9 @@ class Downloads:
             raise UserError(f"{path}: does not hold {missing[0]}")
         return [folder / name for name in holds]
 
-    def fetch_and_unpack(self, archive: Remote, folder: Path) -> None:
-        """Unpack an archive over what `folder` holds, and keep it. Raises what `fetch` and `unpack` raise."""
-        with self._writing(archive, folder, f"the content of {archive.name}"):
-            unpack(self._fetch(archive, folder), folder, self.quiet)
-
     @contextlib.contextmanager
     def _writing(self, remote: Remote, folder: Path, what: str) -> Iterator[None]:
-        """Make `folder`; other processes that download into it wait.
-
-        Raises Missing where `what`, from an archive there or a download, may not be put there.
-        """
+        """Lock `folder`. Raises Missing where `what` may not or cannot be put there."""
         path = folder / remote.name
         if self.only_checkpoint:
             raise Missing(
@@ -122,20 +115,12 @@ class Downloads:
         if not self.allowed and not path.exists():
             by_hand = f"download {remote.url} by hand into {folder}"
             raise Missing(f"{path}: is missing\n{by_hand}, or run without --no-download")
-        import fcntl  # POSIX only
-
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            with contextlib.suppress(OSError):  # some file systems have no locks
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    warn(f"{folder}: waiting for another process that is downloading or unpacking there")
-                    fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
+            with _lock(folder):
+                yield
+        except OSError as error:
+            remedy = "free some space, fix its permissions or use another folder"
+            raise Missing(f"{folder}: cannot be read or written ({error}); {remedy}") from None
 
     def _fetch(self, remote: Remote, folder: Path) -> Path:
         path = folder / remote.name
@@ -156,7 +141,9 @@ class Downloads:
                 _receive(url, part, remote, self.quiet)
                 break
             except NETWORK_ERRORS as error:
-                if pause is None or not _is_temporary(error):
+                status, cause = getattr(error, "code", 0), getattr(error, "reason", error)  # what URLError wraps
+                temporary = status >= 500 or status in (408, 429) or isinstance(cause, TEMPORARY_ERRORS)
+                if pause is None or not temporary:
                     raise Missing(f"{url}: {first_line(error)}\n{by_hand}") from None
                 if not self.quiet:
                     warn(f"{url}: {first_line(error)}; trying again in {pause:g} s")
@@ -167,15 +154,26 @@ class Downloads:
         return part.replace(path)
 
 
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    import fcntl  # POSIX only
+
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                warn(f"{folder}: waiting for another process that is downloading or unpacking there")
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _missing(folder: Path, names: Sequence[str]) -> list[str]:
     return [name for name in names if not (folder / name).is_dir()]
-
-
-def _is_temporary(error: Exception) -> bool:
-    if isinstance(error, HTTPError):
-        return error.code >= 500 or error.code in (408, 429)
-    cause = getattr(error, "reason", error)  # what URLError wraps
-    return isinstance(cause, ConnectionError | TimeoutError | HTTPException)
 
 
 def _receive(url: str, part: Path, remote: Remote, quiet: bool) -> None:
@@ -208,7 +206,7 @@ def _receive(url: str, part: Path, remote: Remote, quiet: bool) -> None:
 def unpack(archive: Path, folder: Path, quiet: bool = False) -> None:
     """Unpack a tar archive, compressed or not, into `folder`: all of it, or nothing where it is bad.
 
-    Existing files are replaced. Raises UserError for an archive that is damaged, holds anything but regular files and
+    What exists already is kept. Raises UserError for an archive that is damaged, holds anything but regular files and
     folders below its top, or needs more space than is free; and for a folder that cannot be written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -229,11 +227,13 @@ def unpack(archive: Path, folder: Path, quiet: bool = False) -> None:
             bar = tqdm(members, f"unpacking {archive.name}", unit="file", disable=quiet or None, leave=False)
             temporary.mkdir()
             tar.extractall(temporary, bar, filter=_files_and_folders)
-        _move(temporary, folder)
+        for entry in temporary.iterdir():
+            if not (folder / entry.name).exists():
+                entry.replace(folder / entry.name)
     except Exception as error:  # damage raises many types: TarError, EOFError, zlib.error, OSError, ValueError, ...
         raise UserError(
             f"{archive}: cannot be unpacked into {folder} ({first_line(error)})\n"
-            "free some space, remove what is in the way, or replace the archive if it is damaged"
+            "free some space, or replace the archive if it is damaged"
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -245,15 +245,3 @@ def _files_and_folders(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
     if filtered.name != member.name or member.issparse() or not (member.isreg() or member.isdir()):
         raise tarfile.SpecialFileError(member)
     return filtered
-
-
-def _move(source: Path, target: Path) -> None:
-    """Rename, or, where both are folders, move what is in one into the other.
-
-    What does not exist yet comes last, and whole folders in one step: while one is missing, not all is done.
-    """
-    if source.is_dir() and target.is_dir():
-        for entry in sorted(source.iterdir(), key=lambda entry: not (target / entry.name).exists()):
-            _move(entry, target / entry.name)
-    else:
-        source.replace(target)

@@ -92,13 +92,11 @@ class RandomCrop:
         from torchvision.transforms import InterpolationMode, RandomResizedCrop
         from torchvision.transforms import functional as F
 
-        image = read_rgb(path)
+        image, crop = read_rgb(path), RandomResizedCrop(self.size, interpolation=InterpolationMode.BICUBIC)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            top, left, height, width = RandomResizedCrop.get_params(image, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
+            image = crop(image)
             flipped = self.flip and torch.rand(()) < 0.5
-        size = [self.size, self.size]
-        image = F.resized_crop(image, top, left, height, width, size, InterpolationMode.BICUBIC)
         return F.pil_to_tensor(F.hflip(image) if flipped else image)
 
 

@@ -60,11 +60,11 @@ def open_cifar(config: Config, split: str, downloads: Downloads) -> Arrays:
     from torchvision.datasets import CIFAR10, CIFAR100  # takes seconds
 
     kind, root = {"cifar10": CIFAR10, "cifar100": CIFAR100}[config.dataset], Path(config.dataroot)
+    (folder,) = downloads.fetch_unpacked(Remote(kind.url, md5=kind.tgz_md5), root, (kind.base_folder,))
     try:
         dataset = kind(root, train=split == "train")  # checks the md5 of every file
-    except RuntimeError:  # missing or incomplete
-        downloads.fetch_and_unpack(Remote(kind.url, md5=kind.tgz_md5), root)
-        dataset = kind(root, train=split == "train")
+    except RuntimeError:
+        raise UserError(f"{folder}: is incomplete or damaged; remove it to download it again") from None
     images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
     return Arrays(images, torch.tensor(dataset.targets), tuple(dataset.classes))
 
@@ -84,19 +84,12 @@ REGISTRY = {
 
 def statistics(name: str) -> tuple[RGB, RGB]:
     """Mean and standard deviation of red, green and blue, in 0..1, for the normalisation of a data set's images."""
-    row = _row(name)
-    return row.mean, row.std
+    return REGISTRY[name].mean, REGISTRY[name].std
 
 
 def source_of_test_images(name: str) -> str:
     """For results.json: "official", "embedded" or "own". ImageNet's are official only where their number is."""
-    return _row(name).test_images
-
-
-def _row(name: str) -> DataSet:
-    if name not in REGISTRY:
-        raise UserError(f"dataset: {name!r} has no row in REGISTRY of datasets/loading.py")
-    return REGISTRY[name]
+    return REGISTRY[name].test_images
 
 
 class Data(NamedTuple):
@@ -190,11 +183,10 @@ class _FolderSource:
         size = files.read.size
         images = torch.empty(len(files), 3, size, size, dtype=torch.uint8) if keep else None
         reasons: list[str | None] = []
-        hidden = True if self.quiet else None  # None: hidden unless stderr is a terminal
-        title = f"{title} {self.config.dataroot}"
-        with tqdm(desc=title, total=len(files), unit="image", disable=hidden, leave=False) as bar:
-            batches = files.batches(torch.arange(len(files)).split(64), 0, self.config.workers)
-            for batch, _, reasons_of_batch in batches:
+        shown = {"unit": "image", "disable": self.quiet or None}  # None: hidden except on a terminal
+        with tqdm(desc=f"{title} {self.config.dataroot}", total=len(files), leave=False, **shown) as bar:
+            indices = torch.arange(len(files)).split(64)
+            for batch, _, reasons_of_batch in files.batches(indices, 0, self.config.workers):
                 if images is not None:
                     images[len(reasons) : len(reasons) + len(batch)] = batch
                 reasons += reasons_of_batch
@@ -218,12 +210,11 @@ def _open(
     config: Config, split: str, downloads: Downloads, classes: tuple[str, ...] | None = None
 ) -> "Arrays | _FolderSource":
     """The "train" or "test" split of the data set, labelled by position in `classes` where they are given."""
-    row = _row(config.dataset)
-    if row.open_arrays is None:
-        source = _open_folder(config, split, classes, downloads.quiet)
-    else:
-        source = row.open_arrays(config, split, downloads)
+    if open_arrays := REGISTRY[config.dataset].open_arrays:
+        source = open_arrays(config, split, downloads)
         _check_arrays(config.dataset, source)
+    else:
+        source = _open_folder(config, split, classes, downloads.quiet)
     if classes is not None and classes != source.classes:
         found, expected = next(pair for pair in zip_longest(source.classes, classes) if pair[0] != pair[1])
         different = f"{short_repr(found)} instead of {short_repr(expected)}"
@@ -250,8 +241,8 @@ def _open_folder(config: Config, split: str, classes: tuple[str, ...] | None, qu
         full = root.resolve()
         if full.name in ("train", "test", "val") and root.is_dir():
             raise Missing(f"{root}: is the folder of a split; pass the folder above it: --dataroot {full.parent}")
-        missing = f"holds no folder {' or '.join(names)}"
-        raise Missing(f"{root}: {missing}; images belong in {root / names[0]}/<class>/")
+        images = f"images belong in {root / names[0]}/<class>/"
+        raise Missing(f"{root}: holds no folder {' or '.join(names)}; {images}")
     found = class_folders(folder)
     if classes is None and len(found) < 2:
         raise UserError(f"{folder}: holds {len(found)} class folders; a classifier needs at least two")

@@ -15,7 +15,6 @@ import signal
 import socket
 import sys
 import tarfile
-import tempfile
 import threading
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -23,8 +22,6 @@ from pathlib import Path
 
 import pytest
 from conftest import _start
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import datasets.download as download
 from datasets.download import Downloads, Remote, unpack
@@ -43,25 +40,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server, asked, content = self.server, self.headers["Range"], self.server.content
         server.ranges.append(asked)
         how = server.script.pop(0) if server.script else "well"
-        ranges = asked and how not in ("without ranges", "in chunks")
+        ranges = asked and how != "without ranges"
         start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if ranges else 0
         body = content[start:]
-        if how == "redirected":
-            self.send_response(302)
-            self.send_header("Location", "/elsewhere/file.bin")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-        elif isinstance(how, int):
+        if isinstance(how, int):
             self.send_error(how)
         elif start >= len(content):
             self.send_error(416)
-        elif how == "in chunks":
-            self.protocol_version = "HTTP/1.1"
-            self.send_response(200)
-            self.send_header("Transfer-Encoding", "chunked")
-            self.end_headers()
-            self.send(f"{len(body):x}\r\n".encode() + body + b"\r\n0\r\n\r\n")
-            self.close_connection = True
         else:
             body = {"wrongly": b"x" * len(body), "a page": b"<html>"}.get(how, body)
             self.send_response(206 if start else 200)
@@ -85,26 +70,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@contextlib.contextmanager
-def serving(content):
+@pytest.fixture
+def server(monkeypatch):
     """A server on this machine. script: its next answers; sign: what an answer "after a sign" waits for."""
+    monkeypatch.setenv("no_proxy", "*")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.content, server.script, server.ranges, server.sent = content, [], [], 0
+        server.content, server.script, server.ranges, server.sent = CONTENT, [], [], 0
         server.sign = threading.Event()
+        server.remote = Remote(f"http://127.0.0.1:{server.server_port}/there/file.bin?raw=1", len(CONTENT), MD5)
         thread = threading.Thread(target=functools.partial(server.serve_forever, poll_interval=0.01))
         thread.start()
         yield server
         server.sign.set()
         server.shutdown()
         thread.join()
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv("no_proxy", "*")
-    with serving(CONTENT) as server:
-        server.remote = Remote(f"http://127.0.0.1:{server.server_port}/there/file.bin?raw=1", len(CONTENT), MD5)
-        yield server
 
 
 @pytest.fixture(autouse=True)
@@ -180,7 +159,7 @@ def assert_refused(*words, lines=2):
 # Downloads
 
 
-@pytest.mark.parametrize("how", ["well", "redirected", "in chunks", "without length"])
+@pytest.mark.parametrize("how", ["well", "without length"])
 def test_a_file_is_downloaded(server, tmp_path, how):
     server.script = [how]
     path = Downloads().fetch(server.remote, tmp_path / "new" / "folder")
@@ -195,11 +174,15 @@ def test_size_and_md5_need_not_be_published(server, tmp_path, published):
     assert Downloads().fetch(Remote(server.remote.url, **published), tmp_path).read_bytes() == CONTENT
 
 
-def test_an_earlier_download_is_resumed(server, tmp_path):
-    (tmp_path / "file.bin.part").write_bytes(CONTENT[:40_000])
+@pytest.mark.parametrize(
+    ("how", "left", "sent"), [("well", 40_000, 10_000), ("well", 50_000, 0), ("without ranges", 1000, 50_000)]
+)
+def test_an_earlier_download_is_resumed(server, tmp_path, how, left, sent):
+    server.script = [how]
+    (tmp_path / "file.bin.part").write_bytes(CONTENT[:left])
     assert Downloads().fetch(server.remote, tmp_path).read_bytes() == CONTENT
-    assert server.ranges == ["bytes=40000-"]
-    assert server.sent == len(CONTENT) - 40_000
+    assert server.ranges == [f"bytes={left}-"]
+    assert server.sent == sent
     assert names(tmp_path) == ["file.bin"]
 
 
@@ -218,19 +201,6 @@ def test_a_stalled_connection_is_resumed(server, tmp_path, monkeypatch):
     server.script = ["stalled"]
     assert Downloads().fetch(server.remote, tmp_path).read_bytes() == CONTENT
     assert server.ranges[:2] == [None, f"bytes={HALF}-"]
-
-
-def test_a_server_that_does_not_resume_starts_over(server, tmp_path):
-    (tmp_path / "file.bin.part").write_bytes(CONTENT[:1000])
-    server.script = ["without ranges"]
-    assert Downloads().fetch(server.remote, tmp_path).read_bytes() == CONTENT
-    assert server.ranges == ["bytes=1000-"]
-
-
-def test_a_complete_part_is_checked(server, tmp_path):
-    (tmp_path / "file.bin.part").write_bytes(CONTENT)
-    assert Downloads().fetch(server.remote, tmp_path).read_bytes() == CONTENT
-    assert server.ranges == [f"bytes={len(CONTENT)}-"]
 
 
 @pytest.mark.parametrize("left", [b"x" * 1000, b"x" * len(CONTENT)])
@@ -340,7 +310,6 @@ def test_other_addresses_of_mirrors_are_refused(mirror):
 
 
 def test_two_processes_do_not_download_the_same_file(server, tmp_path, monkeypatch):
-    pytest.importorskip("fcntl")
     warnings = []
 
     def warn(message):
@@ -437,35 +406,7 @@ def test_a_malicious_archive_leaves_no_trace(tmp_path, kind):
     archive = pack(tmp_path / "bad.tar", ("fine", b"x"), *members)
     with assert_refused(archive, "cannot be unpacked"):
         unpack(archive, tmp_path / "data")
-    assert names(tmp_path) == [archive.name, "data"]
-
-
-NAMES = st.text(st.one_of(st.sampled_from("ab./"), st.characters(codec="utf-8")), max_size=8) | st.sampled_from(
-    ["..", "../x", "/x", "a/../../x", "./x", "a//x", "a/", ".unpacking-a.tar", "x" * 300]
-)
-
-
-@settings(max_examples=100)
-@given(
-    st.lists(
-        st.tuples(NAMES, st.sampled_from([b"x", None]))
-        | st.tuples(NAMES, st.sampled_from([tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.REGTYPE]), NAMES),
-        max_size=4,
-    )
-)
-def test_nothing_is_ever_written_outside_the_folder(members):
-    with tempfile.TemporaryDirectory() as root:
-        root = Path(root)
-        folder = root / "1" / "2" / "3"
-        folder.mkdir(parents=True)
-        archive = pack(folder / "a.tar", *members)
-        try:
-            unpack(archive, folder)
-        except UserError:
-            assert names(folder) == ["a.tar"]
-        assert [name for name in names(root) if not name.startswith("1/2/3/")] == ["1", "1/2", "1/2/3"]
-        assert not any(path.is_symlink() for path in folder.rglob("*"))
-        assert not (folder / ".unpacking-a.tar").exists()
+    assert names(tmp_path) == ["bad.tar", "data"]
 
 
 DAMAGE = {
@@ -536,35 +477,28 @@ def test_an_archive_that_was_there_is_kept(tmp_path):
         Downloads(allowed=False).fetch_unpacked(remote, public, ("a", "c"))
 
 
-@pytest.mark.parametrize(("there", "kept"), [((), False), (("b",), False), (("a",), True)])
-def test_folders_are_complete_or_repaired_after_a_kill_at_any_step(tmp_path, there, kept):
-    """Some folders may exist already, and the archive may be the user's."""
+@pytest.mark.parametrize("kept", [False, True])
+def test_folders_are_complete_or_missing_after_a_kill_at_any_step(tmp_path, kept):
+    """kept: the archive is the user's."""
     downloads, remote = archive_of(tmp_path, "a", "b")
-    data, killed, archives = tmp_path / "data", 0, []
+    data = tmp_path / "data"
     for number in itertools.count(1):
-        for name in ("", *there):
-            (data / name).mkdir(parents=True)
+        data.mkdir()
         if kept:
             shutil.copy(tmp_path / "public" / "set.tar", data)
-        more = killed_before_step(number, lambda: downloads.fetch_unpacked(remote, data, ("a", "b")))
-        killed += more
-        if (data / "a").is_dir() and (data / "b").is_dir():
-            assert [(data / name / "file").read_bytes() for name in ("a", "b")] == [CONTENT] * 2, f"step {number}"
+        killed = killed_before_step(number, lambda: downloads.fetch_unpacked(remote, data, ("a", "b")))
+        for folder in (data / "a", data / "b"):
+            assert not folder.exists() or (folder / "file").read_bytes() == CONTENT, f"step {number}"
         downloads.fetch_unpacked(remote, data, ("a", "b"))
-        found = [name for name in names(data) if not name.startswith(".unpacking-") or (data / name).is_file()]
-        assert found[:4] == ["a", "a/file", "b", "b/file"], f"step {number}"
-        assert found[4:] in ([], ["set.tar"]), f"step {number}"
-        archives.append(found[4:])
         assert [(data / name / "file").read_bytes() for name in ("a", "b")] == [CONTENT] * 2
-        shutil.rmtree(data)
-        if not more:
+        if not killed:
             break
-    assert killed > 3
-    assert archives[-1] == (["set.tar"] if kept else []), "removed where nothing was killed"
+        shutil.rmtree(data)
+    assert number > 4
+    assert names(data) == ["a", "a/file", "b", "b/file", *(["set.tar"] if kept else [])]
 
 
 def test_several_processes_unpack_an_archive_once(tmp_path):
-    pytest.importorskip("fcntl")
     downloads, remote = archive_of(tmp_path, "a", "b")
     with ThreadPoolExecutor(6) as pool:
         found = list(pool.map(lambda _: downloads.fetch_unpacked(remote, tmp_path / "data", ("a", "b")), range(6)))

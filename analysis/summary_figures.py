@@ -1,13 +1,12 @@
-"""The figures of an experiment's summary: test errors, their paired differences, and the policies' entropy."""
+"""The figures of an experiment's summary: test errors, and the policies' entropy."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.figures import line_style, new_figure
 from analysis.specs import Experiment
-from analysis.statistics import difference
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -15,12 +14,10 @@ if TYPE_CHECKING:
 ByArm = Mapping[str, Mapping[int, Mapping[str, Any]]]  # lines of runs.jsonl by arm and seed
 
 
-def draw(experiment: Experiment, records: Sequence[Mapping[str, Any]], folder: Path) -> list[tuple[str, str]]:
+def draw(experiment: Experiment, by_arm: ByArm, folder: Path) -> list[tuple[str, str]]:
     """Write the figures of one size; returns the name and the caption of each."""
-    by_arm = runs_by_arm(records)
     figures = {
         "errors": (errors(by_arm), "test errors, a line for each seed"),
-        "differences": (differences(experiment, by_arm), "paired differences of the test errors"),
         "entropy": (entropies(by_arm), "entropy of the policies (band: all seeds)"),
     }
     drawn = []
@@ -53,28 +50,6 @@ def errors(by_arm: ByArm) -> "Figure":
     return figure
 
 
-def differences(experiment: Experiment, by_arm: ByArm) -> "Figure | None":
-    """Each comparison's mean difference with its interval; None where no comparison has two seeds."""
-    found = [
-        (f"{a} - {b}", difference(paired))
-        for a, b in experiment.compare
-        if (paired := paired_differences(by_arm, a, b))
-    ]
-    found = [(label, one) for label, one in found if one.pairs > 1]
-    if not found:
-        return None
-    figure = new_figure(7.5, 1.2 + 0.4 * len(found))
-    axes = figure.subplots()
-    for row, (_, one) in enumerate(found):
-        axes.errorbar(one.mean, row, xerr=one.half_width, fmt="o", color="#0b3c5d", capsize=4)
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(found)), [label for label, _ in found])
-    axes.set_ylim(len(found) - 0.5, -0.5)
-    axes.set(xlabel="difference of test errors (points), left of 0 the first arm is better; 95 % intervals")
-    axes.grid(axis="x", alpha=0.3)
-    return figure
-
-
 def entropies(by_arm: ByArm) -> "Figure | None":
     """The policies' entropy, mean and range over the seeds; None where no policy is sampled."""
     shown = {arm: [one["entropy"] for one in of_arm.values()] for arm, of_arm in by_arm.items()}
@@ -94,16 +69,3 @@ def entropies(by_arm: ByArm) -> "Figure | None":
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return figure
-
-
-def runs_by_arm(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, Mapping[str, Any]]]:
-    by_arm: dict[str, dict[int, Mapping[str, Any]]] = {}
-    for record in records:
-        by_arm.setdefault(record["arm"], {})[record["seed"]] = record
-    return by_arm
-
-
-def paired_differences(by_arm: ByArm, first: str, second: str) -> list[float]:
-    """Of the test errors in percentage points, for each seed that both arms have."""
-    ours, theirs = by_arm.get(first, {}), by_arm.get(second, {})
-    return [100 * (ours[seed]["error"] - theirs[seed]["error"]) for seed in ours if seed in theirs]

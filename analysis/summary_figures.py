@@ -16,17 +16,16 @@ ByArm = Mapping[str, Mapping[int, Mapping[str, Any]]]  # lines of runs.jsonl by 
 
 def draw(experiment: Experiment, by_arm: ByArm, folder: Path) -> list[tuple[str, str]]:
     """Write the figures of one size; returns the name and the caption of each."""
-    figures = {
-        "errors": (errors(by_arm), "test errors, a line for each seed"),
-        "entropy": (entropies(by_arm), "entropy of the policies (band: all seeds)"),
-    }
     drawn = []
-    for name, (figure, caption) in figures.items():
+    for name, figure, caption in (
+        ("errors", errors(by_arm), "test errors, a line for each seed"),
+        ("entropy", entropies(by_arm), "entropy of the policies (band: all seeds)"),
+    ):
         if figure is not None:
-            file = f"{experiment.size}_{name}.png"
-            figure.axes[0].set_title(f"{experiment.name}, {experiment.size}: {caption}", fontsize="medium", loc="left")
+            file, title = f"{experiment.size}_{name}.png", f"{experiment.name}, {experiment.size}: {caption}"
+            figure.axes[0].set_title(title, fontsize="medium", loc="left")
             figure.savefig(folder / file, dpi=110, metadata={"Software": None})
-            drawn.append((file, f"{experiment.name}, {experiment.size}: {caption}"))
+            drawn.append((file, title))
     return drawn
 
 

@@ -1,4 +1,4 @@
-"""The figures of a report, from plain numbers. Every axis has a name and a unit."""
+"""The figures of reports and summaries, from plain numbers. Every axis has a name and a unit."""
 
 import importlib.util
 import textwrap
@@ -18,6 +18,7 @@ MOST_SHARES = 16  # points of a share over time: fewer points have more draws ea
 MOST_PANELS = 20
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000", "#b8a800")
 FAVOURED = "#b2182b"
+ByArm = Mapping[str, Mapping[int, Mapping[str, Any]]]  # lines of runs.jsonl by arm and seed
 
 
 def has_matplotlib() -> bool:
@@ -157,4 +158,42 @@ def heat_map(percent: Sequence[Sequence[float]], names: Sequence[str], chance: t
             ink = "#888888" if inside[row, column] else "white" if far else "black"
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, size=8)
     figure.colorbar(image, label="share of all operations (%)", format="%.2g")
+    return figure
+
+
+def errors(by_arm: ByArm) -> "Figure":
+    """Every run as a dot, runs of one seed joined by a line, means as bars."""
+    figure = new_figure(7.5, 1.2 + 0.42 * len(by_arm))
+    axes, arms = figure.subplots(), list(by_arm)
+    for number, seed in enumerate(sorted({seed for of_arm in by_arm.values() for seed in of_arm})):
+        points = [(100 * by_arm[arm][seed]["error"], row) for row, arm in enumerate(arms) if seed in by_arm[arm]]
+        style = {**line_style(number), "marker": "o", "linewidth": 0.5, "markersize": 5}
+        axes.plot(*zip(*points, strict=True), **style, label=f"seed {seed}")
+    means = [100 * np.mean([one["error"] for one in of_arm.values()]) for of_arm in by_arm.values()]
+    axes.scatter(means, range(len(arms)), marker="|", s=400, color="black", linewidth=2.5, zorder=3, label="mean")
+    axes.set_yticks(range(len(arms)), arms)
+    axes.invert_yaxis()
+    axes.set(xlabel="test error (%), lower is better")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return figure
+
+
+def entropies(by_arm: ByArm) -> "Figure | None":
+    """The policies' entropy, mean and range over the seeds; None where no policy is sampled."""
+    shown = {arm: [one["entropy"] for one in of_arm.values()] for arm, of_arm in by_arm.items()}
+    shown = {arm: curves for arm, curves in shown.items() if all(curves)}
+    if not shown:
+        return None
+    figure = new_figure(7.5, 4)
+    axes = figure.subplots()
+    for number, (arm, curves) in enumerate(shown.items()):
+        percent = 100 * np.array(list(zip(*curves, strict=True)))  # a row for each time, a column for each seed
+        share = 100 * np.arange(1, len(percent) + 1) / len(percent)
+        style = line_style(number)
+        axes.plot(share, percent.mean(1), **style, label=arm)
+        axes.fill_between(share, percent.min(1), percent.max(1), color=style["color"], alpha=0.12, linewidth=0)
+    axes.set(xlabel="share of the training (%)", ylabel="entropy of a policy\n(% of its maximum)", ylim=(0, 104))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return figure

@@ -9,18 +9,20 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from analysis.figures import has_matplotlib
+from analysis.figures import ByArm, entropies, errors, has_matplotlib
 from analysis.runs import read_lines
 from analysis.specs import SCRIPTS, SIZES, Experiment, PlannedRun
 from analysis.statistics import difference, verdict
-from analysis.summary_figures import ByArm, draw
 from config import Config
 from evaluation.results import read_results
 from evaluation.text_table import Table, render
 from policies import build_policies
 from utils import UserError, write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SAMPLED = ("controller", "frozen", "random")  # sources of policies that have an entropy
 RECORD = {
@@ -59,9 +61,20 @@ def write_summary(experiment: Experiment, runs: Sequence[PlannedRun], folder: Pa
     write_text(folder / "runs.jsonl", "".join(json.dumps(record) + "\n" for record in [*others, *ours]))
     lines = summary_lines(experiment, ours, command)
     if has_matplotlib():
-        figures = draw(experiment, runs_by_arm(ours), folder / "figures")
-        lines += [f"![{caption}](figures/{name})\n" for name, caption in figures]
+        by_arm = runs_by_arm(ours)
+        lines += _draw(experiment, "errors", errors(by_arm), "test errors, a line for each seed", folder)
+        lines += _draw(experiment, "entropy", entropies(by_arm), "entropy of the policies (band: all seeds)", folder)
     write_text(folder / "summary.md", _with_part(folder / "summary.md", experiment, "\n".join(lines)))
+
+
+def _draw(experiment: Experiment, name: str, figure: "Figure | None", caption: str, folder: Path) -> list[str]:
+    """Write a figure; returns the line of summary.md that shows it."""
+    if figure is None:
+        return []
+    file, title = f"figures/{experiment.size}_{name}.png", f"{experiment.name}, {experiment.size}: {caption}"
+    figure.axes[0].set_title(title, fontsize="medium", loc="left")
+    figure.savefig(folder / file, dpi=110, metadata={"Software": None})
+    return [f"![{title}]({file})\n"]
 
 
 def _identity(run: PlannedRun) -> tuple[str, dict[str, Any]]:

@@ -36,14 +36,15 @@ POLL_SECONDS = 0.1
 
 def main() -> None:
     args = parse_arguments()
+    launcher = shlex.split(args.launcher) if args.launcher else [sys.executable]
     for name in args.names:
         experiment = load_experiment(name, args.size, args.seeds, args.set)
         runs = list(runs_of(experiment, args.logdir))
         if args.list:
-            print(list_runs(experiment, runs, args))
+            list_runs(experiment, runs, launcher)
             continue
         try:
-            run_missing(runs, args)
+            run_missing(runs, launcher, args.jobs)
         except BaseException:
             try:
                 summarise(experiment, runs, args.results)
@@ -64,37 +65,28 @@ def summarise(experiment: Experiment, runs: Sequence[PlannedRun], results: Path)
         print(f"{experiment.name}, {experiment.size}: {folder / 'summary.md'}{unfinished}", flush=True)
 
 
-def list_runs(experiment: Experiment, runs: Sequence[PlannedRun], args: argparse.Namespace) -> str:
-    lines = [f"{experiment.name}, {experiment.size}: {experiment.question}"]
+def list_runs(experiment: Experiment, runs: Sequence[PlannedRun], launcher: Sequence[str]) -> None:
+    """Print each run's state and, as a user would type them, the commands that are still to be run."""
+    print(f"{experiment.name}, {experiment.size}: {experiment.question}")
     for run in runs:
-        lines.append(f"  {run.name}: {run.state()}")
-        lines += [f"    {_short_command(command)}" for command in ([] if run.is_scored() else commands_of(run, args))]
-    return "\n".join(lines)
-
-
-def _short_command(command: Sequence[str]) -> str:
-    """As a user would type it in the working directory."""
-    here = f"{Path.cwd()}{os.sep}"
-    words = ("python" if word == sys.executable else word.removeprefix(here) for word in command)
-    return shlex.join(words)
-
-
-def commands_of(run: PlannedRun, args: argparse.Namespace, device: str | None = None) -> list[list[str]]:
-    launcher = shlex.split(args.launcher) if args.launcher else [sys.executable]
-    return run.commands(launcher, ("--device", device) if device else ())
+        print(f"  {run.name}: {run.state()}")
+        for command in [] if run.is_scored() else run.commands(launcher, ()):
+            words = ("python" if word == sys.executable else word.removeprefix(f"{Path.cwd()}/") for word in command)
+            print(f"    {shlex.join(words)}")
 
 
 class Job:
     """A run in progress: its commands, one after the other, and a file with their output."""
 
-    def __init__(self, run: PlannedRun, args: argparse.Namespace, slot: int):
+    def __init__(self, run: PlannedRun, launcher: Sequence[str], slot: int, slots: int):
         self.run, self.slot, self.began = run, slot, time.monotonic()
-        devices = torch.cuda.device_count()
-        device = f"cuda:{slot % devices}" if devices and args.jobs > 1 and not args.launcher else None
         self.log = run.directory.with_suffix(".log")
-        self._commands = commands_of(run, args, device)
-        threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
-        self._environment = ({"OMP_NUM_THREADS": threads} if args.jobs > 1 else {}) | os.environ
+        options, self._environment = [], dict(os.environ)
+        if slots > 1:
+            self._environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // slots)))
+            if (devices := torch.cuda.device_count()) and launcher == [sys.executable]:
+                options = ["--device", f"cuda:{slot % devices}"]
+        self._commands = run.commands(launcher, options)
         run.directory.parent.mkdir(parents=True, exist_ok=True)
         self._next()
 
@@ -108,8 +100,6 @@ class Job:
     def has_ended(self) -> bool:
         """Start the next command if one has ended; whether it was the last. Raises UserError for a failure."""
         status = self.process.poll()
-        if status is None:
-            return False
         if status:
             output = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             script = next(Path(word).name for word in self._command if word.endswith(".py"))
@@ -117,33 +107,27 @@ class Job:
                 f"{self.run.name}: {script} failed with status {status}: {printable(output[-1])}\n"
                 f"its output is in {self.log}; once the cause is fixed, the same command continues"
             )
-        if self._commands:
-            self._next()
-            return False
-        return True
+        if status is None or not self._commands:
+            return status == 0
+        self._next()
+        return False
 
 
-def run_missing(runs: Sequence[PlannedRun], args: argparse.Namespace) -> None:
-    """Run what is missing, args.jobs at a time. On any error or signal, the runs in progress save and stop first."""
+def run_missing(runs: Sequence[PlannedRun], launcher: Sequence[str], most: int) -> None:
+    """Run what is missing, `most` at a time. On any error or signal, the runs in progress save and stop first."""
     waiting = [run for run in runs if not run.is_scored()]
-    ended: list[tuple[PlannedRun, float]] = []
     jobs: list[Job] = []
     try:
         while waiting or jobs:
-            for run in [run for run in waiting if not needs_source(run, waiting, jobs)]:
-                if len(jobs) < args.jobs:
-                    waiting.remove(run)
-                    slot = min(set(range(args.jobs)) - {job.slot for job in jobs})
-                    print(f"{run.name}: {run.state()}, starting", flush=True)
-                    jobs.append(Job(run, args, slot))
+            unfinished = {run.directory for run in (*waiting, *(job.run for job in jobs))}
+            for run in [run for run in waiting if run.source not in unfinished][: most - len(jobs)]:
+                waiting.remove(run)
+                print(f"{run.name}: {run.state()}, starting", flush=True)
+                jobs.append(Job(run, launcher, min(set(range(most)) - {job.slot for job in jobs}), most))
             for job in [job for job in jobs if job.has_ended()]:
                 jobs.remove(job)
-                ended.append((job.run, time.monotonic() - job.began))
-                rest = [*waiting, *(other.run for other in jobs)]
-                to_go = f"{len(rest)} to go, about {duration(seconds_left(ended, rest, args.jobs))}"
-                print(
-                    f"{job.run.name}: done in {duration(ended[-1][1])}; {to_go if rest else 'nothing left'}", flush=True
-                )
+                took = duration(time.monotonic() - job.began)
+                print(f"{job.run.name}: done in {took}; {len(waiting) + len(jobs)} to go", flush=True)
             time.sleep(POLL_SECONDS)
     except BaseException as stop:
         for job in jobs:
@@ -156,33 +140,14 @@ def run_missing(runs: Sequence[PlannedRun], args: argparse.Namespace) -> None:
         raise
 
 
-def needs_source(run: PlannedRun, waiting: Sequence[PlannedRun], jobs: Sequence[Job]) -> bool:
-    """Whether the run that this one takes its policies from is not finished."""
-    return run.source in [other.directory for other in (*waiting, *(job.run for job in jobs))]
-
-
-def seconds_left(ended: Sequence[tuple[PlannedRun, float]], rest: Sequence[PlannedRun], jobs: int) -> float:
-    """For the rest, if an augmented image takes as long as in the finished runs."""
-    seen, to_see = (sum(run.config.M * run.config.epochs for run in runs) for runs in ([run for run, _ in ended], rest))
-    return sum(seconds for _, seconds in ended) / seen * to_see / jobs
-
-
 def parse_arguments() -> argparse.Namespace:
-    parser = CommandLine(
-        prog="experiments.py", description=__doc__, epilog="experiments: " + ", ".join(experiment_names())
-    )
+    epilog = f"experiments: {', '.join(experiment_names())}"
+    parser = CommandLine(prog="experiments.py", description=__doc__, epilog=epilog)
     add = parser.add_argument
     add("names", nargs="+", metavar="NAME", help="of confs/experiments/NAME.yaml, or a file")
     add("--size", choices=SIZES, default="tiny", help="default: %(default)s")
     add("--seeds", type=int, nargs="+", metavar="SEED", help="default: the file's")
-    add(
-        "--set",
-        nargs="+",
-        default=[],
-        action="extend",
-        metavar="SETTING=VALUE",
-        help="for all arms; replaces the file's",
-    )
+    add("--set", nargs="+", default=[], action="extend", metavar="SETTING=VALUE", help="for all arms, over the file's")
     add("--logdir", type=Path, default=Path("./logs"), metavar="DIR", help="of the runs (default: %(default)s)")
     add("--results", type=Path, default=Path("./results"), metavar="DIR", help="default: %(default)s")
     add("--jobs", type=int, default=1, metavar="J", help="runs at a time; each gets a GPU, or a share of the CPU cores")

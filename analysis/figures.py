@@ -1,12 +1,14 @@
-"""The figures of a report, from plain numbers. Every axis has a name and a unit."""
+"""The figures of reports and summaries, from plain numbers. Every axis has a name and a unit."""
 
 import importlib.util
 import textwrap
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
+
+from policies.preferences import chance_range
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,6 +18,7 @@ MOST_SHARES = 16  # points of a share over time: fewer points have more draws ea
 MOST_PANELS = 20
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000", "#b8a800")
 FAVOURED = "#b2182b"
+ByArm = Mapping[str, Mapping[int, Mapping[str, Any]]]  # lines of runs.jsonl by arm and seed
 
 
 def has_matplotlib() -> bool:
@@ -35,66 +38,51 @@ def line_style(number: int) -> dict[str, str]:
     return {"color": COLOURS[number % count], "linestyle": ("-", "--", ":")[number // count % 3]}
 
 
-class Curve(NamedTuple):
-    """Of a run: train (epoch, accuracy in per cent, loss), held_out (epoch, accuracy in per cent)."""
-
-    name: str
-    train: Sequence[tuple[float, float, float]]
-    held_out: Sequence[tuple[float, float]]
-
-
 def binned(intervals: Sequence[Any], most: int = MOST_POINTS) -> list[Sequence[Any]]:
     """The intervals in at most `most` groups of equal size; the last may be smaller."""
     size = -(-len(intervals) // most)
     return [intervals[start : start + size] for start in range(0, len(intervals), size)]
 
 
-def curves(of_runs: Sequence[Curve]) -> "Figure":
+def _plot(axes: Any, epochs: Sequence[float], values: Sequence[float], **style: Any) -> None:
+    """A line, with markers where there are few points."""
+    axes.plot(epochs, values, marker="o" if len(epochs) < 30 else None, markersize=2.5, **style)
+    axes.grid(alpha=0.3)
+
+
+def curves(runs: Mapping[str, Sequence[Sequence[tuple[float, float]]]]) -> "Figure":
+    """Of each run three curves of (epoch, value): training loss, training and held-out accuracy in per cent."""
     figure = new_figure(11, 4.2)
-    loss, accuracy, held_out = figure.subplots(1, 3, sharex=True)
-    for number, curve in enumerate(of_runs):
-        style = {**line_style(number), "label": curve.name, "marker": "o" if len(curve.train) < 3 else None}
-        epochs, right, losses = zip(*curve.train, strict=True)
-        loss.plot(epochs, losses, **style)
-        accuracy.plot(epochs, right, **style)
-        if curve.held_out:
-            style["marker"] = "o" if len(curve.held_out) < 30 else None
-            held_out.plot(*zip(*curve.held_out, strict=True), markersize=3.5, **style)
-    loss.set(xlabel="epoch", ylabel="training loss (nats)", title="training loss, augmented images")
-    accuracy.set(xlabel="epoch", ylabel="training accuracy (%)", title="training accuracy, augmented images")
-    held_out.set(xlabel="epoch", ylabel="accuracy (%)", title="held-out or test accuracy")
-    for axes in (loss, accuracy, held_out):
-        axes.grid(alpha=0.3)
-        axes.title.set_fontsize("medium")
-    figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    panels = figure.subplots(1, 3, sharex=True)
+    for number, (name, of_run) in enumerate(runs.items()):
+        for axes, points in zip(panels, of_run, strict=True):
+            if points:
+                _plot(axes, *zip(*points, strict=True), **line_style(number), label=name)
+    panels[0].set(xlabel="epoch", ylabel="training loss (nats)")
+    panels[1].set(xlabel="epoch", ylabel="training accuracy (%)")
+    panels[2].set(xlabel="epoch", ylabel="held-out or test accuracy (%)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
-def share_panels(
-    epochs: Sequence[float],
-    names: Sequence[str],
-    share_KT: Sequence[Sequence[float]],
-    chance_T: Sequence[tuple[float, float]],
-    favoured: Collection[str],
-) -> "Figure":
-    """A panel for each choice: its share of the draws in 0..1 over the epochs, and what chance would give (grey)."""
-    shown = range(0, len(names), -(-len(names) // MOST_PANELS))
+def share_panels(epochs: Sequence[float], counts_T: Sequence[Mapping[str, int]], favoured: Collection[str]) -> "Figure":
+    """A panel for each choice: its share of the draws over the epochs, and what chance would give (grey)."""
+    names = list(counts_T[0])
+    shown = names[:: -(-len(names) // MOST_PANELS)]
     columns = min(4 if len(shown) > 10 else 5, len(shown))
     rows = -(-len(shown) // columns)
     figure = new_figure(10, 0.7 + 1.45 * rows)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    low, high = (100 * np.array(bound) for bound in zip(*chance_T, strict=True))
-    for axes, number in zip(grid.flat, shown, strict=False):
-        is_favoured = names[number] in favoured
-        axes.fill_between(epochs, low, high, color="#cccccc", linewidth=0)
+    draws_T = np.array([sum(counts.values()) for counts in counts_T])
+    low_T, high_T = 100 * np.array([chance_range(draws, len(names)) for draws in draws_T.tolist()]).T
+    for axes, name in zip(grid.flat, shown, strict=False):
+        style = {"color": FAVOURED, "fontweight": "bold"} if name in favoured else {}
+        axes.fill_between(epochs, low_T, high_T, color="#cccccc", linewidth=0)
         axes.axhline(100 / len(names), color="black", linestyle=":", linewidth=0.8)
-        colour = FAVOURED if is_favoured else COLOURS[0]
-        marker = "o" if len(epochs) < 30 else None
-        axes.plot(epochs, 100 * np.array(share_KT[number]), color=colour, marker=marker, markersize=2.5, linewidth=1.2)
-        style = {"color": FAVOURED, "fontweight": "bold"} if is_favoured else {}
-        axes.set_title(names[number], size=9, pad=3, **style)
+        share_T = 100 * np.array([counts[name] for counts in counts_T]) / np.maximum(1, draws_T)
+        _plot(axes, epochs, share_T, color=style.get("color", COLOURS[0]), linewidth=1.2)
+        axes.set_title(name, size=9, pad=3, **style)
         axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.25)
     for axes in grid.flat[len(shown) :]:
         axes.axis("off")
     grid[0, 0].set_ylim(bottom=0)
@@ -103,47 +91,36 @@ def share_panels(
     return figure
 
 
-def entropy(points: Sequence[tuple[float, float]], limit: float, collapsed: Sequence[float]) -> "Figure":
-    """points: (epoch, per cent of the maximal entropy). limit: below which it is a collapse, 0 for none."""
-    lowest = min(value for _, value in points)
-    zoomed = lowest > 80 and not collapsed  # on the whole axis a few per cent could not be seen
-    bounds = (min(95, lowest - 1), 100.5) if zoomed else (-2, 106)
+def entropy(points: Sequence[tuple[float, float]], collapsed: Sequence[float]) -> "Figure":
+    """points: (epoch, per cent of the maximal entropy). collapsed: the epochs in which it was."""
     figure = new_figure(9, 3.2)
     axes = figure.subplots()
     axes.axhline(100, color="grey", linestyle="--", label="uniformly random")
-    if limit and not zoomed:
-        axes.axhline(limit, color=COLOURS[5], linestyle=":", label="collapse")
-    axes.plot(*zip(*points, strict=True), color=COLOURS[0], marker="o" if len(points) < 3 else None, label="policies")
+    _plot(axes, *zip(*points, strict=True), color=COLOURS[0], label="policies")
     if collapsed:
         axes.plot(collapsed, [0] * len(collapsed), "|", color=FAVOURED, markersize=14, label="collapsed")
-    axes.set(xlabel="epoch", ylabel="entropy (% of its maximum)", ylim=bounds)
-    axes.grid(alpha=0.3)
+    lowest = min(value for _, value in points)  # on the whole axis a few per cent could not be seen
+    axes.set(xlabel="epoch", ylabel="entropy (% of its maximum)", ylim=(min(95, lowest - 2), 101))
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return figure
 
 
-def loss_spread(rows: Sequence[tuple[float, float, float, float, float]]) -> "Figure":
-    """rows: epoch, loss of the easiest policy, mean, loss of the hardest, standard deviation."""
-    epochs, low, mean, high, deviation = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
-    figure = new_figure(9, 5)
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    marker = "o" if len(rows) < 3 else None
-    above.fill_between(epochs, low, high, color=COLOURS[4], alpha=0.4, linewidth=0, label="easiest to hardest policy")
-    above.plot(epochs, mean, color=COLOURS[0], marker=marker, label="mean of the policies")
-    above.set(ylabel="network's loss (nats)")
-    above.legend(frameon=False)
-    below.plot(epochs, deviation, color=COLOURS[5], marker=marker)
-    below.set(xlabel="epoch", ylabel="std of the policies'\nlosses (nats)")
-    below.set_ylim(bottom=0)
-    for axes in (above, below):
-        axes.grid(alpha=0.3)
+def loss_spread(rows: Sequence[tuple[float, float, float, float]]) -> "Figure":
+    """rows: epoch, loss of the easiest policy, mean, loss of the hardest."""
+    epochs, low, mean, high = np.array(rows).T
+    figure = new_figure(9, 3.2)
+    axes = figure.subplots()
+    axes.fill_between(epochs, low, high, color=COLOURS[4], alpha=0.4, linewidth=0, label="easiest to hardest policy")
+    _plot(axes, epochs, mean, color=COLOURS[0], label="mean of the policies")
+    axes.set(xlabel="epoch", ylabel="network's loss (nats)")
+    axes.legend(frameon=False)
     return figure
 
 
 def rows_of_images(rows: Sequence[tuple[str, Tensor]]) -> "Figure":
     """Rows of images, uint8 (N, C, H, W), each below its caption."""
     columns = len(rows[0][1])
-    wrapped = [textwrap.wrap(caption, 150) for caption, _ in rows]
+    wrapped = [textwrap.wrap(caption, 18 * columns) for caption, _ in rows]
     heights = [1.25 + 0.2 * len(lines) for lines in wrapped]
     figure = new_figure(1.25 * columns, sum(heights), layout=None)
     top = 1.0
@@ -159,29 +136,8 @@ def rows_of_images(rows: Sequence[tuple[str, Tensor]]) -> "Figure":
     return figure
 
 
-def operations(rows: Sequence[tuple[str, Sequence[str], Tensor]], levels: Sequence[int]) -> "Figure":
-    """A row for each operation: its name, and for each level a caption and an image, uint8 (L, C, H, W)."""
-    figure = new_figure(1.3 * len(levels) + 1.4, 1.22 * len(rows))
-    grid = figure.subplots(len(rows), len(levels), squeeze=False)
-    for axes_of_row, (name, captions, images_LCHW) in zip(grid, rows, strict=True):
-        for axes, caption, image_CHW in zip(axes_of_row, captions, images_LCHW, strict=True):
-            axes.imshow(image_CHW.permute(1, 2, 0).numpy(), interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-            axes.set_title(caption, size=7.5, pad=2)
-        axes_of_row[0].set_ylabel(name, rotation=0, ha="right", va="center", size=9)
-    for axes, level in zip(grid[-1], levels, strict=True):
-        axes.set_xlabel(f"level {level}")
-    return figure
-
-
-def heat_map(
-    percent: Sequence[Sequence[float]],
-    names: Sequence[str],
-    levels: int,
-    neutral: Sequence[float | None],
-    chance: tuple[float, float, float],
-) -> "Figure":
-    """Of each operation and level the share, in per cent; a ring at the neutral level.
+def heat_map(percent: Sequence[Sequence[float]], names: Sequence[str], chance: tuple[float, float, float]) -> "Figure":
+    """Of each operation and level the share, in per cent.
 
     chance: the lowest, the uniform and the highest share that chance explains; shares between them are white.
     """
@@ -195,16 +151,49 @@ def heat_map(
     norm = TwoSlopeNorm(uniform, 0, max(2 * uniform, values.max()))
     image = axes.imshow(np.where(inside, uniform, values), cmap="RdBu_r", norm=norm, aspect="auto")
     axes.set_yticks(range(len(names)), names)
-    axes.set_xticks(range(0, levels, -(-levels // 20)))
     axes.set(xlabel="level", ylabel="operation")
-    if levels <= 12:
+    if values.shape[1] <= 12:
         for (row, column), value in np.ndenumerate(values):
             far = abs(norm(value) - 0.5) > 0.35
             ink = "#888888" if inside[row, column] else "white" if far else "black"
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, size=8)
-    marked = [(level, row) for row, level in enumerate(neutral) if level is not None]
-    if marked:
-        at, rows = np.array(marked).T
-        axes.scatter(at, rows + 0.32, s=22, facecolors="none", edgecolors="#333333", linewidths=1.1)
     figure.colorbar(image, label="share of all operations (%)", format="%.2g")
+    return figure
+
+
+def errors(by_arm: ByArm) -> "Figure":
+    """Every run as a dot, runs of one seed joined by a line, means as bars."""
+    figure = new_figure(7.5, 1.2 + 0.42 * len(by_arm))
+    axes, arms = figure.subplots(), list(by_arm)
+    for number, seed in enumerate(sorted({seed for of_arm in by_arm.values() for seed in of_arm})):
+        points = [(100 * by_arm[arm][seed]["error"], row) for row, arm in enumerate(arms) if seed in by_arm[arm]]
+        style = {**line_style(number), "marker": "o", "linewidth": 0.5, "markersize": 5}
+        axes.plot(*zip(*points, strict=True), **style, label=f"seed {seed}")
+    means = [100 * np.mean([one["error"] for one in of_arm.values()]) for of_arm in by_arm.values()]
+    axes.scatter(means, range(len(arms)), marker="|", s=400, color="black", linewidth=2.5, zorder=3, label="mean")
+    axes.set_yticks(range(len(arms)), arms)
+    axes.invert_yaxis()
+    axes.set(xlabel="test error (%), lower is better")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return figure
+
+
+def entropies(by_arm: ByArm) -> "Figure | None":
+    """The policies' entropy, mean and range over the seeds; None where no policy is sampled."""
+    shown = {arm: [one["entropy"] for one in of_arm.values()] for arm, of_arm in by_arm.items()}
+    shown = {arm: curves for arm, curves in shown.items() if all(curves)}
+    if not shown:
+        return None
+    figure = new_figure(7.5, 4)
+    axes = figure.subplots()
+    for number, (arm, curves) in enumerate(shown.items()):
+        percent = 100 * np.array(list(zip(*curves, strict=True)))  # a row for each time, a column for each seed
+        share = 100 * np.arange(1, len(percent) + 1) / len(percent)
+        style = line_style(number)
+        axes.plot(share, percent.mean(1), **style, label=arm)
+        axes.fill_between(share, percent.min(1), percent.max(1), color=style["color"], alpha=0.12, linewidth=0)
+    axes.set(xlabel="share of the training (%)", ylabel="entropy of a policy\n(% of its maximum)", ylim=(0, 104))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return figure

@@ -40,25 +40,22 @@ class Section(NamedTuple):
 
 def write_page(sections: Sequence[Section], folder: Path) -> Path:
     """Write report.html and the PNGs into `folder`; returns the page's path. Raises UserError where it cannot."""
-    parts = []
-    for number, (title, content, images) in enumerate(sections):
-        embedded = "".join(_embedded(image, folder, number) for image in images)
-        parts.append(f'<h2 id="part{number}">{html.escape(title)}</h2>\n{content}\n{embedded}')
-    links = (f'<a href="#part{n}">{html.escape(section.title)}</a>' for n, section in enumerate(sections))
+    links, body = [], []
+    for number, section in enumerate(sections):
+        title = html.escape(section.title)
+        links.append(f'<a href="#part{number}">{title}</a>')
+        body.append(f'<h2 id="part{number}">{title}</h2>\n{section.content}\n')
+        for image in section.images:
+            buffer = io.BytesIO()
+            image.figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+            data, heading = buffer.getvalue(), html.escape(image.title)
+            write_atomically(folder / f"{number}_{image.name}.png", lambda path, data=data: path.write_bytes(data))
+            tag = f'<img alt="{heading}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+            caption = f"<figcaption>{html.escape(image.caption)}</figcaption>"
+            body.append(f"<figure><h3>{heading}</h3>{tag}{caption}</figure>\n")
     page = folder / "report.html"
-    write_text(page, PAGE.format(style=STYLE, contents="\n".join(links), body="\n".join(parts)))
+    write_text(page, PAGE.format(style=STYLE, contents="\n".join(links), body="".join(body)))
     return page
-
-
-def _embedded(image: ReportImage, folder: Path, number: int) -> str:
-    """Write an image's PNG and return its HTML."""
-    buffer = io.BytesIO()
-    image.figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    data = buffer.getvalue()
-    write_atomically(folder / f"{number}_{image.name}.png", lambda path: path.write_bytes(data))
-    tag = f'<img alt="{html.escape(image.title)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
-    caption = f"<figcaption>{html.escape(image.caption)}</figcaption>"
-    return f"<figure><h3>{html.escape(image.title)}</h3>{tag}{caption}</figure>\n"
 
 
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

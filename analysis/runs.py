@@ -1,7 +1,4 @@
-"""Read run directories: what a run recorded, and what its policies favour now.
-
-Shape suffixes: R intervals, P policies, Q sub-policies, K operations of one, D operations drawn.
-"""
+"""Read run directories: what a run recorded, and what its policies favour now."""
 
 import json
 import math
@@ -9,13 +6,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from augmentations import OPS, row_of
+from augmentations import OPS
 from config import Config, load_config
 from policies.learned import read_controller
-from policies.preferences import Preference, favoured, verdict
-from policies.recorded import recorded
+from policies.preferences import favoured, verdict
 from utils import UserError, has_shape, keyed_generator, printable, warn
 
 SAMPLED = 2000  # policies sampled from a controller to see what it favours
@@ -23,8 +19,7 @@ RECENT = 20  # last intervals that are counted where no controller can be read
 NUMBER = (int, float)
 METRICS = {"epoch": int, "step": int, "train_loss": NUMBER, "train_top1": NUMBER}
 INTERVAL = {
-    "step": int, "policies": list, "losses": [NUMBER], "entropy": NUMBER, "loss_spread": NUMBER,
-    "collapsed": (str, type(None)),
+    "step": int, "policies": [[[[(str, int)]]]], "losses": [NUMBER], "entropy": NUMBER, "collapsed": (str, type(None)),
 }  # fmt: skip
 
 
@@ -39,15 +34,9 @@ class RunRecord:
     seconds: float
 
     @property
-    def name(self) -> str:
-        return printable(self.directory.resolve().name, 80)
-
-    @property
     def has_policies(self) -> bool:
         """Whether operations are recorded: not for policy "none", nor for policies drawn for each image."""
-        return bool(self.intervals) and any(
-            subpolicy for policy in self.intervals[-1]["policies"] for subpolicy in policy
-        )
+        return bool(drawn_pairs(self.intervals[-1:]))
 
     @property
     def ops(self) -> list[str]:
@@ -80,10 +69,10 @@ class RunRecord:
         return sum(one["collapsed"] is not None for one in self.intervals)
 
     @property
-    def final_accuracy(self) -> float | None:
-        """The last one measured on held-out or test images, 0..1; None where nothing was scored yet."""
-        scores = [held_out_accuracy(one) for one in self.metrics]
-        return next((score for score in reversed(scores) if score is not None), None)
+    def held_out(self) -> list[tuple[int, float]]:
+        """(epoch, accuracy in 0..1) on held-out or test images, of the epochs in which it was measured."""
+        scores = [(one["epoch"], one.get("valid_top1", one.get("test_top1"))) for one in self.metrics]
+        return [(epoch, score) for epoch, score in scores if score is not None]
 
     def epochs(self, intervals: Sequence[Mapping[str, Any]]) -> list[float]:
         """Where intervals end, in epochs."""
@@ -91,65 +80,41 @@ class RunRecord:
         return [interval["step"] / steps_per_epoch for interval in intervals]
 
 
-class Draws(NamedTuple):
-    """Operations and levels that a run's policies hold now: (operation, level) pairs counted, and how they were got."""
-
-    pairs: Counter
-    ops: list[str]
-    levels: int
-    origin: str
-
-    @property
-    def total(self) -> int:
-        return self.pairs.total()
-
-    @property
-    def op_counts(self) -> dict[str, int]:
-        return {name: sum(self.pairs[name, level] for level in range(self.levels)) for name in self.ops}
-
-    @property
-    def level_counts(self) -> dict[str, int]:
-        return {f"level {level}": sum(self.pairs[name, level] for name in self.ops) for level in range(self.levels)}
-
-
-def held_out_accuracy(epoch: Mapping[str, Any]) -> float | None:
-    return epoch.get("valid_top1", epoch.get("test_top1"))
-
-
 def read_run(directory: Path) -> RunRecord:
     """Raises UserError for a directory that is not a run's, and for a run that has not finished an epoch."""
     if not (directory / "config.yaml").exists():
         raise UserError(f"{directory}: is not the directory of a run (config.yaml is missing); name one below logs/")
     config = load_config(directory / "config.yaml", {})
-    metrics = _read_lines(directory / "metrics.jsonl", METRICS)
+    metrics = read_lines(directory / "metrics.jsonl", METRICS)
     if not metrics:
         raise UserError(f"{directory}: has not finished an epoch yet; there is nothing to show")
-    intervals = _read_lines(directory / "policies.jsonl", INTERVAL)
-    for interval in intervals:
-        if interval["policies"]:  # the list is empty where policies are drawn for each image
-            recorded([interval], directory / "policies.jsonl")
-    times = _read_lines(directory / "times.jsonl", {})
+    times = read_lines(directory / "times.jsonl")
     seconds = sum(one.get("train_seconds", 0.0) + one.get("other_seconds", 0.0) for one in times)
-    return RunRecord(directory, config, metrics, intervals, seconds)
+    return RunRecord(directory, config, metrics, read_lines(directory / "policies.jsonl", INTERVAL), seconds)
 
 
-def _read_lines(path: Path, shape: dict[str, Any]) -> list[dict[str, Any]]:
-    """Records of a jsonl file. An incomplete last line, which a run may be writing, is ignored."""
+def read_lines(path: Path, shape: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """Records of a jsonl file, none if it is missing. An incomplete last line, which a run may be writing, is ignored.
+
+    Raises UserError where a record does not have this shape.
+    """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         records = [json.loads(line) for line in lines]
     except (OSError, ValueError, RecursionError):
-        raise UserError(f"{path}: is damaged; restore it from a copy") from None
-    if not has_shape(records, [shape]):
-        raise UserError(f"{path}: was written by another version of main.py, or is damaged")
+        records = None
+    if not has_shape(records, [shape or {}]):
+        raise UserError(
+            f"{path}: is damaged, or was written by another version; restore it from a copy or move it away"
+        )
     return records
 
 
 def run_names(runs: Sequence[RunRecord]) -> list[str]:
     """The names of their directories, with the folder above where two are equal."""
-    names = [run.name for run in runs]
-    above = [printable(run.directory.resolve().parent.name, 80) for run in runs]
-    return [f"{a}/{name}" if names.count(name) > 1 else name for a, name in zip(above, names, strict=True)]
+    parts = [run.directory.resolve().parts for run in runs]
+    names = [path[-1] for path in parts]
+    return [printable("/".join(path[-2:] if names.count(path[-1]) > 1 else path[-1:]), 80) for path in parts]
 
 
 def drawn_pairs(intervals: Iterable[Mapping[str, Any]]) -> list[tuple[str, int]]:
@@ -162,47 +127,50 @@ def drawn_pairs(intervals: Iterable[Mapping[str, Any]]) -> list[tuple[str, int]]
     return pairs
 
 
-def final_draws(run: RunRecord) -> Draws:
-    """What the controller draws now, sampled from it; where none can be read, what was drawn last."""
+def draw_counts(pairs: Iterable[tuple[str, int]], run: RunRecord, kind: str) -> dict[str, int]:
+    """How often each of the "operations" or of the "levels" was drawn, those never drawn included."""
+    if kind == "operations":
+        counted = Counter(name for name, _ in pairs)
+        return {name: counted[name] for name in run.ops}
+    counted = Counter(level for _, level in pairs)
+    return {f"level {level}": counted[level] for level in range(run.levels)}
+
+
+def final_draws(run: RunRecord) -> tuple[list[tuple[str, int]], str]:
+    """What the controller draws now, sampled from it; where none can be read, what was drawn last. And which it is."""
     if (run.directory / "model.pt").exists() and run.config.policy == "controller":
         try:
-            controller, ops, levels = read_controller(run.directory)
+            controller, ops, _ = read_controller(run.directory)
         except UserError as error:
             warn(str(error))
         else:
             decisions = controller.sample(SAMPLED, keyed_generator("report", "beliefs"))
             drawn = zip(decisions.op_MQK.flatten().tolist(), decisions.level_MQK.flatten().tolist(), strict=True)
-            pairs = Counter((ops[op], level) for op, level in drawn)
-            origin = f"in {SAMPLED:,} policies ({pairs.total():,} operations) sampled from the controller as it is now"
-            return Draws(pairs, sorted(ops, key=row_of), levels, origin)
-    pairs = Counter(drawn_pairs(run.intervals[-RECENT:]))
-    count = min(RECENT, len(run.intervals))
-    origin = f"in the {pairs.total():,} operations of the last {count} intervals"
-    return Draws(pairs, run.ops, run.levels, origin)
+            pairs = [(ops[op], level) for op, level in drawn]
+            return (
+                pairs,
+                f"in {SAMPLED:,} policies ({len(pairs):,} operations) sampled from the controller as it is now",
+            )
+    pairs = drawn_pairs(run.intervals[-RECENT:])
+    return pairs, f"in the {len(pairs):,} operations of the last {min(RECENT, len(run.intervals))} intervals"
 
 
 def run_verdict(run: RunRecord) -> str:
     """What the run's policies did, in one or two sentences."""
+    policy = run.config.policy
     if not run.has_policies:
-        how = "It uses no policies" if run.config.policy == "none" else "Its operations are drawn for each image"
+        how = "It uses no policies" if policy == "none" else "Its operations are drawn for each image"
         return f"{how}: there are no preferences to look for."
-    draws = final_draws(run)
-    if run.config.policy == "controller":
-        text = verdict(run.entropy_share or 0.0, draws.op_counts)
+    counts = draw_counts(final_draws(run)[0], run, "operations")
+    if policy == "controller":
+        text = verdict(run.entropy_share or 0.0, counts)
         if run.collapsed_intervals:
             text += f" It was collapsed in {run.collapsed_intervals} of {len(run.intervals)} intervals."
         return text
-    found = favoured(draws.op_counts)
-    kind = "uniformly random" if run.config.policy == "random" else f"taken from {run.config.policy} policies"
-    named = preferences_text(found)
-    by_chance = " (chance alone causes this in one of twenty runs)" if found and run.config.policy == "random" else ""
-    return f"The policies are {kind}: {named or 'no operation is drawn more often than chance explains'}{by_chance}."
-
-
-def preferences_text(found: Sequence[Preference], most: int = 5) -> str:
-    """Favoured choices with their shares; empty where there are none."""
-    if not found:
-        return ""
-    named = ", ".join(f"{one.name} ({100 * one.share:.1f} %)" for one in found[:most])
-    more = f" and {len(found) - most} more" if len(found) > most else ""
-    return f"more often than chance ({100 * found[0].chance:.2f} %) explains: {named}{more}"
+    says = "no operation is drawn more often than chance explains"
+    if found := favoured(counts):
+        named = ", ".join(f"{one.name} ({100 * one.share:.1f} %)" for one in found)
+        says = f"more often than chance ({100 * found[0].chance:.2f} %) explains: {named}"
+        says += " (chance alone causes this in one of twenty runs)" * (policy == "random")
+    kind = "uniformly random" if policy == "random" else f"taken from {policy} policies"
+    return f"The policies are {kind}: {says}."

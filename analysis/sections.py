@@ -6,25 +6,15 @@ Shape suffixes: N images, P policies, Q sub-policies, K operations of one; H, W,
 import dataclasses
 import html
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from analysis import figures
 from analysis.page import ReportImage, Section, html_table
-from analysis.runs import (
-    Draws,
-    RunRecord,
-    drawn_pairs,
-    final_draws,
-    held_out_accuracy,
-    preferences_text,
-    run_names,
-    run_verdict,
-)
-from augmentations import OPS, apply, apply_op, row_of
+from analysis.runs import RunRecord, draw_counts, drawn_pairs, final_draws, run_names, run_verdict
+from augmentations import OPS, Op, apply, apply_op
 from config import Config, plain_values
 from policies.preferences import chance_range, favoured
 from policies.recorded import RecordedPolicies, recorded
@@ -47,10 +37,6 @@ between single runs may be chance: <code>experiments.py</code> compares over sev
 LEVELS = """<p>Levels are numbered from 0. The highest is not the strongest for every operation: some change nothing
 there, some in the middle. ± means that the sign is drawn for each image. With a number of levels other than ten, the
 first and the last level have the magnitudes given here.</p>"""
-WHAT_CHANCE_DOES = (
-    "Grey: the range that holds uniformly random shares with a probability of 95 % (exact binomial, {draws} draws per "
-    "point; about one point in twenty lies outside by chance alone). Dotted: the uniform share, {chance:.2f} %. "
-)
 
 
 def summary(runs: Sequence[RunRecord]) -> Section:
@@ -60,48 +46,46 @@ def summary(runs: Sequence[RunRecord]) -> Section:
         f'<p class="verdict"><b>{html.escape(name)}</b>: {html.escape(run_verdict(run))}</p>\n'
         for run, name in zip(runs, names, strict=True)
     )
-    header = ("run", "policy", "M", "epochs", "train accuracy", "final accuracy", "final error", "entropy", "collapsed")
-    rows = [(name, *_summary_row(run)) for run, name in zip(runs, names, strict=True)]
-    text += html_table((*header, "time"), rows)
-    text += "<p>Final accuracy and error: on held-out or test images. Entropy: of the policies, as a share of its "
-    text += "maximum, in the last interval.</p>"
-    if differing := settings_that_differ(runs):
-        text += "<p>Settings in which the runs differ:</p>" + html_table(("setting", *names), differing)
+    header = ("run", "policy", "M", "epochs", "train accuracy", "final accuracy", "entropy", "collapsed", "time")
+    text += html_table(header, [(name, *_summary_row(run)) for run, name in zip(runs, names, strict=True)])
+    text += (
+        "<p>Final accuracy: on held-out or test images. Entropy: of the policies, as a share of its maximum, in the "
+    )
+    text += "last interval. Collapsed: share of the intervals.</p>"
+    values = [plain_values(run.config) for run in runs]
+    differing = [key for key in values[0] if any(of_run[key] != values[0][key] for of_run in values)]
+    if differing:
+        rows = [(key, *(printable(str(of_run[key]), 100) for of_run in values)) for key in differing]
+        text += "<p>Settings in which the runs differ:</p>" + html_table(("setting", *names), rows)
     return Section("Verdict", text + EXPLANATION, [])
 
 
 def _summary_row(run: RunRecord) -> tuple[str, ...]:
-    last, score, entropy = run.metrics[-1], run.final_accuracy, run.entropy_share
-    collapsed = f"{run.collapsed_intervals} of {len(run.intervals)} intervals" if run.collapsed_intervals else "no"
+    def percent(share: float | None) -> str:
+        return "-" if share is None else f"{100 * share:.2f} %"
+
+    last, held_out = run.metrics[-1], run.held_out
     return (
         run.config.policy + (", reward: teacher" if run.config.has_teacher else ""),
         str(run.config.M),
         f"{last['epoch']} of {run.config.epochs}",
-        f"{100 * last['train_top1']:.2f} %",
-        "-" if score is None else f"{100 * score:.2f} %",
-        "-" if score is None else f"{100 - 100 * score:.2f} %",
-        "-" if entropy is None else f"{100 * entropy:.1f} %",
-        collapsed if run.config.policy == "controller" else "-",
+        percent(last["train_top1"]),
+        percent(held_out[-1][1] if held_out else None),
+        percent(run.entropy_share),
+        percent(run.collapsed_intervals / len(run.intervals) if run.config.policy == "controller" else None),
         duration(run.seconds),
     )
 
 
-def settings_that_differ(runs: Sequence[RunRecord]) -> list[tuple[str, ...]]:
-    values = [plain_values(run.config) for run in runs]
-    return [
-        (name, *(printable(str(of_run[name]), 100) for of_run in values))
-        for name in values[0]
-        if any(of_run[name] != values[0][name] for of_run in values)
-    ]
-
-
 def curves(runs: Sequence[RunRecord]) -> Section:
-    of_runs = []
-    for run, name in zip(runs, run_names(runs), strict=True):
-        scored = [(one["epoch"], held_out_accuracy(one)) for one in run.metrics]
-        held_out = [(epoch, 100 * score) for epoch, score in scored if score is not None]
-        train = [(one["epoch"], 100 * one["train_top1"], one["train_loss"]) for one in run.metrics]
-        of_runs.append(figures.Curve(name, train, held_out))
+    of_runs = {
+        name: (
+            [(one["epoch"], one["train_loss"]) for one in run.metrics],
+            [(one["epoch"], 100 * one["train_top1"]) for one in run.metrics],
+            [(epoch, 100 * accuracy) for epoch, accuracy in run.held_out],
+        )
+        for run, name in zip(runs, run_names(runs), strict=True)
+    }
     caption = (
         "Left and middle: loss and accuracy on the augmented training images; hard policies keep the accuracy low even "
         "for a good network. Right: the accuracy on held-out or test images without augmentation; this is what counts."
@@ -114,88 +98,66 @@ def policies(run: RunRecord, name: str, dataroot: str | None) -> Section:
     text = f"{config.model} on {config.dataset}, policy: {config.policy}, M = {config.M}."
     if done < config.epochs:
         text += f" The run is not finished: {done} of {config.epochs} epochs are done."
-    if run.intervals and not run.has_policies:
-        text += " It uses no policies, or operations drawn for each image: there is no policy to show."
-    return Section(f"Policies of {name}", f"<p>{html.escape(text)}</p>", _policy_images(run, dataroot))
-
-
-def _policy_images(run: RunRecord, dataroot: str | None) -> Iterator[ReportImage]:
-    if not run.intervals:
-        return
-    if run.maximal_entropy:
-        yield entropy(run)
+    images = []
+    if run.intervals and run.maximal_entropy:
+        images.append(entropy(run))
     if run.has_policies:
-        draws = final_draws(run)
-        yield from shares(run, draws)
-        yield preferences_now(run, draws)
-    yield loss_spread(run)
+        pairs, origin = final_draws(run)
+        images += [shares(run, pairs, "operations"), shares(run, pairs, "levels"), preferences_now(run, pairs, origin)]
+    elif run.intervals:
+        text += " It uses no policies, or operations drawn for each image: there is no policy to show."
+    if run.intervals:
+        images.append(loss_spread(run))
     if run.has_policies and len(run.intervals[-1]["losses"]) > 1:
-        yield extremes(run, dataroot)
+        images.append(extremes(run, dataroot))
+    return Section(f"Policies of {name}", f"<p>{html.escape(text)}</p>", images)
 
 
 def entropy(run: RunRecord) -> ReportImage:
     epochs, maximum = run.epochs(run.intervals), run.maximal_entropy
     points = [(epoch, 100 * one["entropy"] / maximum) for epoch, one in zip(epochs, run.intervals, strict=True)]
     collapsed = [epoch for epoch, one in zip(epochs, run.intervals, strict=True) if one["collapsed"]]
-    limit = 100 * run.config.collapse_entropy
     caption = (
         f"The mean entropy of a policy as a share of its maximum ({maximum:.2f} nats): 100 % if every choice is "
-        f"uniformly random, 0 if one policy is left. Collapse is reported below {limit:.0f} %, or when one "
-        "operation takes more than half of all draws"
+        f"uniformly random, 0 if one policy is left. Collapse is reported below {100 * run.config.collapse_entropy:.0f}"
+        f" %, or when one operation takes more than half of all draws: in {len(collapsed)} of {len(points)} intervals."
     )
-    caption += f": in {len(collapsed)} of {len(points)} intervals (red)." if collapsed else "; this did not happen."
-    figure = figures.entropy(points, limit, collapsed)
-    return ReportImage("entropy", "How undecided is the adversary?", figure, caption)
+    return ReportImage("entropy", "How undecided is the adversary?", figures.entropy(points, collapsed), caption)
 
 
-def shares(run: RunRecord, draws: Draws) -> Iterator[ReportImage]:
-    """Shares of operations and of levels over the epochs, each beside what chance alone would give."""
+def shares(run: RunRecord, pairs: Sequence[tuple[str, int]], kind: str) -> ReportImage:
+    """Shares of the "operations" or of the "levels" over the epochs, beside what chance alone would give."""
     groups = figures.binned(run.intervals, figures.MOST_SHARES)
-    epochs = [run.epochs(group)[-1] for group in groups]
-    subjects = (
-        ("operations", "Shares of the operations", run.ops, 0, draws.op_counts),
-        ("levels", "Shares of the levels", list(range(run.levels)), 1, draws.level_counts),
-    )
-    for name, title, keys, place, counts in subjects:
-        share_KT, draws_T = share_of(groups, keys, place)
-        found = favoured(counts)
-        panels = [str(key) if place == 0 else f"level {key}" for key in keys]
-        chance_T = [chance_range(count, len(keys)) for count in draws_T]
-        figure = figures.share_panels(epochs, panels, share_KT, chance_T, {one.name for one in found})
-        together = f" A point is the mean of {len(groups[0])} intervals." if len(groups[0]) > 1 else ""
-        caption = WHAT_CHANCE_DOES.format(draws=draws_T[0], chance=100 / max(1, len(keys))) + together
-        now = preferences_text(found)
-        caption += f" Now drawn {now} (red)." if now else f" None of the {name} differs from chance now."
-        if place == 1:
-            caption += " What a level does depends on the operation: see the last section."
-        yield ReportImage(name, title, figure, caption)
-
-
-def share_of(
-    groups: Sequence[Sequence[Mapping[str, Any]]], keys: Sequence[Any], place: int
-) -> tuple[list[list[float]], list[int]]:
-    """The share of each key, an operation (place 0) or a level (1), in each group of intervals; each group's draws."""
-    counted = [Counter(pair[place] for pair in drawn_pairs(group)) for group in groups]
-    draws = [counts.total() for counts in counted]
-    return [[counts[key] / max(1, counts.total()) for counts in counted] for key in keys], draws
-
-
-def preferences_now(run: RunRecord, draws: Draws) -> ReportImage:
-    """The share of every operation at every level, where it differs from chance."""
-    table_OL = [[draws.pairs[name, level] for level in range(draws.levels)] for name in draws.ops]
-    cells = len(draws.ops) * draws.levels
-    low, high = chance_range(draws.total, cells, comparisons=cells)
-    percent = (100 * torch.tensor(table_OL, dtype=torch.float64) / max(1, draws.total)).tolist()
-    neutral = [neutral_level(name, draws.levels) for name in draws.ops]
-    outside = sum(not low <= count / max(1, draws.total) <= high for row in table_OL for count in row)
+    counts_T = [draw_counts(drawn_pairs(group), run, kind) for group in groups]
+    found = [one.name for one in favoured(draw_counts(pairs, run, kind))]
     caption = (
-        f"How often each operation is drawn at each level {draws.origin}, in per cent. White: the uniform share, "
-        f"{100 / cells:.2f} %, and everything that chance explains, {100 * low:.2f} to {100 * high:.2f} % (exact "
+        "Grey: the range that holds uniformly random shares with a probability of 95 % (exact binomial, "
+        f"{sum(counts_T[0].values())} draws per point; about one point in twenty lies outside by chance alone). "
+        f"Dotted: the uniform share, {100 / max(1, len(counts_T[0])):.2f} %. "
+    )
+    if len(groups[0]) > 1:
+        caption += f"A point is the mean of {len(groups[0])} intervals. "
+    if found:
+        caption += f"Now drawn more often than chance explains (red): {', '.join(found)}."
+    else:
+        caption += f"None of the {kind} differs from chance now."
+    figure = figures.share_panels([run.epochs(group)[-1] for group in groups], counts_T, found)
+    return ReportImage(kind, f"Shares of the {kind}", figure, caption)
+
+
+def preferences_now(run: RunRecord, pairs: Sequence[tuple[str, int]], origin: str) -> ReportImage:
+    """The share of every operation at every level, where it differs from chance."""
+    counted, draws, cells = Counter(pairs), max(1, len(pairs)), len(run.ops) * run.levels
+    percent_OL = [[100 * counted[name, level] / draws for level in range(run.levels)] for name in run.ops]
+    low, high = (100 * bound for bound in chance_range(len(pairs), cells, comparisons=cells))
+    outside = sum(not low <= percent <= high for row in percent_OL for percent in row)
+    caption = (
+        f"How often each operation is drawn at each level {origin}, in per cent. White: the uniform share, "
+        f"{100 / cells:.2f} %, and everything that chance explains, {low:.2f} to {high:.2f} % (exact "
         f"binomial range, Bonferroni over the {cells} cells, 5 % in all): "
     )
     caption += f"{outside} cells differ from chance." if outside else "no cell differs from chance."
-    caption += " A ring marks the level at which an operation changes nothing."
-    figure = figures.heat_map(percent, draws.ops, draws.levels, neutral, (100 * low, 100 / cells, 100 * high))
+    figure = figures.heat_map(percent_OL, run.ops, (low, 100 / cells, high))
     return ReportImage("preferences", "What is drawn now, by operation and level", figure, caption)
 
 
@@ -203,12 +165,12 @@ def loss_spread(run: RunRecord) -> ReportImage:
     rows = []
     for group in figures.binned(run.intervals):
         losses = torch.tensor([one["losses"] for one in group], dtype=torch.float64)
-        deviation = sum(one["loss_spread"] for one in group) / len(group)
-        rows.append((run.epochs(group)[-1], losses.amin(1).mean(), losses.mean(), losses.amax(1).mean(), deviation))
+        means = (losses.amin(1).mean(), losses.mean(), losses.amax(1).mean())
+        rows.append((run.epochs(group)[-1], *(mean.item() for mean in means)))
     caption = (
         "The adversary's reward: the network's mean loss under each of the M policies of an interval. Band: from the "
-        "easiest to the hardest policy; line: their mean. Below: their standard deviation. If it is no larger than in "
-        "a run with policy=none, where only chance makes a difference, there is nothing to learn from."
+        "easiest to the hardest policy; line: their mean. If the band is no wider than in a run with policy=none, "
+        "where only chance makes a difference, there is nothing to learn from."
     )
     return ReportImage("spread", "Do policies differ in difficulty?", figures.loss_spread(rows), caption)
 
@@ -253,7 +215,7 @@ def some_images(config: Config, dataroot: str | None) -> tuple[Tensor, str]:
 
 
 def operations(run: RunRecord, dataroot: str | None) -> Section:
-    """Every operation at five of ten levels, on one image, and a table of what levels mean."""
+    """Every operation at five of ten levels, on one image, and what its levels mean."""
     images_NCHW, origin = some_images(run.config, dataroot)
     count, rows = len(GALLERY_LEVELS), []
     for op in OPS:
@@ -262,31 +224,21 @@ def operations(run: RunRecord, dataroot: str | None) -> Section:
         partner_LCHW = images_NCHW[1:2].expand(count, -1, -1, -1)
         needs = {"partner": partner_LCHW, "centre": torch.full((count, 2), 0.5, dtype=torch.float64)}
         extra = {op.needs: needs[op.needs]} if op.needs else {}
-        captions = ["" if op.low is None else f"{strength:.3g}" for strength in strength_L.tolist()]
-        rows.append((op.name, captions, apply_op(image_LCHW, op.name, strength_L, **extra)))
+        rows.append((operation_caption(op), apply_op(image_LCHW, op.name, strength_L, **extra)))
     caption = (
-        f"Every operation at five levels on one of {origin}; above each image its magnitude, for signed operations the "
-        "positive one. Operations without a magnitude do the same at every level."
+        f"Every operation at the levels {', '.join(map(str, GALLERY_LEVELS))} of ten on one of {origin}, signed "
+        "operations with the positive sign."
     )
-    image = ReportImage("operations", "Gallery", figures.operations(rows, GALLERY_LEVELS), caption)
-    return Section("What operations and levels do", LEVELS + levels_table(), [image])
+    image = ReportImage("operations", "Gallery", figures.rows_of_images(rows), caption)
+    return Section("What operations and levels do", LEVELS, [image])
 
 
-def levels_table() -> str:
-    """The magnitudes of levels, for the default ten."""
-    rows = []
-    for op in OPS:
-        if op.low is None:
-            rows.append((op.name, "-", "-", "-", "has no strength"))
-            continue
-        level = neutral_level(op.name, 10)
-        changes_nothing = "-" if level is None else f"{level:g}" if level == int(level) else "between 4 and 5"
-        sign = "±" if op.signed else ""
-        rows.append((op.name, f"{sign}{op.low:g}", f"{sign}{op.high:g}", changes_nothing, op.unit))
-    return html_table(("operation", "level 0", "level 9", "changes nothing at level", "unit"), rows)
-
-
-def neutral_level(name: str, levels: int) -> float | None:
-    """The level, possibly between two, at which an operation changes nothing."""
-    op = OPS[row_of(name)]
-    return None if op.neutral is None else (op.neutral - op.low) / (op.high - op.low) * (levels - 1)
+def operation_caption(op: Op) -> str:
+    """The magnitudes of the first and the last of ten levels, and the level that changes nothing."""
+    if op.low is None:
+        return f"{op.name}: the same at every level"
+    sign = "±" if op.signed else ""
+    text = f"{op.name}: {sign}{op.low:g} to {sign}{op.high:g} {op.unit}"
+    if op.neutral is None:
+        return text
+    return f"{text}, no change at level {9 * (op.neutral - op.low) / (op.high - op.low):g}"

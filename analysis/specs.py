@@ -1,21 +1,4 @@
-"""An experiment as a file (confs/experiments/NAME.yaml): its arms and sizes, checked, and the runs to be made.
-
-question: Do learned policies beat random ones at the same cost?
-arms:                                       # by name, the settings in which they differ
-  random: {policy: random}
-  advaa: {policy: controller}
-  transfer: {policy: frozen, policy_from: "@advaa"}       # the run of that arm with the same seed
-labels: {advaa: as in the paper}            # of arms, for the summary; optional
-compare: [[advaa, random]]
-sizes:
-  tiny:
-    conf: confs/demo.yaml                   # an arm may name another
-    seeds: [0, 1, 2]
-    set: {epochs: 6}                        # settings of all arms
-    arms: {random: {M: 1}}                  # settings of an arm at this size only
-    note: Embedded shapes.                  # what the numbers can be compared with
-    ranks: false                            # too small to say which arm is better; default: true
-"""
+"""An experiment as a file, checked, and the runs to be made. docs/experiments.md describes the format."""
 
 import json
 import re
@@ -25,26 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import Config, can_be_a_path, changed_settings, load_config, parse_overrides, read_yaml
-from utils import UserError, did_you_mean, has_shape, printable, short_repr
+from config import Config, changed_settings, find_conf, load_config, parse_overrides, read_yaml
+from utils import UserError, did_you_mean, has_shape, short_repr
 
 SCRIPTS = Path(__file__).resolve().parent.parent
 FOLDER = SCRIPTS / "confs" / "experiments"
 SIZES = ("tiny", "small", "full")
-SHAPE = {"question": str, "arms": dict, "compare": [list], "sizes": dict}
-SIZE_SHAPE = {"conf": str, "seeds": [int], "note": str}
-MAY_HAVE, MAY_BE = {"set": {}, "arms": {}, "ranks": True}, {"set": dict, "arms": dict, "ranks": bool}
-KEYS, SIZE_KEYS = {*SHAPE, "labels"}, {*SIZE_SHAPE, "set", "arms", "ranks"}
+SHAPE = {"question": str, "arms": dict, "compare": [[str]], "sizes": dict, "labels": dict}
+SIZE_SHAPE = {"conf": str, "seeds": [int], "note": str, "set": dict, "arms": dict, "ranks": bool}
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """An experiment at one of its sizes.
-
-    arms: by name, the settings in which it differs. compare: pairs of arms. note: what its numbers can be compared
-    with. ranks: False where it is too small to say which arm is better, however many seeds there are. overrides:
-    settings of all arms, "setting=value", that replace the file's.
-    """
+    """An experiment at one of its sizes. overrides: "setting=value" for all arms, instead of the file's."""
 
     name: str
     question: str
@@ -54,10 +30,10 @@ class Experiment:
     settings: dict[str, Any]
     arms: dict[str, dict[str, Any]]
     labels: dict[str, str]
-    compare: tuple[tuple[str, str], ...]
+    compare: Sequence[Sequence[str]]
     note: str
     ranks: bool
-    overrides: tuple[str, ...] = ()
+    overrides: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -75,10 +51,6 @@ class PlannedRun:
     @property
     def name(self) -> str:
         return self.directory.name
-
-    def epochs_done(self) -> int:
-        log = self.directory / "metrics.jsonl"
-        return log.read_bytes().count(b"\n") if log.exists() else 0
 
     def is_trained(self) -> bool:
         """Whether the last epoch's checkpoint, which is written last, exists."""
@@ -98,8 +70,11 @@ class PlannedRun:
             return "done"
         if self.is_trained():
             return "trained, not scored"
-        started = (self.directory / "config.yaml").exists()
-        return f"stopped after {self.epochs_done()} of {self.config.epochs} epochs" if started else "missing"
+        if not (self.directory / "config.yaml").exists():
+            return "missing"
+        log = self.directory / "metrics.jsonl"
+        done = log.read_bytes().count(b"\n") if log.exists() else 0
+        return f"stopped after {done} of {self.config.epochs} epochs"
 
     def commands(self, launcher: Sequence[str], options: Sequence[str]) -> list[list[str]]:
         """The commands that are still to be run."""
@@ -118,25 +93,41 @@ def load_experiment(
     name: str, size: str, seeds: Sequence[int] | None = None, overrides: Sequence[str] = ()
 ) -> Experiment:
     """confs/experiments/NAME.yaml, or the file of that name, at one of its sizes. Raises UserError."""
-    path = _find_file(name)
-    content = read_yaml(path)
-    _check_file(path, content, size)
+    path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
+    if not path.exists():
+        known = experiment_names()
+        raise UserError(f"{short_repr(name)}: unknown experiment{did_you_mean(path.stem, known)} ({', '.join(known)})")
+    content = {"labels": {}, **read_yaml(path)}
+    _check(path, content, SHAPE, "labels is")
+    if size not in content["sizes"]:
+        raise UserError(f"{path}: has no size {size}; it has {', '.join(map(str, content['sizes']))}")
     of_size = content["sizes"][size]
-    own = of_size.get("arms", {})
-    _check_arms(path, content, size, own)
+    if isinstance(of_size, dict):
+        of_size = {"set": {}, "arms": {}, "ranks": True, **of_size}
+    _check(f"{path}: size {size}", of_size, SIZE_SHAPE, "set, arms and ranks are")
+    if not are_seeds(of_size["seeds"]):
+        raise UserError(f"{path}: size {size}: seeds: must be different whole numbers, 0 or above")
+    arms, own = content["arms"], of_size["arms"]
+    for arm, settings in (*arms.items(), *own.items()):
+        if not re.fullmatch(r"\w{1,60}", str(arm)) or not isinstance(settings, dict) or arm not in arms:
+            raise UserError(
+                f"{path}: arm {short_repr(arm)}: needs a name of letters and digits, listed in arms, and settings"
+            )
+    if not all(len(pair) == 2 and set(pair) <= set(arms) for pair in content["compare"]):
+        raise UserError(f"{path}: compare: every entry must be a pair of arms")
     return Experiment(
         path.stem,
         content["question"],
         size,
         of_size["conf"],
         tuple(seeds or of_size["seeds"]),
-        dict(of_size.get("set", {})),
-        {arm: {**settings, **own.get(arm, {})} for arm, settings in content["arms"].items()},
-        {str(arm): str(label) for arm, label in content.get("labels", {}).items()},
-        tuple((first, second) for first, second in content["compare"]),
+        of_size["set"],
+        {arm: {**settings, **own.get(arm, {})} for arm, settings in arms.items()},
+        content["labels"],
+        content["compare"],
         of_size["note"],
-        of_size.get("ranks", True),
-        tuple(overrides),
+        of_size["ranks"],
+        overrides,
     )
 
 
@@ -144,54 +135,12 @@ def experiment_names() -> list[str]:
     return sorted(file.stem for file in FOLDER.glob("*.yaml"))
 
 
-def _find_file(name: str) -> Path:
-    path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
-    if path.exists():
-        return path
-    if name.endswith(".yaml") and (FOLDER / path.name).exists():
-        raise UserError(f"{printable(name)}: was not found; write {path.stem}, or confs/experiments/{path.name}")
-    known = experiment_names()
-    raise UserError(f"{short_repr(name)}: unknown experiment{did_you_mean(name, known)} ({', '.join(known)})")
-
-
-def _check_file(path: Path, content: Any, size: str) -> None:
-    if not has_shape(content, SHAPE) or not content["arms"]:
-        raise UserError(f"{path}: needs {', '.join(SHAPE)}; confs/experiments/controls.yaml is an example")
-    if "words" in content:
-        raise UserError(f"{path}: the key 'words' is now called 'labels'")
-    if unknown := sorted(map(str, set(content) - KEYS)):
-        raise UserError(f"{path}: unknown key {short_repr(unknown[0])}{did_you_mean(unknown[0], KEYS)}")
-    if size not in content["sizes"]:
-        raise UserError(f"{path}: has no size {size}; it has {', '.join(map(str, content['sizes']))}")
-    of_size = content["sizes"][size]
-    if not has_shape(of_size, SIZE_SHAPE) or set(of_size) - SIZE_KEYS or not has_shape({**MAY_HAVE, **of_size}, MAY_BE):
-        raise UserError(f"{path}: size {size}: needs {', '.join(SIZE_SHAPE)}; set, arms and ranks are optional")
-    if not are_seeds(of_size["seeds"]):
-        seeds = short_repr(of_size["seeds"])
-        raise UserError(f"{path}: size {size}: seeds: {seeds} must be different whole numbers, 0 or above")
-
-
-def _check_arms(path: Path, content: dict[str, Any], size: str, own: dict[str, Any]) -> None:
-    arms = content["arms"]
-    if not has_shape(content.get("labels", {}), dict):
-        raise UserError(f"{path}: labels: must map arms to texts")
-    for arm, settings in (*arms.items(), *own.items()):
-        if not isinstance(arm, str) or not re.fullmatch(r"\w{1,60}", arm) or not has_shape(settings, dict):
-            raise UserError(
-                f"{path}: arm {short_repr(arm)}: needs a name of letters and digits, and a mapping of settings"
-            )
-        if arm not in arms:
-            raise UserError(f"{path}: size {size}: there is no arm {short_repr(arm)}{did_you_mean(arm, arms)}")
-    for pair in content["compare"]:
-        if len(pair) != 2 or not has_shape(pair, [str]) or not set(pair) <= set(arms):
-            raise UserError(f"{path}: compare: every entry must be a pair of arms")
-
-
-def find_conf(conf: Any, where: str) -> Path:
-    """A conf file named in an experiment: in the working directory or else in the project's directory."""
-    if not isinstance(conf, str) or not can_be_a_path(conf) or len(conf) > 250:
-        raise UserError(f"{where}: conf: {short_repr(conf)} is not a file name")
-    return Path(conf) if Path(conf).exists() else SCRIPTS / conf
+def _check(where: str | Path, content: Any, shape: dict[str, Any], optional: str) -> None:
+    """Raises UserError where a part of the file does not have this shape, or has another key."""
+    if not has_shape(content, shape):
+        raise UserError(f"{where}: needs {', '.join(shape)} ({optional} optional), as in confs/experiments/")
+    if unknown := sorted(map(str, set(content) - set(shape))):
+        raise UserError(f"{where}: unknown key {short_repr(unknown[0])}{did_you_mean(unknown[0], shape)}")
 
 
 def are_seeds(seeds: Sequence[int]) -> bool:
@@ -210,7 +159,7 @@ def runs_of(experiment: Experiment, logdir: Path) -> Iterator[PlannedRun]:
         for number, (arm, own) in enumerate(experiment.arms.items()):
             settings = {**experiment.settings, **own, **overrides}
             where = f"experiment {experiment.name}, {experiment.size}, arm {arm}"
-            conf = find_conf(settings.pop("conf", experiment.conf), where)
+            conf = find_conf(str(settings.pop("conf", experiment.conf)))
             source = None
             if str(settings.get("policy_from")).startswith("@"):
                 name = settings["policy_from"][1:]

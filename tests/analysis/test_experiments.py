@@ -21,8 +21,8 @@ import experiments
 import main
 import training.exit as exits
 from analysis import summaries
+from analysis.runs import read_lines
 from analysis.specs import FOLDER, SIZES, load_experiment, runs_of
-from analysis.summaries import read_records
 from evaluation import weights
 from evaluation.results import read_results
 from utils import UserError
@@ -167,7 +167,7 @@ def test_runs_are_made_scored_and_summarised_once(experiment, in_process, tmp_pa
     assert all(run.is_scored() for run in runs)
     assert len(in_process) == 2 * len(runs)
     folder = tmp_path / "results" / name
-    records = read_records(folder / "runs.jsonl")
+    records = read_lines(folder / "runs.jsonl")
     assert [(record["arm"], record["seed"]) for record in records] == [(a, s) for a in one.arms for s in (0, 1)]
     for record in records:
         (run,) = (run for run in runs if (run.arm, run.seed) == (record["arm"], record["seed"]))
@@ -242,7 +242,7 @@ def test_other_seeds_and_other_sizes_are_kept(finished, tmp_path):
     summary = (results / "summary.md").read_text()
     (results / "summary.md").write_text(f"{summary}\n## small\n\nas it was\n")
     assert finished("--seeds", 1).status == 0
-    records = read_records(results / "runs.jsonl")
+    records = read_lines(results / "runs.jsonl")
     assert records[0]["size"] == "small"
     assert [record["seed"] for record in records[1:]] == [0, 1] * 2
     summary = (results / "summary.md").read_text()
@@ -254,7 +254,7 @@ def test_figures_are_drawn_with_matplotlib(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(summaries, "has_matplotlib", lambda: True)
     assert finished("--seeds", 0, 1).status == 0
     figures = tmp_path / "results" / "mine" / "figures"
-    assert {path.name for path in figures.iterdir()} == {f"tiny_{n}.png" for n in ("errors", "differences", "entropy")}
+    assert {path.name for path in figures.iterdir()} == {f"tiny_{n}.png" for n in ("errors", "entropy")}
     summary = (tmp_path / "results" / "mine" / "summary.md").read_text()
     assert all(f"(figures/{path.name})" in summary for path in figures.iterdir())
 
@@ -266,26 +266,20 @@ def in_tiny(**changes):
 BAD = [
     ({"question": 1}, "needs question, arms, compare, sizes"),
     ({"arm": {}}, "unknown key 'arm'; did you mean arms?"),
-    ({"words": {}}, "the key 'words' is now called 'labels'"),
-    ({"labels": ["a"]}, "labels: must map arms to texts"),
+    ({"labels": ["a"]}, "needs question, arms"),
     ({"sizes": {"small": {}}}, "has no size tiny; it has small"),
     ({"sizes": {"tiny": {"conf": "confs/demo.yaml"}}}, "size tiny: needs conf, seeds, note"),
-    (in_tiny(seeds=[]), "seeds: [] must be different whole numbers"),
-    (in_tiny(seeds=[1, 1]), "seeds: [1, 1] must be different whole numbers"),
-    (in_tiny(seeds=[True]), "seeds: [True] must be different"),
+    (in_tiny(seeds=[]), "seeds: must be different whole numbers"),
+    (in_tiny(seeds=[1, 1]), "seeds: must be different whole numbers"),
+    (in_tiny(seeds=[True]), "seeds: must be different whole numbers"),
     (in_tiny(set=["lr"]), "set, arms and ranks are optional"),
-    (in_tiny(arms=3), "set, arms and ranks are optional"),
-    (in_tiny(ranks="no"), "set, arms and ranks are optional"),
     ({"arms": {"a b": {}}}, "arm 'a b': needs a name of letters and digits"),
-    ({"arms": {"a": 5}}, "arm 'a': needs a name of letters and digits, and a mapping of settings"),
-    ({"arms": {False: {}, "b": {}}}, "arm False: needs a name of letters and digits"),
+    ({"arms": {"a": 5}}, "arm 'a': needs a name of letters and digits"),
     ({"compare": [["a", "c"]]}, "compare: every entry must be a pair of arms"),
     ({"arms": {"a": {"polcy": "none"}, "b": {}}}, "arm a: unknown setting 'polcy'; did you mean policy?"),
     ({"arms": {"a": {"lr": -1}, "b": {}}}, "arm a: lr: -1.0 must be above 0"),
     ({"arms": {"a": {"policy": "frozen", "policy_from": "@b"}, "b": {}}}, "arm a: @b is not an earlier arm"),
-    ({"arms": {"a": {"conf": 5}, "b": {}}}, "conf: 5 is not a file name"),
-    ({"arms": {"a": {"conf": "a\0b"}, "b": {}}}, "conf: 'a\\x00b' is not a file name"),
-    ({"arms": {"a": {"conf": "x" * 5000}, "b": {}}}, "is not a file name"),
+    ({"arms": {"a": {"conf": 5}, "b": {}}}, "5: there is no such conf file"),
     ({"arms": {"a": {"conf": "confs/none.yaml"}, "b": {}}}, "confs/none.yaml"),
 ]
 
@@ -302,7 +296,7 @@ def test_an_invalid_file_is_refused_before_anything_runs(experiment, tmp_path, c
     ("arguments", "message"),
     [
         (("control",), "unknown experiment; did you mean controls? (M, collapse, controls"),
-        (("experiments/controls.yaml",), "was not found; write controls, or confs/experiments/controls.yaml"),
+        (("experiments/controls.yaml",), "unknown experiment; did you mean controls?"),
         (("controls", "--seeds", "1", "1"), "must be different numbers"),
         (("controls", "--jobs", "0"), "--jobs: 0 must be at least 1"),
         (("controls", "--sice", "tiny"), "did you mean --size?"),
@@ -325,7 +319,7 @@ def test_a_run_with_other_settings_is_refused(finished, tmp_path):
 def test_epochs_without_the_end_of_an_interval_have_no_entropy(mine, in_process, tmp_path):
     """An epoch has four steps here, an interval six."""
     assert mine("--set", "policy_interval=6").status == 0
-    source, _ = read_records(tmp_path / "results" / "mine" / "runs.jsonl")
+    source, _ = read_lines(tmp_path / "results" / "mine" / "runs.jsonl")
     metrics = lines(tmp_path / "logs" / "mine-tiny" / "source_0" / "metrics.jsonl")
     assert ["entropy" in one for one in metrics] == [False, True]
     assert len(source["entropy"]) == len(source["loss_spread"]) == 1
@@ -333,10 +327,10 @@ def test_epochs_without_the_end_of_an_interval_have_no_entropy(mine, in_process,
 
 def test_results_are_dropped_with_their_source(finished, tmp_path):
     results = tmp_path / "results" / "mine" / "runs.jsonl"
-    changed = [record | ({"settings": {}} if record["arm"] == "source" else {}) for record in read_records(results)]
+    changed = [record | ({"settings": {}} if record["arm"] == "source" else {}) for record in read_lines(results)]
     results.write_text("".join(json.dumps(record) + "\n" for record in changed))
     assert finished("--seeds", 1).status == 0
-    assert [(record["arm"], record["seed"]) for record in read_records(results)] == [("source", 1), ("frozen", 1)]
+    assert [(record["arm"], record["seed"]) for record in read_lines(results)] == [("source", 1), ("frozen", 1)]
 
 
 @pytest.fixture
@@ -356,7 +350,7 @@ def test_finished_runs_are_summarised_if_another_fails(mine, in_process, tmp_pat
     done = mine()
     assert_refused(done, "frozen_0: main.py failed with status 2", "use another", "frozen_0.log")
     assert "summary.md (1 of 2 runs)" in done.out
-    assert [record["arm"] for record in read_records(tmp_path / "results" / "mine" / "runs.jsonl")] == ["source"]
+    assert [record["arm"] for record in read_lines(tmp_path / "results" / "mine" / "runs.jsonl")] == ["source"]
 
 
 def test_an_interrupted_repetition_keeps_earlier_results(finished, tmp_path, frozen_fails):
@@ -370,18 +364,16 @@ def test_an_interrupted_repetition_keeps_earlier_results(finished, tmp_path, fro
     assert "frozen_0: main.py failed with status 2" in done.err
     assert kept.read_bytes() == before
     shutil.rmtree(tmp_path / "logs")
-    records = read_records(kept)
+    records = read_lines(kept)
     assert finished("--seeds", 0).status == 2
-    assert identities(read_records(kept)) == identities(records)
+    assert identities(read_lines(kept)) == identities(records)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"), [("{", "cannot be read"), ('{"size": "tiny"}\n', "was not written by experiments.py")]
-)
-def test_damaged_results_are_not_overwritten(finished, tmp_path, text, message):
+@pytest.mark.parametrize("text", ["{\n", '{"size": "tiny"}\n'])
+def test_damaged_results_are_not_overwritten(finished, tmp_path, text):
     kept = tmp_path / "results" / "mine" / "runs.jsonl"
     kept.write_text(text)
-    assert_refused(finished(), "runs.jsonl", message)
+    assert_refused(finished(), "runs.jsonl: is damaged")
     assert kept.read_text() == text
 
 

@@ -1,6 +1,7 @@
 """The report: the numbers behind it, what the page says and contains, and what it refuses."""
 
 import base64
+import dataclasses
 import json
 import re
 import shutil
@@ -12,7 +13,7 @@ from conftest import LITTLE, TINY, assert_refused, lines, little_network
 
 import main
 from analysis import figures, sections
-from analysis.runs import final_draws, read_run, run_names, run_verdict
+from analysis.runs import draw_counts, drawn_pairs, final_draws, read_run, run_names, run_verdict
 from augmentations import OPS
 from utils import UserError, load_tensors, save_tensors
 
@@ -70,17 +71,13 @@ def with_biases(run, ops, levels):
 
 
 def test_shares_are_counted_over_groups_of_intervals(little):
-    run = little("run")
-    intervals = lines(run / "policies.jsonl")
-    for place, keys in ((0, ["Rotate", "Solarize", "Color"]), (1, [0, 1, 2, 3])):
-        shares, draws = sections.share_of([intervals], keys, place)
-        counted = Counter(pair[place] for pair in pairs_of(run))
-        assert draws == [counted.total()]
-        assert [share for (share,) in shares] == pytest.approx([counted[key] / counted.total() for key in keys])
-    alone, _ = sections.share_of([intervals[:1], intervals[1:2]], [0, 1, 2, 3], 1)
-    assert [sum(column) for column in zip(*alone, strict=True)] == pytest.approx([1, 1])
-    _, draws = sections.share_of([[intervals[0], intervals[0]]], [0, 1, 2, 3], 1)
-    assert draws == [len(pairs_of(run)) / len(intervals)], "policies that are kept for two intervals are drawn once"
+    directory = little("run")
+    run, pairs = read_run(directory), pairs_of(directory)
+    operations, levels = (draw_counts(drawn_pairs(run.intervals), run, kind) for kind in ("operations", "levels"))
+    assert operations == {key: Counter(name for name, _ in pairs)[key] for key in ("Rotate", "Solarize", "Color")}
+    assert levels == {f"level {key}": Counter(level for _, level in pairs)[key] for key in range(4)}
+    twice = drawn_pairs([run.intervals[0], run.intervals[0]])
+    assert len(twice) == len(pairs) / len(run.intervals), "policies that are kept for two intervals are drawn once"
 
 
 @pytest.mark.parametrize("count", [1, 7, 120, 121, 12_345])
@@ -92,18 +89,19 @@ def test_many_intervals_are_grouped(count):
 
 
 def test_final_draws_have_the_controllers_probabilities(little):
-    run = little("run")
-    ops, levels = torch.tensor([0.0, 1.5, -1.0]), torch.tensor([0.5, 0.0, 2.0, -3.0])
-    with_biases(run, ops, levels)
-    draws = final_draws(read_run(run))
-    assert (draws.ops, draws.levels) == (["Rotate", "Solarize", "Color"], 4)
-    assert [draws.op_counts[name] / draws.total for name in draws.ops] == pytest.approx(ops.softmax(0), abs=0.02)
-    assert [count / draws.total for count in draws.level_counts.values()] == pytest.approx(levels.softmax(0), abs=0.02)
-    assert "sampled from the controller as it is now" in draws.origin
-    (run / "model.pt").unlink()
-    draws = final_draws(read_run(run))
-    assert draws.pairs == Counter(pairs_of(run)), "without a controller, the last records"
-    assert "of the last 6 intervals" in draws.origin
+    directory = little("run")
+    run = read_run(directory)
+    logits = {"operations": torch.tensor([0.0, 1.5, -1.0]), "levels": torch.tensor([0.5, 0.0, 2.0, -3.0])}
+    with_biases(directory, *logits.values())
+    pairs, origin = final_draws(run)
+    for kind, of_kind in logits.items():
+        shares = [count / len(pairs) for count in draw_counts(pairs, run, kind).values()]
+        assert shares == pytest.approx(of_kind.softmax(0), abs=0.02)
+    assert "sampled from the controller as it is now" in origin
+    (directory / "model.pt").unlink()
+    pairs, origin = final_draws(run)
+    assert pairs == pairs_of(directory), "without a controller, the last records"
+    assert "of the last 6 intervals" in origin
 
 
 def test_a_moved_controller_is_named_with_what_it_favours(little):
@@ -129,15 +127,16 @@ def test_random_policies_differ_from_chance_in_nothing(little):
     assert run_verdict(run) == (
         "The policies are uniformly random: no operation is drawn more often than chance explains."
     )
-    draws = final_draws(run)
-    captions = [image.caption for image in (*sections.shares(run, draws), sections.preferences_now(run, draws))]
+    pairs, origin = final_draws(run)
+    images = [sections.shares(run, pairs, kind) for kind in ("operations", "levels")]
+    captions = [image.caption for image in (*images, sections.preferences_now(run, pairs, origin))]
     assert "None of the operations differs from chance now." in captions[0]
     assert "None of the levels differs from chance now." in captions[1]
     assert "no cell differs from chance" in captions[2]
 
 
 def test_the_heat_map_shows_cells_inside_chance_as_the_uniform_share():
-    figure = figures.heat_map([[20.0, 26.0], [24.0, 30.0]], ["a", "b"], 2, [None, 0.0], (22.0, 25.0, 28.0))
+    figure = figures.heat_map([[20.0, 26.0], [24.0, 30.0]], ["a", "b"], (22.0, 25.0, 28.0))
     image = figure.axes[0].images[0]
     assert image.get_array().tolist() == [[20.0, 25.0], [25.0, 30.0]]
     assert image.cmap(image.norm(25.0))[:3] == pytest.approx((0.97, 0.97, 0.97), abs=0.01)
@@ -163,31 +162,27 @@ def test_the_extremes_are_those_by_loss(little, monkeypatch):
 def test_missing_images_are_replaced_by_shapes(little, tmp_path):
     config = read_run(little("run")).config
     assert sections.some_images(config, None)[1] == "the run's training images"
-    elsewhere = sections.dataclasses.replace(config, dataset="cifar10", dataroot=str(tmp_path / "none"))
+    elsewhere = dataclasses.replace(config, dataset="cifar10", dataroot=str(tmp_path / "none"))
     images, origin = sections.some_images(elsewhere, None)
     assert images.shape == (8, 3, 32, 32)
     assert "embedded shapes, because cifar10 was not found" in origin
     assert not (tmp_path / "none").exists(), "nothing is fetched"
 
 
-def test_the_table_of_levels():
-    table = sections.levels_table()
-    assert all(f"<td>{op.name}</td>" in table for op in OPS)
-    assert "<td>Rotate</td><td>±0</td><td>±30</td><td>0</td><td>degrees</td>" in table
-    assert "<td>Solarize</td><td>0</td><td>256</td><td>9</td><td>threshold</td>" in table
-    assert "<td>Color</td><td>0.1</td><td>1.9</td><td>between 4 and 5</td>" in table
-    for op in OPS:
-        level = sections.neutral_level(op.name, 10)
-        if level is not None and level == int(level):
-            assert op.magnitude(int(level)) == op.neutral
+def test_the_gallery_says_what_levels_mean():
+    captions = {op.name: sections.operation_caption(op) for op in OPS}
+    assert captions["Rotate"] == "Rotate: ±0 to ±30 degrees, no change at level 0"
+    assert captions["Solarize"] == "Solarize: 0 to 256 threshold, no change at level 9"
+    assert captions["Color"] == "Color: 0.1 to 1.9 factor, no change at level 4.5"
+    assert captions["Invert"] == "Invert: the same at every level"
 
 
 def test_long_and_wide_figures_can_be_drawn():
-    curve = figures.Curve("run", [(1, 20.0, 2.0), (2, 30.0, 1.5), (3, 40.0, 1.0)], [(3, 35.0)])
+    points = [(1, 20.0), (2, 30.0), (3, 40.0)]
     made = [
-        figures.curves([curve._replace(name=f"run {n}") for n in range(10)]),
-        figures.share_panels([1], [f"level {n}" for n in range(30)], [[1 / 30]] * 30, [(0.0, 0.1)], {"level 2"}),
-        figures.entropy([(1, 80.0), (2, 10.0)], 25.0, [2.0]),
+        figures.curves({f"run {n}": (points, points, points[:1]) for n in range(10)}),
+        figures.share_panels([1], [{f"level {n}": 1 for n in range(30)}], {"level 2"}),
+        figures.entropy([(1, 80.0), (2, 10.0)], [2.0]),
     ]
     for figure in made:
         figure.canvas.draw()
@@ -266,7 +261,7 @@ def test_an_unfinished_run_and_a_long_one_can_be_shown(little, page):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("metrics.jsonl", "{}\n", "metrics.jsonl: was written by another version"),
+        ("metrics.jsonl", "{}\n", "metrics.jsonl: is damaged"),
         ("metrics.jsonl", "{\n", "metrics.jsonl: is damaged"),
         ("metrics.jsonl", "", "has not finished an epoch yet"),
         ("config.yaml", None, "is not the directory of a run"),
@@ -286,6 +281,6 @@ def test_without_matplotlib_it_says_what_to_install(script, tmp_path, monkeypatc
 
 def test_damaged_policies_are_refused(little):
     run = little("run")
-    with_records(run, lambda record: record | {"policies": [[[["Rotat", 1]]]] * 2})
-    with pytest.raises(UserError, match="'Rotat' is no operation; did you mean Rotate"):
+    with_records(run, lambda record: record | {"policies": [[["Rotate", 1]]] * 2})
+    with pytest.raises(UserError, match="policies.jsonl: is damaged"):
         read_run(run)

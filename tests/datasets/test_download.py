@@ -110,11 +110,7 @@ def wait_until(true):
     pytest.fail("does not happen")
 
 
-STEPS = [
-    (tarfile.TarFile, "makefile"),
-    (shutil, "rmtree"),
-    *((Path, name) for name in ("replace", "unlink", "mkdir", "touch")),
-]
+STEPS = [(tarfile.TarFile, "makefile"), (shutil, "rmtree"), (Path, "replace"), (Path, "unlink"), (Path, "mkdir")]
 
 
 def killed_before_step(number, function):
@@ -186,14 +182,18 @@ def test_an_earlier_download_is_resumed(server, tmp_path, how, left, sent):
     assert names(tmp_path) == ["file.bin"]
 
 
-def test_a_closed_connection_is_resumed(server, tmp_path, pauses, capsys):
-    server.script = ["cut"] * 3
-    assert Downloads().fetch(server.remote, tmp_path).read_bytes() == CONTENT
-    assert server.ranges[:3] == [None, f"bytes={HALF}-", f"bytes={HALF + HALF // 2}-"]
+def test_temporary_errors_are_tried_again_three_times(server, tmp_path, pauses, capsys):
+    server.script = ["cut", 429, 503]
+    assert Downloads().fetch(server.remote, tmp_path / "well").read_bytes() == CONTENT
+    assert server.ranges == [None, *[f"bytes={HALF}-"] * 3]
     assert server.sent == len(CONTENT)
     assert pauses == [1, 4, 16]
     expected = f"the connection was closed after {HALF} of {len(CONTENT)} bytes; trying again in 1 s"
     assert expected in capsys.readouterr().err
+    server.script = ["cut", 500, 500, 500]
+    with assert_refused("Error 500: Internal Server Error"):
+        Downloads().fetch(server.remote, tmp_path)
+    assert (tmp_path / "file.bin.part").read_bytes() == CONTENT[:HALF]
 
 
 def test_a_stalled_connection_is_resumed(server, tmp_path, monkeypatch):
@@ -203,21 +203,17 @@ def test_a_stalled_connection_is_resumed(server, tmp_path, monkeypatch):
     assert server.ranges[:2] == [None, f"bytes={HALF}-"]
 
 
-@pytest.mark.parametrize("left", [b"x" * 1000, b"x" * len(CONTENT)])
-def test_the_part_of_another_file_is_removed(server, tmp_path, left):
+@pytest.mark.parametrize(
+    ("left", "how", "fault"),
+    [(b"", "a page", "6 bytes instead of 50000"), *((b"x" * n, "wrongly", MD5) for n in (0, 1000, len(CONTENT)))],
+)
+def test_wrong_content_is_removed(server, tmp_path, left, how, fault):
+    server.script = [how]
     (tmp_path / "file.bin.part").write_bytes(left)
-    with assert_refused("the downloaded file has md5 ", "was removed; try again\ndownload "):
+    with assert_refused(f"{server.remote.url}: the downloaded file has ", fault, "was removed; try again\ndownload "):
         Downloads().fetch(server.remote, tmp_path)
     assert names(tmp_path) == []
     assert Downloads().fetch(server.remote, tmp_path).read_bytes() == CONTENT
-
-
-@pytest.mark.parametrize(("how", "fault"), [("a page", "6 bytes instead of 50000"), ("wrongly", f"instead of {MD5}")])
-def test_wrong_content_is_removed(server, tmp_path, how, fault):
-    server.script = [how]
-    with assert_refused(f"{server.remote.url}: the downloaded file has ", fault):
-        Downloads().fetch(server.remote, tmp_path)
-    assert names(tmp_path) == []
 
 
 def test_a_refusal_is_not_tried_again(server, tmp_path, pauses):
@@ -226,16 +222,6 @@ def test_a_refusal_is_not_tried_again(server, tmp_path, pauses):
         Downloads().fetch(server.remote, tmp_path)
     assert len(server.ranges) == 1
     assert pauses == []
-
-
-def test_temporary_errors_are_tried_again_three_times(server, tmp_path, pauses):
-    server.script = [500, 429, 503]
-    assert Downloads().fetch(server.remote, tmp_path / "well").read_bytes() == CONTENT
-    assert pauses == [1, 4, 16]
-    server.script = ["cut", 500, 500, 500]
-    with assert_refused("Error 500: Internal Server Error"):
-        Downloads().fetch(server.remote, tmp_path)
-    assert (tmp_path / "file.bin.part").read_bytes() == CONTENT[:HALF]
 
 
 def unknown_host(*_, **__):
@@ -387,10 +373,7 @@ MALICIOUS = {
     "absolute name here": [("{root}/outside", b"x")],
     "name that goes through above": [("a/../../outside", b"x")],
     "folder above": [("../outside", None)],
-    "symbolic link": [("a", tarfile.SYMTYPE, "../outside")],
-    "hard link": [("b", b"x"), ("a", tarfile.LNKTYPE, "b")],
     "file through a link": [("a", tarfile.SYMTYPE, ".."), ("a/outside", b"x")],
-    "device": [("a", tarfile.CHRTYPE, "")],
     "pipe": [("a", tarfile.FIFOTYPE, "")],
     "sparse file": [("a", tarfile.GNUTYPE_SPARSE, "")],
     "too deep": [("a/" * 3000 + "x", b"x")],

@@ -282,5 +282,5 @@ def test_without_matplotlib_it_says_what_to_install(script, tmp_path, monkeypatc
 def test_damaged_policies_are_refused(little):
     run = little("run")
     with_records(run, lambda record: record | {"policies": [[["Rotate", 1]]] * 2})
-    with pytest.raises(UserError, match="policies.jsonl: is damaged"):
+    with pytest.raises(UserError, match=r"policies.jsonl: is damaged"):
         read_run(run)

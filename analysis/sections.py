@@ -72,7 +72,11 @@ def _summary_row(run: RunRecord) -> tuple[str, ...]:
         percent(last["train_top1"]),
         percent(held_out[-1][1] if held_out else None),
         percent(run.entropy_share),
-        percent(run.collapsed_intervals / len(run.intervals) if run.config.policy == "controller" else None),
+        percent(
+            run.collapsed_intervals / len(run.intervals)
+            if run.intervals and run.config.policy == "controller"
+            else None
+        ),
         duration(run.seconds),
     )
 

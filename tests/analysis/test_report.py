@@ -284,3 +284,11 @@ def test_damaged_policies_are_refused(little):
     with_records(run, lambda record: record | {"policies": [[["Rotate", 1]]] * 2})
     with pytest.raises(UserError, match=r"policies.jsonl: is damaged"):
         read_run(run)
+
+
+def test_a_run_without_a_finished_interval_has_a_report(little, script, tmp_path):
+    run = little("run", "--stop_epoch=1", "policy_interval=1000")
+    assert lines(run / "policies.jsonl") == []
+    done = script("report.py", run, "--output", tmp_path / "page")
+    assert done.status == 0, done.err
+    assert (tmp_path / "page" / "report.html").exists()

@@ -31,6 +31,9 @@ PAPER_OPS = (
 DATASETS = ("shapes", "cifar10", "cifar100", "imagenet", "folder")
 FROM_A_FILE = ("recorded", "frozen")
 PER_IMAGE = ("trivialaugment", "randaugment", "autoaugment_cifar10", "autoaugment_imagenet", "augmix")
+REWARD_LOSSES = ("cross_entropy", "nonsaturating")
+KEEP_BY = ("loss", "weighted", "random", "margin")
+OF_CONTROLLER = ("entropy_floor", "entropy_floor_end")  # refused with another source
 POLICIES = ("controller", "random", "none", *FROM_A_FILE, *PER_IMAGE)
 LONGEST_CONF = 65536  # bytes; a conf with every setting and its documentation has a tenth of that
 LARGEST = 1e9  # number in a conf: far beyond any use, and no arithmetic overflows
@@ -81,7 +84,7 @@ class Config:
     dropout: float = setting(0.0, "dropout probability inside the network's blocks", low=0, high=0.999)
     dataset: str = setting("cifar10", "shapes: embedded; folder: images in class folders", choices=DATASETS)
     dataroot: str = setting("./data", "folder of the data set; CIFAR is downloaded to it", may_change=True)
-    image_size: int = setting(32, "folder: side of the images; imagenet: of random crops (pixels)", low=8, high=16384)
+    image_size: int = setting(32, "shapes, folder: side of the images; imagenet: of crops (pixels)", low=8, high=16384)
     eval_view: tuple[int, ...] = setting((256, 224), "imagenet: shorter side of scaled test images; side of the crop")
     train_size: int | None = setting(None, "train on this many images, balanced over the classes; null: all", low=1)
     valid_size: int = setting(0, "hold out this many training images, balanced over the classes, for the log", low=0)
@@ -106,6 +109,10 @@ class Config:
     policy: str = setting("controller", "source of policies: see docs/policies.md", choices=POLICIES)
     policy_from: str | None = setting(None, "recorded: a file of policies or a run; frozen: a run", may_change=True)
     M: int = setting(8, "policies in use at a time; every image of a batch is seen once per policy", low=1, high=10000)
+    keep: int | None = setting(None, "train on this many of an image's M copies; null: on all", low=1)
+    keep_by: str = setting(
+        "weighted", "keep: largest losses, drawn by loss, at random, largest loss less the teacher's", choices=KEEP_BY
+    )
     Q: int = setting(5, "sub-policies of a policy; every image draws one", low=1, high=1000)
     K: int = setting(2, "operations of a sub-policy, applied in order", low=1, high=1000)
     ops: tuple[str, ...] = setting(PAPER_OPS, "operations that policies may use, by name")
@@ -115,11 +122,20 @@ class Config:
     controller_lr: float = setting(0.00035, "learning rate of the controller (Adam)", above=0)
     entropy_bonus: float = setting(0.00001, "weight of the controller's entropy in its objective", low=0)
     logit_bound: float = setting(0.0, "c > 0 bounds the controller's logits, c * tanh(logits / c); 0: unbounded", low=0)
+    entropy_floor: float = setting(
+        0.0, "least share of its largest entropy that the controller keeps; 1: random policies", low=0, high=1
+    )
+    entropy_floor_end: float | None = setting(
+        None, "the floor at the end of the run, approached linearly; null: it stays", low=0, high=1
+    )
     reward: str = setting(
         "loss", "the network's loss; teacher: less teacher_weight times a teacher's", choices=("loss", "teacher")
     )
     teacher_weight: float = setting(1.0, "lambda, weight of the teacher's loss in the reward", low=0)
     teacher_rate: float = setting(0.999, "share of the averaged teacher that a step keeps", low=0, high=0.9999999)
+    reward_loss: str = setting(
+        "cross_entropy", "of the network in the reward; nonsaturating: log(1 - p_label)", choices=REWARD_LOSSES
+    )
     reward_ema: float = setting(0.0, "moving average of an interval's losses; 0: mean", low=0, high=0.9999999)
     divide_by_std: bool = setting(True, "divide the rewards' distances from their mean by their standard deviation")
     clean_share: float = setting(0.0, "probability that a copy is not given its policy's operations", low=0, high=1)
@@ -177,6 +193,7 @@ class Config:
         small = "is for small images; those of imagenet are cropped as they are read: set it to 0"
         view = len(self.eval_view) == 2 and 8 <= self.eval_view[1] <= self.eval_view[0] <= 16384
         yield can_be_a_path(self.dataroot), "dataroot", "cannot be the name of a folder"
+        yield self.dataset != "shapes" or self.image_size <= 64, "image_size", "is too large for shapes: 8 to 64"
         yield view, "eval_view", "must be two numbers between 8 and 16384, the second not the larger"
         yield self.crop_padding == 0 or not self.cropped_when_read, "crop_padding", small
         for field in ("mean", "std"):
@@ -196,6 +213,13 @@ class Config:
         yield self.jsd == 0 or (mixes and self.M > 1), "jsd", "needs policy: augmix and M of at least 2"
         yield one_crop, "jsd", "compares copies of one crop: set crop_per_copy to false"
         yield not (mixes and self.clean_share), "clean_share", "is not for augmix, which mixes in the clean image"
+        margin = "needs a teacher to compare with; set reward: teacher"
+        learns, floors = self.policy == "controller", (self.entropy_floor, self.entropy_floor_end or 0.0)
+        for field, floor in zip(OF_CONTROLLER, floors, strict=True):
+            yield learns or not floor, field, f"needs policies that learn, policy: controller, not {self.policy}"
+        yield self.keep is None or self.keep <= self.M, "keep", f"is more than the M = {self.M} copies of an image"
+        yield self.keep is None or not self.jsd, "keep", "does not go with jsd, which compares all M copies of an image"
+        yield self.keep_by != "margin" or self.reward == "teacher", "keep_by", margin
         yield bool(self.ops), "ops", "must name at least one operation; for none at all, set policy: none"
         yield len(set(self.ops)) == len(self.ops), "ops", "names an operation twice"
         for name in self.ops:
@@ -219,12 +243,23 @@ class Config:
     @property
     def side(self) -> int:
         """Height and width of the training images as the network sees them, in pixels."""
-        return self.image_size if self.dataset in ("folder", "imagenet") else 32
+        return 32 if self.dataset.startswith("cifar") else self.image_size
 
     @property
     def has_teacher(self) -> bool:
-        """Whether the reward takes a moving average of the network into account."""
-        return self.reward == "teacher" and self.policy == "controller"
+        """Whether a moving average of the network judges the copies: for the reward, or for the selection."""
+        return self.reward == "teacher" and (self.policy == "controller" or (self.selects and self.keep_by == "margin"))
+
+    @property
+    def selects(self) -> bool:
+        """Whether the network is trained on some of an image's copies only."""
+        return self.keep is not None and self.keep < self.M
+
+    @property
+    def passes(self) -> int:
+        """What an image costs in a step: 1 for each copy's forward pass, 3 for a forward and backward pass."""
+        judged = self.M * (self.selects + self.has_teacher)
+        return judged + 3 * (self.keep if self.selects else self.M)
 
     @property
     def fetches_data(self) -> bool:
@@ -253,6 +288,9 @@ def load_config(conf_file: Path | None, overrides: dict[str, tuple[str, Any]]) -
     if conf_file is not None:
         given = {field: (str(conf_file), value) for field, value in read_yaml(conf_file).items()}
     given |= overrides
+    if given.get("policy", (None, "controller"))[1] != "controller" and "policy" in overrides:
+        # A conf's floor is for the conf's own controller.
+        given = {field: value for field, value in given.items() if field not in OF_CONTROLLER or field in overrides}
     types_ = typing.get_type_hints(Config)
     values = {}
     for field, (where, value) in given.items():

@@ -17,10 +17,16 @@ Shape suffixes: M, Q and K as above; D decisions of a policy; C choices of a dec
 controller's list of operations, which may be a subset of `augmentations.OPS`; a level is 0..levels-1.
 """
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+PATHS = 16  # policies that the entropy is measured on; from one to the next it differs by some 0.03 % of its maximum
+TOLERANCE = 1e-4  # above the floor, as a share of the maximal entropy
+ATTEMPTS = 30  # to find a factor; two or three are usual
 
 
 class Decisions(NamedTuple):
@@ -74,6 +80,44 @@ class Controller(nn.Module):
         """Draw M policies (Algorithm 1: generate M policies with the probabilities p_1, ..., p_M)."""
         return self._decide(M, lambda _, probability_MC: probability_MC.multinomial(1, generator=generator).squeeze(1))
 
+    @property
+    def largest_entropy(self) -> float:
+        """Of a policy, in nats: all decisions uniformly random."""
+        return self.Q * self.K * (math.log(self.num_ops) + math.log(self.num_levels))
+
+    @torch.no_grad()
+    def hold_entropy(self, floor: float) -> float:
+        """Keep a policy's entropy at no less than the share `floor` of its maximum, by scaling all logits.
+
+        Where it is lower, the weights and biases of both heads are multiplied by the factor that just reaches it: all
+        probabilities move towards the uniform ones and keep their order. With a floor of 1 the heads become 0.
+
+        Returns the entropy's share of its maximum, by PATHS policies that are sampled with the same random numbers
+        every time. With `logit_bound` it is the logits within tanh that are scaled.
+        """
+        uniform_PD = torch.rand(PATHS, 2 * self.Q * self.K, generator=torch.Generator().manual_seed(0))
+        heads = [*self.op_head.parameters(), *self.level_head.parameters()]
+        full = [parameter.clone() for parameter in heads]
+
+        def scaled(square: float) -> float:
+            for parameter, value in zip(heads, full, strict=True):
+                parameter.copy_(value * math.sqrt(square))
+            return self._decide(PATHS, _by_quantile(uniform_PD)).entropy_M.mean().item() / self.largest_entropy
+
+        if (share := scaled(1.0)) >= floor:
+            return share
+        # What is lacking to the maximum grows about with the square of the factor: interpolate between two of those.
+        (low, above), (high, below) = (0.0, 1.0), (1.0, share)
+        for _ in range(ATTEMPTS if floor < 1 else 0):
+            square = low + (high - low) * (above - floor - TOLERANCE / 2) / (above - below)
+            if (share := scaled(square)) < floor:
+                high, below = square, share
+            else:
+                low, above = square, share
+                if share <= floor + TOLERANCE:
+                    break
+        return scaled(low)
+
     def log_prob(self, op_MQK: Tensor, level_MQK: Tensor) -> tuple[Tensor, Tensor]:
         """log p_m and the entropy for given decisions, (M,) each, with gradient.
 
@@ -83,7 +127,7 @@ class Controller(nn.Module):
         decisions = self._decide(len(given_MD), lambda d, _: given_MD[:, d])
         return decisions.log_prob_M, decisions.entropy_M
 
-    def _decide(self, M: int, choose) -> Decisions:
+    def _decide(self, M: int, choose: Callable[[int, Tensor], Tensor]) -> Decisions:
         """Run the LSTM over the 2 * Q * K decisions; choose(d, probability_MC) returns the d-th choice_M."""
         log_prob_M, entropy_M = torch.zeros(M), torch.zeros(M)
         chosen = []
@@ -103,6 +147,16 @@ class Controller(nn.Module):
             symbol_M = choice_M + (1 if is_op else 1 + self.num_ops)
         op_MQK, level_MQK = torch.stack(chosen, 1).view(M, self.Q, self.K, 2).unbind(-1)
         return Decisions(op_MQK, level_MQK, log_prob_M, entropy_M)
+
+
+def _by_quantile(uniform_MD: Tensor) -> Callable[[int, Tensor], Tensor]:
+    """For `Controller._decide`: the choice at a given quantile, in 0..1, of each decision's distribution."""
+
+    def choose(d: int, probability_MC: Tensor) -> Tensor:
+        passed_MC = probability_MC.cumsum(1)[:, :-1] <= uniform_MD[:, d, None]
+        return passed_MC.sum(1)
+
+    return choose
 
 
 def advantage(reward_M: Tensor, *, divide_by_std: bool = True, eps: float = 1e-5) -> Tensor:

@@ -24,7 +24,6 @@ from contextlib import nullcontext
 from fractions import Fraction
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import (
@@ -42,14 +41,16 @@ from datasets.loading import Data, load_data
 from datasets.splits import Split
 from evaluation.predict import score
 from models import build_model
+from policies.answers import Answers
 from policies.published import augmix_loss
+from policies.selection import chosen_copies
 from training.distributed import World, gradients_synchronised, join
 from training.exit import exit_with_status
 from training.log import closing_message, header, interruption
 from training.manager import RunManager
 from training.rundirectory import check_run_directory, locked_run_directory, write_run_directory
 from training.signals import Stopped
-from training.state import TrainingState, check_support
+from training.state import TrainingState, batch_statistics, check_support
 from utils import CommandLine, choose_kernels, seed_default_generators
 
 
@@ -139,21 +140,29 @@ def train_one_epoch(state: TrainingState, split: Split, manager: RunManager) -> 
 
 
 def take_step(state: TrainingState, micro_batches: MicroBatches, lr: float) -> Tensor:
-    """One step of the network on the mean loss of this step's N * M copies; their losses go to the policies.
+    """One step of the network on the mean loss of this step's copies; the losses of all N * M go to the policies.
 
-    Returns the sum of all losses and the number of correct answers, float64 on the device.
+    Returns the sum of all losses and the number of right answers, float64 on the device.
     """
+    M, draws = state.config.M, state.selection_draws()
     loss_and_correct = torch.zeros(2, dtype=torch.float64, device=state.world.device)
-    losses, teacher_losses = [], []
+    seen, by_teacher = [], []
     state.optimizer.zero_grad(set_to_none=True)
-    for number, (inputs_BCHW, labels_B) in enumerate(micro_batches, start=1):
-        with gradients_synchronised(state.trained, on=number == state.micro_batches):
-            loss_B, correct_B = learn(state, inputs_BCHW, labels_B)
-        loss_and_correct += torch.stack((loss_B.sum(), correct_B.sum()))
-        losses.append(loss_B.view(-1, state.config.M))
+    for number, (inputs_BCHW, labels_B) in enumerate(micro_batches):
         if state.teacher:
-            teacher_losses.append(judge(state, inputs_BCHW, labels_B).view(-1, state.config.M))
-    state.policies.observe(torch.cat(losses), torch.cat(teacher_losses) if teacher_losses else None)  # L^_m
+            by_teacher.append(judge(state, state.teacher.network, inputs_BCHW, labels_B).loss_B)
+        with gradients_synchronised(state.trained, on=number + 1 == state.micro_batches):
+            if draws is None:
+                answers = learn(state, inputs_BCHW, labels_B)
+            else:  # from some copies of each image, once all have been judged
+                answers = judge(state, state.trained, inputs_BCHW, labels_B)
+                losses = (loss_B.view(-1, M) for loss_B in (answers.loss_B, *by_teacher[number:]))
+                kept_B = chosen_copies(state.config.keep_by, state.config.keep, draws[number], *losses)
+                learn(state, inputs_BCHW[kept_B], labels_B[kept_B])
+        loss_and_correct += torch.stack((answers.loss_B.sum(), answers.right_B.sum()))
+        seen.append(answers)
+    loss_NM, reward_NM, _ = (torch.cat(parts).view(-1, M) for parts in zip(*seen, strict=True))
+    state.policies.observe(loss_NM, torch.cat(by_teacher).view(-1, M) if by_teacher else None, reward_NM)  # L^_m
     gradient_norm = descend(state, lr)  # w <- w - lr * grad (1/(M N)) sum_m sum_n loss_mn
     if state.teacher:
         state.teacher.follow(state.model)
@@ -162,23 +171,23 @@ def take_step(state: TrainingState, micro_batches: MicroBatches, lr: float) -> T
     return loss_and_correct
 
 
-def learn(state: TrainingState, inputs_BCHW: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Forward and backward for a micro-batch. Returns each copy's loss, float32, and if it was classified right."""
+def learn(state: TrainingState, inputs_BCHW: Tensor, labels_B: Tensor) -> Answers:
+    """Forward and backward for a micro-batch, or for the copies selected from one."""
     config = state.config
     with state.precision():
         logits_BC = state.trained(inputs_BCHW).float()
-    loss_B = F.cross_entropy(logits_BC, labels_B, reduction="none", label_smoothing=config.label_smoothing)
-    objective = augmix_loss(loss_B, logits_BC, config.M, config.jsd) if config.jsd else loss_B.mean()
+    answers = Answers.of(logits_BC, labels_B, config)
+    objective = augmix_loss(answers.loss_B, logits_BC, config.M, config.jsd) if config.jsd else answers.loss_B.mean()
     state.scaler.scale(objective / state.micro_batches).backward()
-    return loss_B.detach(), logits_BC.detach().argmax(1) == labels_B
+    return answers._replace(loss_B=answers.loss_B.detach())
 
 
 @torch.no_grad()
-def judge(state: TrainingState, inputs_BCHW: Tensor, labels_B: Tensor) -> Tensor:
-    """The teacher's loss on each copy, float32."""
-    with state.precision():
-        logits_BC = state.teacher(inputs_BCHW).float()
-    return F.cross_entropy(logits_BC, labels_B, reduction="none", label_smoothing=state.config.label_smoothing)
+def judge(state: TrainingState, network: nn.Module, inputs_BCHW: Tensor, labels_B: Tensor) -> Answers:
+    """The answers of a network in training mode, whose running statistics stay as they are."""
+    with state.precision(), batch_statistics(network):
+        logits_BC = network(inputs_BCHW).float()
+    return Answers.of(logits_BC, labels_B, state.config)
 
 
 def descend(state: TrainingState, lr: float) -> Tensor:

@@ -91,15 +91,19 @@ def share_panels(epochs: Sequence[float], counts_T: Sequence[Mapping[str, int]],
     return figure
 
 
-def entropy(points: Sequence[tuple[float, float]], collapsed: Sequence[float]) -> "Figure":
-    """points: (epoch, per cent of the maximal entropy). collapsed: the epochs in which it was."""
+def entropy(
+    points: Sequence[tuple[float, float]], collapsed: Sequence[float], floor: Sequence[tuple[float, float]] = ()
+) -> "Figure":
+    """points, floor: (epoch, per cent of the maximal entropy). collapsed: the epochs in which it was."""
     figure = new_figure(9, 3.2)
     axes = figure.subplots()
     axes.axhline(100, color="grey", linestyle="--", label="uniformly random")
     _plot(axes, *zip(*points, strict=True), color=COLOURS[0], label="policies")
+    if floor:
+        axes.plot(*zip(*floor, strict=True), color="black", linestyle=":", label="floor")
     if collapsed:
         axes.plot(collapsed, [0] * len(collapsed), "|", color=FAVOURED, markersize=14, label="collapsed")
-    lowest = min(value for _, value in points)  # on the whole axis a few per cent could not be seen
+    lowest = min(value for _, value in (*points, *floor))  # on the whole axis a few per cent could not be seen
     axes.set(xlabel="epoch", ylabel="entropy (% of its maximum)", ylim=(min(95, lowest - 2), 101))
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return figure
@@ -175,6 +179,32 @@ def errors(by_arm: ByArm) -> "Figure":
     axes.invert_yaxis()
     axes.set(xlabel="test error (%), lower is better")
     axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return figure
+
+
+def regime(groups: Mapping[str, Sequence[tuple[float, float, float]]]) -> "Figure | None":
+    """Of each group, differences from random policies against how well those are fitted; None without any.
+
+    A point is (training accuracy under random policies, difference of the errors, half the width of its interval), all
+    in per cent.
+    """
+    if not groups:
+        return None
+    figure = new_figure(7.5, 4)
+    axes = figure.subplots()
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.axvline(95, color="grey", linestyle=":", label="fitted")
+    for number, (name, points) in enumerate(groups.items()):
+        accuracy, mean, half_width = np.array(sorted(points)).T
+        shift = 0.15 * (number - (len(groups) - 1) / 2)  # so that intervals do not cover each other
+        finite = np.where(np.isfinite(half_width), half_width, 0)
+        axes.errorbar(accuracy + shift, mean, finite, **line_style(number), marker="o", capsize=3, label=name)
+    axes.set(
+        xlabel="training accuracy under random policies (%)",
+        ylabel="test error minus that of\nrandom policies (points)",
+    )
+    axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return figure
 

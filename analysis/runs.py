@@ -65,6 +65,11 @@ class RunRecord:
         return own.Q * own.K * (math.log(len(own.ops)) + math.log(own.levels)) or None
 
     @property
+    def floors(self) -> list[float]:
+        """The least share of its maximal entropy that the controller kept in each interval; none without a floor."""
+        return [one["entropy_floor"] for one in self.intervals if "entropy_floor" in one]
+
+    @property
     def collapsed_intervals(self) -> int:
         return sum(one["collapsed"] is not None for one in self.intervals)
 
@@ -163,7 +168,7 @@ def run_verdict(run: RunRecord) -> str:
         return f"{how}: there are no preferences to look for."
     counts = draw_counts(final_draws(run)[0], run, "operations")
     if policy == "controller":
-        text = verdict(run.entropy_share or 0.0, counts)
+        text = verdict(run.entropy_share or 0.0, counts, run.floors[-1] if run.floors else 0.0)
         if run.collapsed_intervals:
             text += f" It was collapsed in {run.collapsed_intervals} of {len(run.intervals)} intervals."
         return text

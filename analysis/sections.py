@@ -126,7 +126,10 @@ def entropy(run: RunRecord) -> ReportImage:
         f"uniformly random, 0 if one policy is left. Collapse is reported below {100 * run.config.collapse_entropy:.0f}"
         f" %, or when one operation takes more than half of all draws: in {len(collapsed)} of {len(points)} intervals."
     )
-    return ReportImage("entropy", "How undecided is the adversary?", figures.entropy(points, collapsed), caption)
+    if run.floors:
+        caption += " Dotted: the floor at which the controller is held (entropy_floor)."
+    floor = [(epoch, 100 * share) for epoch, share in zip(epochs, run.floors, strict=False)]
+    return ReportImage("entropy", "How undecided is the adversary?", figures.entropy(points, collapsed, floor), caption)
 
 
 def shares(run: RunRecord, pairs: Sequence[tuple[str, int]], kind: str) -> ReportImage:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.figures import ByArm, entropies, errors, has_matplotlib
+from analysis.figures import ByArm, entropies, errors, has_matplotlib, regime
 from analysis.runs import read_lines
 from analysis.specs import SCRIPTS, SIZES, Experiment, PlannedRun
 from analysis.statistics import difference, verdict
@@ -24,10 +24,12 @@ from utils import UserError, write_text
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+FITTED = 0.95  # training accuracy from which on the augmented images count as fitted
 SAMPLED = ("controller", "frozen", "random")  # sources of policies that have an entropy
 RECORD = {
     "size": str, "conf": str, "arm": str, "seed": int, "settings": dict, "policy": str, "error": (int, float),
-    "train_loss": (int, float), "entropy": list, "collapsed": int, "intervals": int, "M": int, "epochs": int,
+    "train_loss": (int, float), "train_top1": (int, float), "entropy": list, "collapsed": int, "intervals": int,
+    "M": int, "epochs": int, "passes": int,
 }  # fmt: skip
 
 
@@ -63,6 +65,7 @@ def write_summary(experiment: Experiment, runs: Sequence[PlannedRun], folder: Pa
     if has_matplotlib():
         by_arm = runs_by_arm(ours)
         lines += _draw(experiment, "errors", errors(by_arm), "test errors, a line for each seed", folder)
+        lines += _draw(experiment, "regime", regime(_against_random(experiment, by_arm)), "when hardness pays", folder)
         lines += _draw(experiment, "entropy", entropies(by_arm), "entropy of the policies (band: all seeds)", folder)
     write_text(folder / "summary.md", _with_part(folder / "summary.md", experiment, "\n".join(lines)))
 
@@ -107,9 +110,10 @@ def record_of(run: PlannedRun, size: str) -> dict[str, Any]:
         "error": cell["error"],
         "test_images": cell["images"],
         "train_loss": metrics[-1]["train_loss"],
-        "train_top1": metrics[-1]["train_top1"],
+        "train_top1": round(statistics.fmean(one["train_top1"] for one in metrics[-max(1, len(metrics) // 10) :]), 5),
         "M": run.config.M,
         "epochs": run.config.epochs,
+        "passes": run.config.passes * run.config.epochs,
         "seconds": round(sum(one["train_seconds"] + one["other_seconds"] for one in times), 1),
         "entropy": [round(one["entropy"] / largest, 4) for one in ended] if largest else [],
         "loss_spread": [round(one["loss_spread"], 4) for one in ended],
@@ -137,14 +141,33 @@ def summary_lines(experiment: Experiment, records: Sequence[Mapping[str, Any]], 
     seeds = ", ".join(map(str, sorted({record["seed"] for record in records})))
     note = (
         f"Errors are of the last epoch on {first['test_images']:,} test images ({first['images']}), where one image is "
-        f"{100 / first['test_images']:.2g} points; mean +- standard deviation over seeds {seeds}. The train loss is "
-        "over augmented copies. Entropy left: share of its maximum, at the end. Collapsed: share of the intervals."
+        f"{100 / first['test_images']:.2g} points; mean +- standard deviation over seeds {seeds}. The train loss and "
+        "accuracy are over augmented copies, the accuracy in the last tenth of the epochs. Passes: for each training "
+        "image, a forward pass counts 1, a forward and backward pass 3. Entropy left: share of its maximum, at the "
+        "end. Collapsed: share of the intervals."
     )
-    header = ("arm", "M", "epochs", "test error (%)", "by seed", "train loss", "entropy left", "collapsed")
+    header = (
+        "arm", "M", "epochs", "passes", "test error (%)", "by seed", "train loss", "train accuracy", "entropy left",
+        "collapsed",
+    )  # fmt: skip
     rows = [_row(experiment, arm, list(of_arm.values())) for arm, of_arm in by_arm.items()]
     lines = [f"{warning}{experiment.note}", "", every, "", "```bash", command, "```", ""]
     lines += [render(Table("### Arms", header, rows, [note]), "markdown"), ""]
-    return [*lines, *_comparisons(experiment, by_arm)]
+    return [*lines, *fitted_or_not(by_arm), *_comparisons(experiment, by_arm)]
+
+
+def fitted_or_not(by_arm: ByArm) -> list[str]:
+    """Whether the networks fitted random policies: only then can harder ones help. Nothing without such an arm."""
+    lines = []
+    for arm, of_arm in by_arm.items():
+        runs = list(of_arm.values())
+        if runs[0]["policy"] == "random":
+            mean = statistics.fmean(one["train_top1"] for one in runs)
+            fits = f"fitted random policies (from {FITTED:.0%} on)" if mean >= FITTED else (
+                "did not fit random policies: at this length hardness was not put to the test"
+            )  # fmt: skip
+            lines.append(f"- {arm}: training accuracy {mean:.1%}; the network {fits}.")
+    return [*lines, ""] if lines else []
 
 
 def _row(experiment: Experiment, arm: str, runs: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -156,9 +179,11 @@ def _row(experiment: Experiment, arm: str, runs: Sequence[Mapping[str, Any]]) ->
         f"**{arm}**: {label}" if label else f"**{arm}**",
         str(runs[0]["M"]),
         str(runs[0]["epochs"]),
+        f"{runs[0]['passes']:,}",
         f"{statistics.fmean(errors):.2f}" + (f" +- {statistics.stdev(errors):.2f}" if len(errors) > 1 else ""),
         ", ".join(f"{error:.2f}" for error in errors),
         f"{statistics.fmean(one['train_loss'] for one in runs):.3f}",
+        f"{statistics.fmean(one['train_top1'] for one in runs):.1%}",
         f"{statistics.fmean(entropies):.1%}" if entropies else "-",
         f"{collapsed:.0%}" if runs[0]["policy"] == "controller" else "-",
     )
@@ -181,13 +206,37 @@ def _comparisons(experiment: Experiment, by_arm: ByArm) -> list[str]:
         mean, half_width, pairs = difference(paired)
         width = f"+- {half_width:.2f}" if pairs > 1 else "-"
         says = verdict(paired, len(experiment.compare), (first, second)) if experiment.ranks else "none: too small"
-        rows.append((f"{first} - {second}", str(pairs), f"{mean:+.2f}", width, says))
-    header = ("arms", "pairs", "difference (points)", "95 % interval", "verdict")
+        cost = f"{next(iter(ours.values()))['passes'] / next(iter(theirs.values()))['passes']:.2f}"
+        rows.append((f"{first} - {second}", cost, str(pairs), f"{mean:+.2f}", width, says))
+    header = ("arms", "cost", "pairs", "difference (points)", "95 % interval", "verdict")
     note = (
         "Differences of test errors seed by seed, below 0 where the first arm is better; intervals by Student's t. "
+        "Cost: the first arm's passes relative to the second's. "
         f"The verdicts hold for the {len(rows)} comparisons together (Bonferroni)."
     )
     return [render(Table("### Differences", header, rows, [note]), "markdown"), ""] if rows else []
+
+
+def _against_random(experiment: Experiment, by_arm: ByArm) -> dict[str, list[tuple[float, float, float]]]:
+    """For each group of arms, whose names end in _<number>, its comparisons with random policies.
+
+    A comparison is the training accuracy under random policies, and the mean and half-width of the difference of the
+    errors, all in per cent. Nothing unless several arms have random policies.
+    """
+    points: dict[str, list[tuple[float, float, float]]] = {}
+    controls = {second for _, second in experiment.compare if _is_random(by_arm.get(second, {}))}
+    for first, second in experiment.compare if len(controls) > 1 else ():
+        ours, theirs = by_arm.get(first, {}), by_arm.get(second, {})
+        paired = [100 * (ours[seed]["error"] - theirs[seed]["error"]) for seed in ours if seed in theirs]
+        if second in controls and paired:
+            accuracy = 100 * statistics.fmean(one["train_top1"] for one in theirs.values())
+            mean, half_width, _ = difference(paired)
+            points.setdefault(first.rpartition("_")[0], []).append((accuracy, mean, half_width))
+    return points
+
+
+def _is_random(runs: Mapping[int, Mapping[str, Any]]) -> bool:
+    return any(one["policy"] == "random" for one in runs.values())
 
 
 def _with_part(path: Path, experiment: Experiment, part: str) -> str:

@@ -53,7 +53,7 @@ class DataSet(NamedTuple):
 
 
 def open_shapes(config: Config, split: str, downloads: Downloads) -> Arrays:
-    return Arrays(*draw_shapes(split), SHAPE_CLASSES)
+    return Arrays(*draw_shapes(split, config.image_size), SHAPE_CLASSES)
 
 
 def open_cifar(config: Config, split: str, downloads: Downloads) -> Arrays:

@@ -1,4 +1,4 @@
-"""The embedded data set: ten classes of shapes at 32x32, drawn from a seed, nothing to download.
+"""The embedded data set: ten classes of shapes, drawn from a seed at any size, nothing to download.
 
 The test split is shifted, rotated, sheared, lit and coloured more variably than the training split, so that
 augmentation can help. It is for trying and testing the software in a minute; it says nothing about photographs.
@@ -25,7 +25,7 @@ INSIDE = {
     "dots": lambda x, y, r, box: ((x.abs() - 0.6).hypot(y) < 0.4) | (x.hypot(y.abs() - 0.6) < 0.4),
 }
 CLASSES = tuple(INSIDE)
-SIZE = 32
+SIZE = 32  # pixels, which lengths below are given for; images of another side show the same scaled
 COUNTS = {"train": 4000, "test": 2000}
 # Half-widths of the uniform draws of each split: shift in pixels, turn in degrees, shear as a slope, colour and light
 # as shares of the range of brightness. swap: a draw from -1..1 below it swaps the colours: -1 never, 0 in half of them.
@@ -37,8 +37,8 @@ NOISE = 0.06  # standard deviation of the noise on every value, in both splits
 _OVERSAMPLING = 2
 
 
-def draw_shapes(split: str) -> tuple[Tensor, Tensor]:
-    """(images uint8 (B, 3, 32, 32), labels int64 (B,)) of the "train" or "test" split; always the same."""
+def draw_shapes(split: str, side: int = SIZE) -> tuple[Tensor, Tensor]:
+    """(images uint8 (B, 3, side, side), labels int64 (B,)) of the "train" or "test" split; always the same."""
     count, spread = COUNTS[split], SPREAD[split]
     g = keyed_generator("shapes", split)
     label_B = torch.arange(count) % len(CLASSES)
@@ -46,17 +46,17 @@ def draw_shapes(split: str) -> tuple[Tensor, Tensor]:
     def uniform(*shape: int) -> Tensor:
         return torch.rand(count, *shape, generator=g) * 2 - 1
 
-    mask_BHW = _masks(label_B, spread, uniform)
+    mask_BHW = _masks(label_B, spread, side, uniform)
     ink_B3, paper_B3 = _colours(spread, uniform)
-    light_BHW = _lighting(spread, uniform)
+    light_BHW = _lighting(spread, side, uniform)
     image_BCHW = paper_B3[:, :, None, None] + mask_BHW[:, None] * (ink_B3 - paper_B3)[:, :, None, None]
-    image_BCHW = image_BCHW + light_BHW[:, None] + NOISE * torch.randn(count, 3, SIZE, SIZE, generator=g)
+    image_BCHW = image_BCHW + light_BHW[:, None] + NOISE * torch.randn(count, 3, side, side, generator=g)
     return (image_BCHW.clamp(0, 1) * 255).round().to(torch.uint8), label_B
 
 
-def _masks(label_B: Tensor, spread: dict[str, float], uniform) -> Tensor:
-    """How much of each pixel the shape covers, (B, 32, 32) in 0..1."""
-    fine = SIZE * _OVERSAMPLING
+def _masks(label_B: Tensor, spread: dict[str, float], side: int, uniform) -> Tensor:
+    """How much of each pixel the shape covers, (B, side, side) in 0..1."""
+    fine = side * _OVERSAMPLING
     line = (torch.arange(fine) + 0.5) / fine * SIZE - SIZE / 2
     x_BHW = line[None, None, :] - spread["shift"] * uniform(1, 1)
     y_BHW = line[None, :, None] - spread["shift"] * uniform(1, 1)
@@ -87,8 +87,8 @@ def _colours(spread: dict[str, float], uniform) -> tuple[Tensor, Tensor]:
     return torch.where(swapped_B1, paper_B3, ink_B3), torch.where(swapped_B1, ink_B3, paper_B3)
 
 
-def _lighting(spread: dict[str, float], uniform) -> Tensor:
-    """A gradient of brightness across the image plus a constant, (B, 32, 32), added to the colours."""
-    line = torch.linspace(-1, 1, SIZE)
+def _lighting(spread: dict[str, float], side: int, uniform) -> Tensor:
+    """A gradient of brightness across the image plus a constant, (B, side, side), added to the colours."""
+    line = torch.linspace(-1, 1, side)
     slope_x, slope_y, whole = (0.5 * spread["light"] * uniform(1, 1) for _ in range(3))
     return slope_x * line[None, None, :] + slope_y * line[None, :, None] + whole

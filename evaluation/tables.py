@@ -63,7 +63,19 @@ TRANSFERRED = {  # the same, with the policies that ResNet-50 has learned on Ima
 }
 # The paper's method: sources of policies, and settings that must have their defaults.
 PAPERS_SOURCES = ("controller", *FROM_A_FILE)
-PAPERS_SETTINGS = ("reward", "reward_ema", "divide_by_std", "logit_bound", "clean_share", "entropy_bonus", "optimizer")
+PAPERS_SETTINGS = (
+    "reward",
+    "reward_ema",
+    "divide_by_std",
+    "logit_bound",
+    "clean_share",
+    "entropy_floor",
+    "entropy_floor_end",
+    "reward_loss",
+    "keep",
+    "entropy_bonus",
+    "optimizer",
+)
 
 
 def report(results: Sequence[Result], form: str) -> str:

@@ -16,7 +16,9 @@ from policies.sources import PolicySource, RandomPolicies, Reward
 
 
 def _controller(config: Config, **options: Any) -> PolicySource:
+    floor, end = config.entropy_floor, config.entropy_floor_end
     learning = {"lr": config.controller_lr, "entropy_bonus": config.entropy_bonus}
+    learning["entropy_floors"] = (floor, floor if end is None else end)
     return ControllerPolicies(config.M, fresh_controller(config), config.ops, config.levels, **learning, **options)
 
 

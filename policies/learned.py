@@ -3,6 +3,7 @@
 Shape suffixes: M policies of Q sub-policies of K operations.
 """
 
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -68,11 +69,29 @@ class ControllerPolicies(FrozenPolicies):
         *,
         lr: float,
         entropy_bonus: float,
+        entropy_floors: tuple[float, float] = (0.0, 0.0),
         **options: Any,
     ):
+        """entropy_floors: at the start and at the end of the run, as shares of the largest entropy."""
         super().__init__(M, controller, ops, levels, **options)
+        self.entropy_floors, self.entropy_floor = entropy_floors, entropy_floors[0]
         self.optimizer = torch.optim.Adam(controller.parameters(), lr=lr)
         self.entropy_bonus = entropy_bonus
+
+    def update(self, average: Callable[[Tensor], Tensor] = lambda loss_M: loss_M) -> dict[str, Any]:
+        """As for all sources; where there is a floor, the record names it."""
+        record = super().update(average)
+        return record | ({"entropy_floor": self.entropy_floor} if any(self.entropy_floors) else {})
+
+    def _sample(self, generator: torch.Generator, progress: Fraction) -> None:
+        start, end = self.entropy_floors
+        self.entropy_floor = start + (end - start) * float(progress)
+        self._hold_entropy()
+        super()._sample(generator, progress)
+
+    def _hold_entropy(self) -> None:
+        if self.entropy_floor:
+            self.controller.hold_entropy(self.entropy_floor)
 
     def _learn(self, reward_M: Tensor) -> tuple[Tensor, float]:
         advantage_M, entropy_M = reinforce(
@@ -86,14 +105,17 @@ class ControllerPolicies(FrozenPolicies):
         )
         if not all(parameter.isfinite().all() for parameter in self.controller.parameters()):
             raise FloatingPointError("the controller is no longer finite")
+        self._hold_entropy()
         return advantage_M, entropy_M.mean().item()
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"optimizer": self.optimizer.state_dict()}
+        own = {"optimizer": self.optimizer.state_dict(), "entropy_floor": self.entropy_floor}
+        return super().state_dict() | own
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.optimizer.load_state_dict(state["optimizer"])
+        self.entropy_floor = state["entropy_floor"]
 
 
 def fresh_controller(config: Config) -> Controller:

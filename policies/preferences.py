@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 SIGNIFICANCE = 0.05
 LEAST_RATIO = 1.2  # a controller's random initial weights alone raise a share by up to a tenth, as many draws reveal
+HELD = 0.005  # above the floor: so near to it the entropy counts as held there
 UNMOVED = 0.995  # share of the maximal entropy above which a controller without a favourite counts as unmoved
 
 
@@ -39,9 +40,14 @@ def favoured(counts: Mapping[str, int], comparisons: int | None = None) -> list[
     return sorted(found, key=lambda one: -one.share)
 
 
-def verdict(entropy_share: float, counts: Mapping[str, int], most: int = 3) -> str:
-    """One sentence about a controller. entropy_share: its entropy as a share of the maximum; counts: as in favoured."""
+def verdict(entropy_share: float, counts: Mapping[str, int], floor: float = 0.0, most: int = 3) -> str:
+    """One sentence about a controller.
+
+    entropy_share: its entropy as a share of the maximum. counts: as in favoured. floor: least share it may have.
+    """
     left, found = f"{100 * entropy_share:.1f} % of its maximal entropy is left", favoured(counts)
+    if floor and entropy_share < floor + HELD:
+        left += f", where it is held (entropy_floor {floor:.3g})"
     if not found:
         moved = "has not moved yet" if entropy_share >= UNMOVED else "has moved"
         return f"The controller {moved}: {left}, and no operation is drawn more often than chance explains."

@@ -28,16 +28,18 @@ class LossSums(NamedTuple):
     """Sums of the losses under each policy over the interval's images in this process.
 
     loss_sum_M, teacher_sum_M: of the network and of its teacher, float64; the latter 0 without a teacher.
+    reward_sum_M: of what the network contributes to the reward: its loss, or another function of its answer.
     images: number of images summed; with `Reward.ema`, the sum of their weights.
     """
 
     loss_sum_M: Tensor
     teacher_sum_M: Tensor
+    reward_sum_M: Tensor
     images: float
 
     @classmethod
     def empty(cls, M: int) -> "LossSums":
-        return cls(*torch.zeros(2, M, dtype=torch.float64), 0.0)
+        return cls(*torch.zeros(3, M, dtype=torch.float64), 0.0)
 
 
 class Reward(NamedTuple):
@@ -117,11 +119,15 @@ class PolicySource:
         """Weights of the views that each copy is mixed from, float32 (N * M, views); None if there is one view."""
         return None
 
-    def observe(self, loss_NM: Tensor, teacher_loss_NM: Tensor | None = None) -> None:
-        """Add a step's losses to the sums of the interval; they stay on the losses' device."""
+    def observe(self, loss_NM: Tensor, teacher_loss_NM: Tensor | None = None, reward_NM: Tensor | None = None) -> None:
+        """Add a step's losses to the sums of the interval; they stay on the losses' device.
+
+        reward_NM: the network's part of the reward, where that is not its loss.
+        """
+        added = loss_NM, teacher_loss_NM, loss_NM if reward_NM is None else reward_NM
         keep = self.reward.ema or 1.0
         before, sums = self.loss_sums, []
-        for sum_M, added_NM in ((before.loss_sum_M, loss_NM), (before.teacher_sum_M, teacher_loss_NM)):
+        for sum_M, added_NM in zip(before[:3], added, strict=True):
             sum_M = upload(sum_M, loss_NM.device) * keep
             sums.append(sum_M if added_NM is None else sum_M + added_NM.detach().double().sum(0))
         self.loss_sums = LossSums(*sums, before.images * keep + len(loss_NM))
@@ -136,9 +142,9 @@ class PolicySource:
         shares of operations and levels. Raises FloatingPointError if a loss is not finite, before the controller is
         changed, or if the controller is not finite after its step.
         """
-        sums_2M = torch.stack((self.loss_sums.loss_sum_M, self.loss_sums.teacher_sum_M))
-        loss_M, teacher_loss_M = average(sums_2M / max(1.0, self.loss_sums.images)).cpu()
-        reward_M = loss_M - self.reward.teacher_weight * teacher_loss_M
+        sums_3M = torch.stack(self.loss_sums[:3])
+        loss_M, teacher_loss_M, reward_M = average(sums_3M / max(1.0, self.loss_sums.images)).cpu()
+        reward_M = reward_M - self.reward.teacher_weight * teacher_loss_M
         if not (loss_M.isfinite() & reward_M.isfinite()).all():
             raise FloatingPointError("the loss is no longer finite")
         advantage_M, entropy = self._learn(reward_M)

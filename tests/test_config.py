@@ -211,6 +211,17 @@ def test_a_written_config_reads_back_equal(conf, config):
         ("std: []", ["std: () must be three numbers"]),
         ("std: [0, 1, 1]", ["std: (0.0, 1.0, 1.0) must be above 0"]),
         ("warmup_epochs: 500", ["warmup_epochs: 500.0 must be below epochs (200)"]),
+        ("dataset: shapes\nimage_size: 100", ["image_size: 100 is too large for shapes"]),
+        ("entropy_floor: 1.5", ["entropy_floor: 1.5 is not between 0 and 1"]),
+        ("entropy_floor: -1", ["entropy_floor: -1.0 must be at least 0"]),
+        ("policy: random\nentropy_floor: 0.9", ["entropy_floor: 0.9 needs policies that learn", "not random"]),
+        ("policy: none\nentropy_floor_end: 0.5", ["entropy_floor_end: 0.5 needs policies that learn"]),
+        ("M: 4\nkeep: 5", ["keep: 5 is more than the M = 4 copies"]),
+        ("keep: 0", ["keep: 0 must be at least 1, or null"]),
+        ("keep: 2\npolicy: augmix\njsd: 12\ncrop_per_copy: false", ["keep: 2 does not go with jsd"]),
+        ("keep: 2\nkeep_by: margin", ["keep_by: 'margin' needs a teacher", "set reward: teacher"]),
+        ("keep_by: hardest", ["keep_by: 'hardest' is not one of loss, weighted, random, margin"]),
+        ("reward_loss: hinge", ["reward_loss: 'hinge' is not one of cross_entropy, nonsaturating"]),
         ("- a list", ["a conf file holds lines of the form 'setting: value'"]),
         ("lr: [0.1", ["line 1: is not YAML"]),
         ("1: 2", ["unknown setting 1"]),
@@ -304,6 +315,16 @@ def test_a_setting_given_as_a_flag_is_answered_with_set(words, answer):
     add_setting_arguments(parser)
     with pytest.raises(UserError, match=f"^{answer}"):
         parser.parse_args(words)
+
+
+def test_another_source_on_the_command_line_drops_a_confs_floor(conf):
+    path = conf("entropy_floor: 0.9\nentropy_floor_end: 0.8\nM: 3")
+    assert load_config(path, {}).entropy_floor == 0.9
+    assert load_config(path, {"policy": ("--set", "controller")}).entropy_floor == 0.9
+    changed = load_config(path, {"policy": ("--set", "random")})
+    assert (changed.entropy_floor, changed.entropy_floor_end, changed.M) == (0.0, None, 3)
+    with pytest.raises(UserError, match="--set: entropy_floor: 0.9 needs policies that learn"):
+        load_config(path, {"policy": ("--set", "random"), "entropy_floor": ("--set", 0.9)})
 
 
 def test_a_bad_value_is_blamed_on_the_command_line(conf):

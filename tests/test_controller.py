@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from config import PAPER_OPS
 from controller import Controller, advantage, policy_loss, reinforce
+from policies.learned import ControllerPolicies
 
 
 def all_decisions(Q, ops, levels):
@@ -160,6 +162,67 @@ def min_entropy(choices, most):
     """Entropy of a distribution in which one choice has probability `most` and the others are equally likely."""
     rest = (1 - most) / (choices - 1)
     return -most * math.log(most) - (choices - 1) * rest * math.log(rest)
+
+
+@pytest.mark.parametrize("bound", [0.0, 2.0])
+@pytest.mark.parametrize("recurrence", ["policy", "subpolicy"])
+def test_a_held_controller_keeps_its_entropy_and_its_order(recurrence, bound):
+    torch.manual_seed(0)
+    controller = Controller(4, 3, Q=2, K=1, recurrence=recurrence, logit_bound=bound)
+    with torch.no_grad():
+        for parameter in controller.parameters():
+            parameter.mul_(8)  # some 84 % of the maximal entropy are left
+    heads = [p.clone() for p in (*controller.op_head.parameters(), *controller.level_head.parameters())]
+    lstm = controller.lstm.weight_hh.clone()
+    assert controller.hold_entropy(0.0) < 0.86
+    share = controller.hold_entropy(0.9)
+    assert 0.9 <= share <= 0.901
+    sampled = controller.sample(4000, torch.Generator().manual_seed(1))
+    exact = -sampled.log_prob_M.mean().item() / (2 * math.log(4 * 3))  # entropy = -E log p
+    assert exact == pytest.approx(0.9, abs=0.02)
+    now = [*controller.op_head.parameters(), *controller.level_head.parameters()]
+    factor = (now[0] / heads[0]).median().item()
+    assert 0 < factor < 1
+    for new, old in zip(now, heads, strict=True):
+        torch.testing.assert_close(new, factor * old, rtol=1e-4, atol=1e-6)
+    assert torch.equal(controller.lstm.weight_hh, lstm)
+    assert controller.hold_entropy(0.9) == share, "nothing changes where the floor is kept"
+
+
+def test_held_at_one_a_controller_samples_uniformly():
+    torch.manual_seed(0)
+    controller = Controller(4, 3, Q=1, K=1)
+    controller.hold_entropy(1.0)
+    op, level, log_prob, _ = controller.sample(20000, torch.Generator().manual_seed(1))
+    assert (log_prob + math.log(12)).abs().max() < 1e-6
+    seen = torch.bincount((op * 3 + level).flatten(), minlength=12) / 20000
+    assert (seen - 1 / 12).abs().max() < 0.01
+
+
+@pytest.mark.slow
+def test_the_floor_holds_for_two_thousand_updates():
+    """A reward without noise, under which the paper's controller collapses within some dozens of updates."""
+    held = learned(updates=2000, floor=0.9)
+    reached = next(update for update, share in enumerate(held) if share < 0.905)
+    assert reached < 200
+    assert min(held) > 0.899
+    assert max(held[reached:]) < 0.91
+    assert learned(updates=200, floor=0.0)[-1] < 0.05
+
+
+def learned(updates, floor):
+    """Shares of the maximal entropy of the sampled policies, rewarded for the share of one operation."""
+    torch.manual_seed(0)
+    controller, g = Controller(), torch.Generator().manual_seed(0)
+    source = ControllerPolicies(
+        4, controller, PAPER_OPS, 10, lr=0.0035, entropy_bonus=1e-5, entropy_floors=(floor, floor)
+    )
+    shares = []
+    for _ in range(updates):
+        source.resample(g)
+        source.observe((source.op_MQK == source.rows[4]).double().mean((1, 2))[None])
+        shares.append(source.update()["entropy"] / source.largest_entropy)
+    return shares
 
 
 def test_without_the_division_small_differences_have_no_effect():

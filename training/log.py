@@ -78,6 +78,8 @@ class RunLog:
             self._line("policies.jsonl", {name: value for name, value in record.items() if name != "shares"})
             if largest_entropy:
                 self._writer.add_scalar("adversary/entropy_share", record["entropy"] / largest_entropy, step)
+            if "entropy_floor" in record:
+                self._writer.add_scalar("adversary/entropy_floor", record["entropy_floor"], step)
             self._writer.add_scalar("adversary/loss_spread", record["loss_spread"], step)
             self._writer.add_scalar("adversary/collapsed", float(record["collapsed"] is not None), step)
             for group, values in record["shares"].items():
@@ -258,7 +260,8 @@ def adversary_summary(run: Path, state: TrainingState) -> str:
     counts.update(
         name for record in records for policy in record["policies"] for subpolicy in policy for name, _ in subpolicy
     )
-    return verdict(records[-1]["entropy"] / state.policies.largest_entropy, counts)
+    last = records[-1]
+    return verdict(last["entropy"] / state.policies.largest_entropy, counts, last.get("entropy_floor", 0.0))
 
 
 def interruption(stop: Stopped, state: TrainingState) -> KeyboardInterrupt:

@@ -172,9 +172,13 @@ class RunManager:
             raise Stopped(signum)
 
     def after_interval(self, record: dict[str, Any]) -> None:
-        """Log the record of an interval, and report it if the controller has collapsed."""
+        """Log the record of an interval, and report it if the controller has collapsed.
+
+        One that is held above the entropy that counts as a collapse may favour an operation as much as that allows.
+        """
         state, message = self.state, None
-        if state.policies.learns:
+        held = record.get("entropy_floor", 0.0) > state.config.collapse_entropy
+        if state.policies.learns and not held:
             operations, draws = record["shares"]["operations"], state.policies.op_MQK.numel()
             largest = state.policies.largest_entropy
             message = collapse_message(record["entropy"], largest, operations, draws, state.config.collapse_entropy)

@@ -1,7 +1,9 @@
 """Everything that changes during training, saved and restored together; and the teacher, which is part of it."""
 
+import contextlib
 import copy
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from augmentations import upload
 from config import Config
 from dataloader import Normalise, TrainLoader
 from datasets.splits import Split
@@ -31,12 +34,15 @@ class EpochTotals:
 
 
 class Teacher:
-    """The moving average of the network's weights and BatchNorm statistics, in evaluation mode, without gradient.
+    """The moving average of the network's weights and BatchNorm statistics, without gradient.
 
     Rewarded for the network's loss alone, an adversary may find operations that leave nothing to recognise. The teacher
     loses on those as much as the network does: its loss, subtracted from the reward, makes them worthless (Suzuki,
-    "TeachAugment", CVPR 2022). torch.optim.swa_utils.AveragedModel does the same but uploads its step count at every
-    update, for which the host waits.
+    "TeachAugment", CVPR 2022). Like the network it judges in training mode, by the statistics of the batch: otherwise
+    most of the difference between the two would be BatchNorm's. torch.optim.swa_utils.AveragedModel averages as well,
+    but uploads its step count at every update, for which the host waits.
+
+    model: the average; network: the same as called, on all devices of this process.
 
     rate: the share that a step keeps of the average; after t steps at most (1 + t) / (10 + t), since a young average
     consists of the network's random first weights. amp_dtype: see `World.wrap`.
@@ -44,11 +50,8 @@ class Teacher:
 
     def __init__(self, model: nn.Module, rate: float, world: World, amp_dtype: torch.dtype = torch.bfloat16):
         self.rate, self.steps = rate, 0
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self._on_all_devices = world.on_all_devices(self.model, amp_dtype)
-
-    def __call__(self, inputs_BCHW: Tensor) -> Tensor:
-        return self._on_all_devices(inputs_BCHW)
+        self.model = copy.deepcopy(model).train().requires_grad_(False)
+        self.network = world.on_all_devices(self.model, amp_dtype)
 
     @torch.no_grad()
     def follow(self, model: nn.Module) -> None:
@@ -130,6 +133,15 @@ class TrainingState:
         amp_dtype = getattr(torch, self.config.amp_dtype)
         return torch.autocast(self.world.device.type, amp_dtype, enabled=self.config.amp)
 
+    def selection_draws(self) -> list[Tensor] | None:
+        """For each micro-batch of this step what `chosen_copies` draws, (N, M); None where no copies are selected."""
+        config = self.config
+        if not config.selects:
+            return None
+        draws = self.keyed("keep", self.epoch, self.step)
+        exponential_NM = torch.empty(config.batch_size, config.M).exponential_(generator=draws)
+        return [upload(exponential_NM[part.start : part.stop], self.world.device) for part in self.parts]
+
     def end_epoch(self) -> None:
         self.epoch, self.step = self.epoch + 1, 0
         self.epoch_totals = EpochTotals(torch.zeros_like(self.epoch_totals.loss_and_correct))
@@ -158,6 +170,7 @@ class TrainingState:
             "random": random_state(self.world.devices),
             "loss_sum_M": loss_sums.loss_sum_M.cpu(),
             "teacher_sum_M": loss_sums.teacher_sum_M.cpu(),
+            "reward_sum_M": loss_sums.reward_sum_M.cpu(),
             "images": loss_sums.images,
             "teacher_buffers": self.teacher.buffers() if self.teacher else {},
             "loss_and_correct": self.epoch_totals.loss_and_correct.cpu(),
@@ -198,7 +211,7 @@ class TrainingState:
             self.optimizer.load_state_dict(saved["optimizer"] | {"param_groups": groups})
             self.scaler.load_state_dict(saved["scaler"])
             self.policies.load_state_dict(saved["policies"])
-            self.policies.loss_sums = LossSums(own["loss_sum_M"], own["teacher_sum_M"], own["images"])
+            self.policies.loss_sums = LossSums(*(own[name] for name in LossSums._fields))
             of_teacher = saved["teacher"], own["teacher_buffers"]
             if self.teacher:
                 self.teacher.load_state_dict(*of_teacher)
@@ -223,6 +236,7 @@ class TrainingState:
         return {
             "loss_sum_M": sum(rank["loss_sum_M"] for rank in ranks) / size,
             "teacher_sum_M": sum(rank["teacher_sum_M"] for rank in ranks) / size,
+            "reward_sum_M": sum(rank["reward_sum_M"] for rank in ranks) / size,
             "images": sum(rank["images"] for rank in ranks) / size,
             "teacher_buffers": {},
             "loss_and_correct": torch.zeros(2, dtype=torch.float64),
@@ -236,6 +250,19 @@ class TrainingState:
         """The generator of the key's draws. After a second rewind they change: the same ones may fail again."""
         again = ("again", self.rewinds) if self.rewinds > 1 else ()
         return keyed_generator(self.config.seed, *key, *again)
+
+
+@contextlib.contextmanager
+def batch_statistics(network: nn.Module) -> Iterator[None]:
+    """In training mode, BatchNorm normalises by the batch as always, but its running statistics stay as they are."""
+    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for module in norms:
+        module.track_running_stats = False
+    try:
+        yield
+    finally:
+        for module in norms:
+            module.track_running_stats = True
 
 
 def build_optimizer(model: nn.Module, config: Config, *, fused: bool) -> torch.optim.Optimizer:

@@ -1,6 +1,7 @@
 """The teacher: an average of the network, its say in the reward, and the collapse that it prevents."""
 
 import copy
+import itertools
 from collections import Counter
 
 import pytest
@@ -35,7 +36,6 @@ def test_the_teacher_averages_weights_and_statistics(rate):
             expected[name] = now if value.is_floating_point() else value.clone()
     torch.testing.assert_close(teacher.model.state_dict(), expected, rtol=1e-4, atol=1e-5)
     assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
-    assert not teacher.model.training
 
 
 def test_the_reward_subtracts_lambda_times_the_teachers_loss():
@@ -52,37 +52,64 @@ def test_the_reward_subtracts_lambda_times_the_teachers_loss():
     assert record["teacher_losses"] == pytest.approx(teacher_NM.mean(0).tolist())
 
 
-def test_in_a_run_both_losses_are_of_the_same_copies(monkeypatch):
-    """With a teacher that is the network itself, in its mode, the two are equal, and the reward is nothing."""
-    config = Config(model="wresnet10_1", reward="teacher", M=3, batch_size=8, epochs=1, cutout=0)
-    state = TrainingState.start(config, ALONE, network_for(8))
-    state.teacher.model = state.model
-    state.teacher._on_all_devices = state.model
-    monkeypatch.setattr(state.teacher, "follow", lambda _: None)
-    g = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (32, 3, 8, 8), dtype=torch.uint8, generator=g)
-    main.train_one_epoch(state, ResidentSplit(images, torch.arange(32) % 2), manager := Unkept())
-    (record,) = manager.intervals
-    assert record["teacher_losses"] == pytest.approx(record["losses"], rel=1e-6)
-    assert record["advantages"] == pytest.approx([0, 0, 0], abs=0.2)
-    assert record["loss_spread"] > 1e-4
+def test_a_teacher_equal_to_the_network_leaves_a_share_of_the_loss():
+    """Both see the same copies in the same mode: the reward is (1 - teacher_weight) times the loss, exactly."""
+    weight = {"reward": "teacher", "teacher_weight": 0.25}
+    config = Config(model="wresnet10_1", M=3, batch_size=8, epochs=1, cutout=0, accumulate=2, **weight)
+    state = TrainingState.start(config, ALONE, batchnorm_network())
+    state.policies.resample(torch.Generator().manual_seed(0))
+    before = copy.deepcopy(state.teacher.model.state_dict())
+    images = torch.randint(256, (8, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    state.trained.train()
+    _, micro_batches = next(state.loader(ResidentSplit(images, torch.arange(8) % 2)).steps(0))
+    main.take_step(state, itertools.islice(micro_batches, 2), lr=0.1)
+    sums = state.policies.loss_sums
+    assert torch.equal(sums.teacher_sum_M, sums.loss_sum_M)
+    assert torch.equal(sums.reward_sum_M - 0.25 * sums.teacher_sum_M, 0.75 * sums.loss_sum_M)
+    moved = state.teacher.model.state_dict()
+    assert not torch.equal(moved["1.running_mean"], before["1.running_mean"]), "it follows the network's, which moved"
 
 
-def network_for(side):
+def test_judging_leaves_the_running_statistics():
+    config = Config(model="wresnet10_1", reward="teacher")
+    state = TrainingState.start(config, ALONE, batchnorm_network())
+    inputs, labels = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 2
+    for network in (state.trained.train(), state.teacher.network):
+        before = copy.deepcopy(network.state_dict())
+        loss = main.judge(state, network, inputs, labels).loss_B
+        assert same(network.state_dict(), before)
+        expected = nn.functional.cross_entropy(copy.deepcopy(network).train()(inputs), labels, reduction="none")
+        assert torch.equal(loss, expected.detach()), "training mode: the batch's own statistics"
+        network(inputs)
+        assert not same(network.state_dict(), before), "outside they move again"
+
+
+def batchnorm_network():
     torch.manual_seed(0)
-    return nn.Sequential(nn.AvgPool2d(side), nn.Flatten(), nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(6), nn.Flatten(), nn.Linear(4, 2)
+    )
 
 
 def test_a_resumed_run_with_a_teacher_is_the_uninterrupted_one(train, monkeypatch):
     monkeypatch.setattr(main, "build_model", little_network)
     demanding = ("reward=teacher", "policy_interval=3", "controller_lr=0.05", "reward_ema=0.9", *LITTLE)
+    demanding += (
+        "reward_loss=nonsaturating",
+        "keep=1",
+        "keep_by=margin",
+        "entropy_floor=0.99",
+        "entropy_floor_end=0.8",
+    )
     whole = train("whole", *demanding)
     train("parts", *demanding, "--stop_epoch=1")
     parts = train("parts", *demanding, "--resume")
     assert files(parts) == files(whole)
     assert same(final_state(parts), final_state(whole))
     assert all(len(line["teacher_losses"]) == 2 for line in lines(whole / "policies.jsonl"))
-    plain = train("plain", *demanding[1:])
+    floors = [line["entropy_floor"] for line in lines(whole / "policies.jsonl")]
+    assert floors == pytest.approx([0.99 - 0.19 * share for share in (0, 0.25, 0.5, 0.75)])
+    plain = train("plain", *demanding[1 : 4 + len(LITTLE)])
     assert "teacher_losses" not in lines(plain / "policies.jsonl")[0]
     assert files(plain, "policies.jsonl") != files(whole, "policies.jsonl")
 
@@ -106,6 +133,33 @@ def test_two_processes_with_a_teacher_resume_exactly(tmp_path, monkeypatch):
     own = [rank["teacher_buffers"] for rank in final_state(whole)["ranks"]]
     assert own[0].keys() == own[1].keys()
     assert not same(*own), "statistics are each process's own; that the averages are equal is checked at every save"
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ("reward=teacher", "reward_loss=nonsaturating"),
+        ("policy=random", "keep=2", "keep_by=weighted"),
+        ("reward=teacher", "keep=2", "keep_by=margin", "entropy_floor=0.99"),
+    ],
+    ids=lambda how: " ".join(how),
+)
+def test_micro_batches_equal_processes(how, tmp_path, script, monkeypatch):
+    """Rewards, selection and the controller do not depend on who judges a part of the batch, but for rounding."""
+    monkeypatch.setattr(main, "build_model", little_network)
+    small = ("model=wresnet10_1", "train_size=40", "batch_size=10", "epochs=2", "eval_every=2", "valid_size=10")
+    said = ("--logdir", tmp_path, "--device", "cpu", "--set", *small, "M=4", "policy_interval=2", "controller_lr=0.05")
+    ranks = scripts_on_ranks(2, "main.py", "--name", "two", *said, *how)
+    assert [rank.status for rank in ranks] == [0, 0], ranks[0].err + ranks[1].err
+    alone = script("main.py", "--name", "alone", *said, *how, "accumulate=2")
+    assert alone.status == 0, alone.err
+    both = (lines(tmp_path / name / "policies.jsonl") for name in ("two", "alone"))
+    for of_two, of_one in zip(*both, strict=True):
+        assert of_two["policies"] == of_one["policies"]
+        for numbers in ("losses", "advantages", "teacher_losses"):
+            assert of_two.get(numbers, []) == pytest.approx(of_one.get(numbers, []), rel=1e-4)
+        assert of_two["entropy"] == pytest.approx(of_one["entropy"], rel=1e-6)
+    assert sum(p["entropy"] for p in lines(tmp_path / "two" / "policies.jsonl")) > 0
 
 
 OPERATIONS = ("ShearX", "TranslateX", "Rotate", "Sharpness", "AutoContrast")

@@ -1,9 +1,9 @@
-"""What a training step costs with each source of policies, and with a teacher in the reward.
+"""What a training step costs with each source of policies, with a teacher, and where half of the copies are kept.
 
     python benchmarks/signals.py [--load_conf confs/cifar10/wresnet40x2_cifar10.yaml --amp] [--steps 3] [--repeats 7]
 
 They take their steps in turn, from the same noise, and are compared with the controller rewarded by the loss. AugMix
-makes four views of every copy.
+makes four views of every copy. Passes: for each image, a forward pass counts 1, a forward and backward pass 3.
 """
 
 import dataclasses
@@ -31,8 +31,14 @@ def main() -> None:
     arguments.add_argument("--steps", type=count, default=3, help="of each measurement (default: %(default)s)")
     args = parse(arguments)
     base = load_config(args.load_conf or DEFAULT_CONF, overrides_from(args))
+    base = dataclasses.replace(base, entropy_floor=0.0, entropy_floor_end=None, keep=None)
     configs = {policy: dataclasses.replace(base, policy=policy) for policy in (LEARNED, "random", "none", *PER_IMAGE)}
     configs[f"{LEARNED}, reward: teacher"] = dataclasses.replace(base, policy=LEARNED, reward="teacher")
+    if half := base.M // 2:
+        keep = {"policy": "random", "keep": half}
+        configs[f"random, {half} of {base.M} kept"] = dataclasses.replace(base, **keep)
+        margin = {"keep_by": "margin", "reward": "teacher"}
+        configs[f"random, {half} of {base.M} kept by margin"] = dataclasses.replace(base, **keep, **margin)
     with join(args.device) as world:
         cases = {}
         for name, config in configs.items():
@@ -42,10 +48,21 @@ def main() -> None:
             name: [took / args.steps for took in turns] for name, turns in take_turns(cases, args.repeats).items()
         }
     to = {name: ratios(values, seconds[LEARNED]) for name, values in seconds.items()}
-    rows = [(name, f"{1000 * Spread.of(seconds[name]).median:,.0f}", to[name].describe(".3f")) for name in cases]
+    passes = {name: config.passes for name, config in configs.items()}
+    rows = [
+        (name, str(passes[name]), f"{1000 * Spread.of(seconds[name]).median:,.0f}", to[name].describe(".3f"))
+        for name in cases
+    ]
     title = f"A step of {base.model}, N = {base.batch_size}, M = {base.M}"
-    measured = {"model": base.model, "N": base.batch_size, "M": base.M, "seconds": seconds, "ratios": to}
-    publish(args, [Table(title, ["policies", "ms", f"relative to {LEARNED}"], rows)], measured)
+    measured = {
+        "model": base.model,
+        "N": base.batch_size,
+        "M": base.M,
+        "seconds": seconds,
+        "ratios": to,
+        "passes": passes,
+    }
+    publish(args, [Table(title, ["policies", "passes", "ms", f"relative to {LEARNED}"], rows)], measured)
 
 
 if __name__ == "__main__":

@@ -323,7 +323,7 @@ def test_another_source_on_the_command_line_drops_a_confs_floor(conf):
     assert load_config(path, {"policy": ("--set", "controller")}).entropy_floor == 0.9
     changed = load_config(path, {"policy": ("--set", "random")})
     assert (changed.entropy_floor, changed.entropy_floor_end, changed.M) == (0.0, None, 3)
-    with pytest.raises(UserError, match="--set: entropy_floor: 0.9 needs policies that learn"):
+    with pytest.raises(UserError, match=r"--set: entropy_floor: 0\.9 needs policies that learn"):
         load_config(path, {"policy": ("--set", "random"), "entropy_floor": ("--set", 0.9)})
 
 

@@ -41,7 +41,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import augment
-from accelerator_tables import epoch_table, exactness_table, operations_table, step_table, training_table
 from cost import cost
 from exactness import compare_with_pillow, is_cifar10, run_marked_tests
 from measuring import (
@@ -57,6 +56,7 @@ from measuring import (
     take_turns,
     timed,
 )
+from parts.accelerator_tables import epoch_table, exactness_table, operations_table, step_table, training_table
 from step import Steps, timed_steps
 
 import main as training

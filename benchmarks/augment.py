@@ -5,8 +5,8 @@
     python benchmarks/augment.py --device cuda
 
 They take turns in one run: the batched operations of augmentations.py; Pillow, image by image in one process
-(others/perimage.py); torchvision.transforms.v2 on groups of equal operation and magnitude, and kornia if it is
-installed (others/libraries.py). First the batched results are compared with Pillow's: they must be equal.
+(parts/perimage.py); torchvision.transforms.v2 on groups of equal operation and magnitude, and kornia if it is
+installed (parts/libraries.py). First the batched results are compared with Pillow's: they must be equal.
 
 operations          uint8 copies through a plan
 and normalised      the same, to normalised float32 in the channels_last memory format
@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from measuring import Spread, count, in_turn, parse, parser, publish, ratios
-from others import libraries
-from others.perimage import Operation, PillowPipeline, run
+from parts import libraries
+from parts.perimage import Operation, PillowPipeline, run
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as on_pillow

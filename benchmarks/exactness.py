@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from augment import to_pillow
 from measuring import LONGEST_REPORT, ROOT, Report
-from others.perimage import OPERATIONS, Operation, run
+from parts.perimage import OPERATIONS, Operation, run
 
 from augmentations import OPS, Op, Plan, apply, apply_op
 from datasets.imagefiles import IMAGE_SUFFIXES, FitSquare, ImageFiles
@@ -32,7 +32,7 @@ TESTS = ROOT / "tests"
 
 
 def compare_with_pillow(dataroot: Path | None, side: int, device: torch.device) -> tuple[str, dict[str, Any]]:
-    """How many values differ from Pillow's, over all levels and signs of the operations in others/perimage.py."""
+    """How many values differ from Pillow's, over all levels and signs of the operations in parts/perimage.py."""
     images_BCHW, where = some_images(dataroot, side)
     compared = [op for op in OPS if op.name in OPERATIONS]
     differing = {op.name: sum(differences(op, images_BCHW, device)) for op in compared}

@@ -9,7 +9,7 @@
 
 policies    as main.py trains: images by index, draws, crop, flip, operations, normalisation, Cutout, learning
 limit       the same learning from inputs that are on the device already
-per image   the same learning from inputs that worker processes make image by image (others/perimage.py)
+per image   the same learning from inputs that worker processes make image by image (parts/perimage.py)
 
 The three take turns, and ratios are of measurements of the same turn. The workers of the per-image pipeline are started
 and have filled their queues before it is timed. The images are noise, since only their size affects the speed. The
@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from cost import CLASSES
 from measuring import Spread, cores, count, host_waits, parse, parser, peak_memory, publish, ratios, take_turns, timed
-from others.perimage import PillowPipeline
+from parts.perimage import PillowPipeline
 
 import main as training
 from config import DEFAULT_CONF, Config, add_setting_arguments, load_config, overrides_from, plain_values

@@ -20,8 +20,8 @@ import scoring
 import step
 import torch
 from conftest import ALONE, ROOT
-from others import libraries
-from others.perimage import ImageDraws, Operation, PillowPipeline
+from parts import libraries
+from parts.perimage import ImageDraws, Operation, PillowPipeline
 from PIL import Image
 
 import training.state as trainingstate

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import yaml
-from conftest import LITTLE, assert_refused, files, final_state, lines, little_network, same
+from conftest import LITTLE, TINY, assert_refused, files, final_state, lines, little_network, same
 
 import main
 import policies.recorded as recorded
@@ -62,7 +62,11 @@ def test_sources_by_name(policy_file):
 
 def test_every_setting_reaches_the_source():
     signals = {"reward": "teacher", "teacher_weight": 0.3, "reward_ema": 0.9, "divide_by_std": False}
-    source = build_policies(Config(logit_bound=2.5, clean_share=0.2, entropy_bonus=0.1, controller_lr=0.7, **signals))
+    floors = {"entropy_floor": 0.9, "entropy_floor_end": 0.5}
+    learning = {"logit_bound": 2.5, "entropy_bonus": 0.1, "controller_lr": 0.7} | floors
+    source = build_policies(Config(clean_share=0.2, **learning, **signals))
+    assert source.entropy_floors == (0.9, 0.5)
+    assert build_policies(Config(entropy_floor=0.9)).entropy_floors == (0.9, 0.9)
     assert source.reward == (0.3, 0.9, False)
     assert (source.controller.logit_bound, source.clean_share, source.entropy_bonus) == (2.5, 0.2, 0.1)
     assert source.optimizer.param_groups[0]["lr"] == 0.7
@@ -222,9 +226,8 @@ def test_policy_from_may_move_but_not_change_form(little, script, tmp_path, poli
     assert files(little("parts", *settings, f"policy_from={moved}", "--resume")) == files(whole)
     little("other", *settings, f"policy_from={moved}", "--stop_epoch=1")
     moved.write_text(json.dumps({"policies": POLICIES, "levels": 20}))
-    small = ("model=wresnet10_1", "train_size=40", "batch_size=10", "epochs=3", "eval_every=3", "workers=0", *LITTLE)
     again = ("--logdir", tmp_path, "--name", "other", "--resume")
-    done = script("main.py", *again, "--set", *small, *settings, f"policy_from={moved}")
+    done = script("main.py", *again, "--set", *TINY, *LITTLE, *settings, f"policy_from={moved}")
     assert_refused(done, "policy_from holds policies of another form than when the run started")
 
 

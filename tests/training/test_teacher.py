@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import ALONE, LITTLE, Unkept, files, final_state, lines, little_network, same, scripts_on_ranks
+from conftest import ALONE, LITTLE, TINY, Unkept, files, final_state, lines, little_network, same, scripts_on_ranks
 from torch import nn
 
 import main
@@ -120,8 +120,7 @@ def test_two_processes_with_a_teacher_resume_exactly(tmp_path, monkeypatch):
 
     def train(name, *flags):
         told = ("--logdir", tmp_path, "--name", name, "--device", "cpu", *flags)
-        small = ("model=wresnet10_1", "train_size=40", "batch_size=10", "workers=0")
-        ranks = scripts_on_ranks(2, "main.py", *told, "--set", *small, *said)
+        ranks = scripts_on_ranks(2, "main.py", *told, "--set", *TINY, *said)
         assert [rank.status for rank in ranks] == [0, 0], ranks[0].err + ranks[1].err
         return tmp_path / name
 
@@ -147,8 +146,8 @@ def test_two_processes_with_a_teacher_resume_exactly(tmp_path, monkeypatch):
 def test_micro_batches_equal_processes(how, tmp_path, script, monkeypatch):
     """Rewards, selection and the controller do not depend on who judges a part of the batch, but for rounding."""
     monkeypatch.setattr(main, "build_model", little_network)
-    small = ("model=wresnet10_1", "train_size=40", "batch_size=10", "epochs=2", "eval_every=2", "valid_size=10")
-    said = ("--logdir", tmp_path, "--device", "cpu", "--set", *small, "M=4", "policy_interval=2", "controller_lr=0.05")
+    said = ("--logdir", tmp_path, "--device", "cpu", "--set", *TINY, "M=4", "epochs=2", "valid_size=10")
+    said += ("policy_interval=2", "controller_lr=0.05")
     ranks = scripts_on_ranks(2, "main.py", "--name", "two", *said, *how)
     assert [rank.status for rank in ranks] == [0, 0], ranks[0].err + ranks[1].err
     alone = script("main.py", "--name", "alone", *said, *how, "accumulate=2")

@@ -125,7 +125,7 @@ def run(image: Image.Image, operations: Sequence[Operation]) -> Image.Image:
     """The operations, one after the other."""
     for name, magnitude, extra in operations:
         if name not in OPERATIONS:
-            raise UserError(f"OPERATIONS in benchmarks/others/perimage.py has no {name}: add what Pillow does")
+            raise UserError(f"OPERATIONS in benchmarks/parts/perimage.py has no {name}: add what Pillow does")
         image = OPERATIONS[name](image, magnitude, extra)
     return image
 

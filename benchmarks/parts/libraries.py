@@ -132,7 +132,7 @@ def with_kornia(images_BCHW: Tensor, plan: Plan) -> Tensor:
 
 def _named(table: dict[str, Callable], name: str, row: int) -> Callable:
     if OPS[row].name not in table:
-        raise UserError(f"{name} in benchmarks/others/libraries.py has no {OPS[row].name}: add that library's function")
+        raise UserError(f"{name} in benchmarks/parts/libraries.py has no {OPS[row].name}: add that library's function")
     return table[OPS[row].name]
 
 

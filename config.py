@@ -288,8 +288,8 @@ def load_config(conf_file: Path | None, overrides: dict[str, tuple[str, Any]]) -
     if conf_file is not None:
         given = {field: (str(conf_file), value) for field, value in read_yaml(conf_file).items()}
     given |= overrides
-    if given.get("policy", (None, "controller"))[1] != "controller" and "policy" in overrides:
-        # A conf's floor is for the conf's own controller.
+    if "entropy_floor" in overrides or overrides.get("policy", (None, "controller"))[1] != "controller":
+        # A conf's floor is for the conf's controller, and its end for the conf's start.
         given = {field: value for field, value in given.items() if field not in OF_CONTROLLER or field in overrides}
     types_ = typing.get_type_hints(Config)
     values = {}

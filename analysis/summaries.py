@@ -65,7 +65,7 @@ def write_summary(experiment: Experiment, runs: Sequence[PlannedRun], folder: Pa
     if has_matplotlib():
         by_arm = runs_by_arm(ours)
         lines += _draw(experiment, "errors", errors(by_arm), "test errors, a line for each seed", folder)
-        lines += _draw(experiment, "regime", regime(_against_random(experiment, by_arm)), "when hardness pays", folder)
+        lines += _draw(experiment, "regime", regime(against_random(experiment, by_arm)), "when hardness pays", folder)
         lines += _draw(experiment, "entropy", entropies(by_arm), "entropy of the policies (band: all seeds)", folder)
     write_text(folder / "summary.md", _with_part(folder / "summary.md", experiment, "\n".join(lines)))
 
@@ -217,7 +217,7 @@ def _comparisons(experiment: Experiment, by_arm: ByArm) -> list[str]:
     return [render(Table("### Differences", header, rows, [note]), "markdown"), ""] if rows else []
 
 
-def _against_random(experiment: Experiment, by_arm: ByArm) -> dict[str, list[tuple[float, float, float]]]:
+def against_random(experiment: Experiment, by_arm: ByArm) -> dict[str, list[tuple[float, float, float]]]:
     """For each group of arms, whose names end in _<number>, its comparisons with random policies.
 
     A comparison is the training accuracy under random policies, and the mean and half-width of the difference of the

@@ -317,12 +317,14 @@ def test_a_setting_given_as_a_flag_is_answered_with_set(words, answer):
         parser.parse_args(words)
 
 
-def test_another_source_on_the_command_line_drops_a_confs_floor(conf):
+def test_the_command_line_replaces_a_confs_floor_as_a_whole(conf):
     path = conf("entropy_floor: 0.9\nentropy_floor_end: 0.8\nM: 3")
     assert load_config(path, {}).entropy_floor == 0.9
     assert load_config(path, {"policy": ("--set", "controller")}).entropy_floor == 0.9
     changed = load_config(path, {"policy": ("--set", "random")})
     assert (changed.entropy_floor, changed.entropy_floor_end, changed.M) == (0.0, None, 3)
+    changed = load_config(path, {"entropy_floor": ("--set", 0.5)})
+    assert (changed.entropy_floor, changed.entropy_floor_end) == (0.5, None)
     with pytest.raises(UserError, match=r"--set: entropy_floor: 0\.9 needs policies that learn"):
         load_config(path, {"policy": ("--set", "random"), "entropy_floor": ("--set", 0.9)})
 

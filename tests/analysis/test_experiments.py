@@ -20,7 +20,7 @@ import evaluate
 import experiments
 import main
 import training.exit as exits
-from analysis import summaries
+from analysis import figures, summaries
 from analysis.runs import read_lines
 from analysis.specs import FOLDER, SIZES, load_experiment, runs_of
 from config import read_yaml
@@ -178,7 +178,8 @@ def test_controls_are_those_that_a_claim_needs(size, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "transfer" else pytest.mark.slow) for name in NAMES]
+    "name",
+    [pytest.param(n, marks=() if n == "transfer" else pytest.mark.slow) for n in NAMES if "tiny" in SIZES_OF[n]],
 )
 def test_runs_are_made_scored_and_summarised_once(experiment, in_process, tmp_path, name):
     assert experiment(name, "--seeds", 0, 1).status == 0
@@ -212,6 +213,49 @@ def test_runs_are_made_scored_and_summarised_once(experiment, in_process, tmp_pa
     again = experiment(name, "--seeds", 0, 1)
     assert (again.status, len(in_process)) == (0, 2 * len(runs)), "nothing is run twice"
     assert (folder / "summary.md").read_text() == summary
+
+
+def synthetic_records():
+    """Of an experiment of two lengths: under random policies 80 and 97 % training accuracy, errors by seed."""
+    errors = {"random_1": (50, 52), "held_1": (51, 54), "random_2": (20, 22), "held_2": (17, 18)}
+    return {
+        arm: {
+            seed: {
+                "arm": arm,
+                "seed": seed,
+                "error": error / 100,
+                "policy": arm.split("_")[0].replace("held", "controller"),
+                "train_top1": (0.8 if arm.endswith("1") else 0.97) + (0.01 if seed else -0.01),
+                "passes": 12,
+            }
+            for seed, error in enumerate(of_arm)
+        }
+        for arm, of_arm in errors.items()
+    }
+
+
+def test_differences_are_set_against_how_well_random_policies_are_fitted():
+    one = load_experiment("regime", "tiny", [0, 1])
+    (points,) = summaries.against_random(one, synthetic_records()).values()
+    halves = [12.706 * statistics.stdev(d) / math.sqrt(2) for d in ((1, 2), (-3, -4))]
+    assert [point for three in points for point in three] == pytest.approx(
+        [80, 1.5, halves[0], 97, -3.5, halves[1]], rel=1e-3
+    )
+    figure = figures.regime({"held": points})
+    (line,) = (line for line in figure.axes[0].lines if line.get_marker() == "o")
+    assert line.get_ydata().tolist() == pytest.approx([1.5, -3.5])
+    assert figures.regime({}) is None
+    assert summaries.against_random(load_experiment("controls", "tiny"), synthetic_records()) == {}
+
+
+def test_the_summary_says_whether_random_policies_were_fitted():
+    lines = summaries.fitted_or_not(synthetic_records())
+    assert lines[:2] == [
+        "- random_1: training accuracy 80.0%; the network did not fit random policies: at this length hardness was not "
+        "put to the test.",
+        "- random_2: training accuracy 97.0%; the network fitted random policies (from 95% on).",
+    ]
+    assert summaries.fitted_or_not({"held": {0: {"policy": "controller", "train_top1": 1.0}}}) == []
 
 
 def test_stopped_runs_are_resumed_and_trained_ones_only_scored(finished, in_process, tmp_path):
@@ -275,10 +319,10 @@ def test_other_seeds_and_other_sizes_are_kept(finished, tmp_path):
 def test_figures_are_drawn_with_matplotlib(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(summaries, "has_matplotlib", lambda: True)
     assert finished("--seeds", 0, 1).status == 0
-    figures = tmp_path / "results" / "mine" / "figures"
-    assert {path.name for path in figures.iterdir()} == {f"tiny_{n}.png" for n in ("errors", "entropy")}
+    drawn = tmp_path / "results" / "mine" / "figures"
+    assert {path.name for path in drawn.iterdir()} == {f"tiny_{n}.png" for n in ("errors", "entropy")}
     summary = (tmp_path / "results" / "mine" / "summary.md").read_text()
-    assert all(f"(figures/{path.name})" in summary for path in figures.iterdir())
+    assert all(f"(figures/{path.name})" in summary for path in drawn.iterdir())
 
 
 def in_tiny(**changes):

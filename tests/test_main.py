@@ -153,7 +153,7 @@ def test_pictures_of_policies_are_labelled():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (("controller_lr=1", "policy_interval=1"), ["The controller has moved: "]),
+        (("controller_lr=1", "policy_interval=1", "logit_bound=1"), ["The controller has moved: "]),
         ((), ["The controller has not moved yet: 100.0 % of its maximal entropy is left"]),
         (("policy=random",), []),
     ],

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import LITTLE, TINY, assert_refused, files, final_state, lines, little_network, same, scripts_on_ranks
 from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.util import tensor_util
@@ -32,10 +33,10 @@ class Fault:
     def __init__(self, monkeypatch, what, due, *, times=1, value=NAN):
         self.what, self.due, self.left, self.value = what, due, times, value
         self.state, self.inputs = None, []
-        self._learn, self._descend, self._cross_entropy = main.learn, main.descend, main.F.cross_entropy
+        self._learn, self._descend, self._cross_entropy = main.learn, main.descend, F.cross_entropy
         monkeypatch.setattr(main, "learn", self.learn)
         monkeypatch.setattr(main, "descend", self.descend)
-        monkeypatch.setattr(main.F, "cross_entropy", self.cross_entropy)
+        monkeypatch.setattr(F, "cross_entropy", self.cross_entropy)
 
     def strikes(self, *kinds):
         struck = self.what in kinds and self.left > 0 and self.state is not None and self.due(self.state)

@@ -204,6 +204,21 @@ def test_only_the_papers_reward_picks_what_destroys_the_label(seed):
     assert min(losses) < 0.1
 
 
+@pytest.mark.slow
+def test_a_floor_holds_for_two_thousand_updates():
+    state, manager, _ = train_on_brightness(entropy_floor=0.8, epochs=1000)
+    shares = [record["entropy"] / state.policies.largest_entropy for record in manager.intervals]
+    assert len(shares) == 2000
+    reached = next(update for update, share in enumerate(shares) if share < 0.81)
+    assert reached < 500
+    assert max(shares[reached:]) < 0.81
+    assert min(shares) > 0.79
+    in_use = (policy for record in manager.intervals[-400:] for policy in record["policies"])
+    drawn = Counter(name for policy in in_use for ((name, _),) in policy)
+    assert drawn.most_common(1)[0][0] == "AutoContrast", "it does its worst within the floor"
+    assert min(manager.intervals[-1]["losses"]) < 0.1, "and the network still learns"
+
+
 def test_clean_copies_teach_despite_a_destructive_policy():
     right = {}
     for share in (0.0, 0.25):

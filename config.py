@@ -213,13 +213,12 @@ class Config:
         yield self.jsd == 0 or (mixes and self.M > 1), "jsd", "needs policy: augmix and M of at least 2"
         yield one_crop, "jsd", "compares copies of one crop: set crop_per_copy to false"
         yield not (mixes and self.clean_share), "clean_share", "is not for augmix, which mixes in the clean image"
-        margin = "needs a teacher to compare with; set reward: teacher"
         learns, floors = self.policy == "controller", (self.entropy_floor, self.entropy_floor_end or 0.0)
         for field, floor in zip(OF_CONTROLLER, floors, strict=True):
             yield learns or not floor, field, f"needs policies that learn, policy: controller, not {self.policy}"
         yield self.keep is None or self.keep <= self.M, "keep", f"is more than the M = {self.M} copies of an image"
         yield self.keep is None or not self.jsd, "keep", "does not go with jsd, which compares all M copies of an image"
-        yield self.keep_by != "margin" or self.reward == "teacher", "keep_by", margin
+        yield self.keep_by != "margin" or self.reward == "teacher", "keep_by", "needs a teacher; set reward: teacher"
         yield bool(self.ops), "ops", "must name at least one operation; for none at all, set policy: none"
         yield len(set(self.ops)) == len(self.ops), "ops", "names an operation twice"
         for name in self.ops:

@@ -122,12 +122,13 @@ def test_what_a_run_directory_holds(train, policy):
 
 
 def test_tensorboard_shows_curves_shares_and_images(train):
-    run = train("board", "eval_every=1")
+    run = train("board", "eval_every=1", "entropy_floor=0.9")
     board = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
     tags = board.Tags()
+    assert [event.value for event in board.Scalars("adversary/entropy_floor")] == pytest.approx([0.9] * 3)
     curves = {"accuracy/train", "accuracy/test", "loss/train", "loss/test", "run/lr", "run/copies_per_second"}
     assert curves | {"adversary/entropy_share", "adversary/loss_spread", "adversary/collapsed"} <= set(tags["scalars"])
-    assert len(tags["scalars"]) == len(curves) + 3 + 1 + 16 + 10, "and the best accuracy seen; nothing twice"
+    assert len(tags["scalars"]) == len(curves) + 4 + 1 + 16 + 10, "and the best accuracy seen; nothing twice"
     assert sum(board.Scalars(f"operations/{op.name}")[0].value for op in OPS[:16]) == pytest.approx(1)
     assert sum(board.Scalars(f"levels/{level}")[0].value for level in range(10)) == pytest.approx(1)
     metrics, largest = lines(run / "metrics.jsonl"), 10 * (math.log(16) + math.log(10))

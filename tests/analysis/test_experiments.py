@@ -179,7 +179,7 @@ def test_controls_are_those_that_a_claim_needs(size, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=() if n == "transfer" else pytest.mark.slow) for n in NAMES if "tiny" in SIZES_OF[n]],
+    ["transfer", pytest.param("selection", marks=pytest.mark.slow), pytest.param("controls", marks=pytest.mark.slow)],
 )
 def test_runs_are_made_scored_and_summarised_once(experiment, in_process, tmp_path, name):
     assert experiment(name, "--seeds", 0, 1).status == 0

@@ -112,6 +112,9 @@ def test_a_moved_controller_is_named_with_what_it_favours(little):
     text = run_verdict(read_run(run))
     assert text.startswith("The controller has moved: 90.0 % of its maximal entropy is left; it favours Solarize (7")
     assert text.endswith("where chance gives 33.33 %.")
+    with_records(run, lambda record: record | {"entropy_floor": 0.9})
+    held = run_verdict(read_run(run))
+    assert "90.0 % of its maximal entropy is left, where it is held (entropy_floor 0.9); it favours Solarize" in held
 
 
 def test_a_controller_that_draws_uniformly_has_not_moved(little):
@@ -182,7 +185,7 @@ def test_long_and_wide_figures_can_be_drawn():
     made = [
         figures.curves({f"run {n}": (points, points, points[:1]) for n in range(10)}),
         figures.share_panels([1], [{f"level {n}": 1 for n in range(30)}], {"level 2"}),
-        figures.entropy([(1, 80.0), (2, 10.0)], [2.0]),
+        figures.entropy([(1, 80.0), (2, 10.0)], [2.0], [(1, 50.0), (2, 5.0)]),
     ]
     for figure in made:
         figure.canvas.draw()

@@ -372,3 +372,10 @@ def test_policies_that_do_not_learn_do_not_collapse(run_and_output, monkeypatch)
     assert {record["collapsed"] for record in lines(run / "policies.jsonl")} == {None}
     assert "collapse" not in out
     assert set(curve(run, "adversary/collapsed").values()) == {0.0}
+
+
+def test_a_controller_that_is_held_does_not_collapse(run_and_output, monkeypatch):
+    monkeypatch.setattr(manager, "collapse_message", lambda *_: "always")
+    for floor, expected in ((0.3, None), (0.2, "always")):
+        run, _ = run_and_output(f"at_{floor}", f"entropy_floor={floor}", "policy_interval=1", "--stop_epoch=1")
+        assert {record["collapsed"] for record in lines(run / "policies.jsonl")} == {expected}

@@ -2,11 +2,11 @@
 
     python benchmarks/controller.py [--updates 400] [--plot docs/collapse_by_noise.png]
 
-The reward of a policy is the share of one operation in it (0 to 1), plus Gaussian noise of the given standard
-deviations. That share varies between random policies with a standard deviation of 0.08. A controller of the paper's
-settings first stays where it is, nearly uniform, for as long as the noise hides the reward, and then collapses within
-some dozens of updates: its LSTM's inputs, state and biases all move the same way. There is hardly a stable state in
-between, unless a floor holds its entropy.
+The reward of a policy is the share of one operation in it plus its share at the highest level, and Gaussian noise of
+the given standard deviations. Without noise it varies between random policies with a standard deviation of 0.09. A
+controller of the paper's settings first stays where it is, nearly uniform, for as long as the noise hides the reward,
+and then collapses within some dozens of updates: its LSTM's inputs, state and biases all move the same way. There is
+hardly a stable state in between, unless a floor holds its entropy.
 """
 
 import functools
@@ -63,7 +63,9 @@ def entropies(noise: float, floor: float, updates: int, M: int, seed: int) -> li
     shares = []
     for update in range(updates):
         source.resample(draws("policies", update))
-        reward_M = (source.op_MQK == source.rows[rewarded]).double().mean((1, 2))
+        chosen_MQK = source.op_MQK == source.rows[rewarded]
+        highest_MQK = chosen_MQK & (source.level_MQK == source.levels - 1)
+        reward_M = (chosen_MQK.double() + highest_MQK.double()).mean((1, 2))
         reward_M += noise * torch.randn(M, generator=draws("noise", update), dtype=torch.float64)
         source.observe(reward_M[None])
         shares.append(round(source.update()["entropy"] / source.largest_entropy, 4))

@@ -17,6 +17,7 @@ import epoch
 import loading
 import pytest
 import scoring
+import signals as costs_of_sources
 import step
 import torch
 from conftest import ALONE, ROOT
@@ -26,6 +27,7 @@ from PIL import Image
 
 import training.state as trainingstate
 from augmentations import OPS, apply
+from benchmarks import controller as dynamics
 from config import Config
 from datasets.splits import ResidentSplit
 from models import build_model
@@ -120,11 +122,32 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "__
 SMALL_STEPS = ("--set", "model=wresnet10_1", "--images", 4, "--steps", 1, "--workers", 1)
 
 
+def test_a_controllers_collapse_is_followed(benchmark, tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamics, "NOISES", (0.0, 0.2))
+    table, measured = benchmark(dynamics, "--updates", 3, "--seeds", 2, "--plot", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    assert list(measured["entropy"]) == [f"noise {n}" + h for h in ("", ", held at 90%") for n in (0.0, 0.2)]
+    for name, curves in measured["entropy"].items():
+        assert [len(curve) for curve in curves] == [3, 3]
+        assert all(0.99 < share <= 1 for curve in curves for share in curve), "random at the start"
+        assert rows_of(table, name)[0][1:3] == ["never and never", "never and never"]
+    assert dynamics.within([[1.0, 0.9, 0.5], [1.0, 1.0, 1.0]], 0.95) == "1 and never"
+
+
+def test_half_of_the_copies_cost_their_passes(benchmark):
+    few = ("--repeats", 1, "--steps", 1, "--set", "model=wresnet10_1", "batch_size=4", "M=4")
+    table, measured = benchmark(costs_of_sources, *few)
+    passes = measured["passes"]
+    assert (passes["controller"], passes["controller, reward: teacher"]) == (12, 16)
+    assert (passes["random, 2 of 4 kept"], passes["random, 2 of 4 kept by margin"]) == (10, 14)
+    assert {row[0]: row[1] for row in table if row[0] in passes} == {name: str(n) for name, n in passes.items()}
+
+
 def test_a_training_step_is_measured_at_every_size(benchmark):
     table, measured = benchmark(step, *SMALL_STEPS, "--M", 1, 2, "--repeats", 2)
     assert [(size["M"], size["N"], size["image_size"]) for size in measured["sizes"]] == [(1, 4, 16), (2, 4, 16)]
     for size in measured["sizes"]:
-        (row,) = rows_of(table, str(size["M"]), "4", "32")
+        (row,) = rows_of(table, str(size["M"]), "4", "16")
         ways = ("policies", "limit", "per image")
         assert [len(size["seconds"][way]) for way in ways] == [2, 2, 2]
         assert [cell.split()[0] for cell in row[3:6]] == [

@@ -221,11 +221,12 @@ def against_random(experiment: Experiment, by_arm: ByArm) -> dict[str, list[tupl
     """For each group of arms, whose names end in _<number>, its comparisons with random policies.
 
     A comparison is the training accuracy under random policies, and the mean and half-width of the difference of the
-    errors, all in per cent. Nothing unless several arms have random policies.
+    errors, all in per cent. Nothing unless random policies, with all copies kept, were used for several lengths.
     """
     points: dict[str, list[tuple[float, float, float]]] = {}
-    controls = {second for _, second in experiment.compare if _is_random(by_arm.get(second, {}))}
-    for first, second in experiment.compare if len(controls) > 1 else ():
+    controls = {second: _length(by_arm.get(second, {})) for _, second in experiment.compare}
+    controls = {arm: epochs for arm, epochs in controls.items() if epochs is not None}
+    for first, second in experiment.compare if len({*controls.values()}) > 1 else ():
         ours, theirs = by_arm.get(first, {}), by_arm.get(second, {})
         paired = [100 * (ours[seed]["error"] - theirs[seed]["error"]) for seed in ours if seed in theirs]
         if second in controls and paired:
@@ -235,8 +236,11 @@ def against_random(experiment: Experiment, by_arm: ByArm) -> dict[str, list[tupl
     return points
 
 
-def _is_random(runs: Mapping[int, Mapping[str, Any]]) -> bool:
-    return any(one["policy"] == "random" for one in runs.values())
+def _length(runs: Mapping[int, Mapping[str, Any]]) -> int | None:
+    """The epochs of an arm with random policies and all copies kept; None for another."""
+    return next(
+        (one["epochs"] for one in runs.values() if one["policy"] == "random" and not one["settings"].get("keep")), None
+    )
 
 
 def _with_part(path: Path, experiment: Experiment, part: str) -> str:

@@ -227,6 +227,8 @@ def synthetic_records():
                 "policy": arm.split("_")[0].replace("held", "controller"),
                 "train_top1": (0.8 if arm.endswith("1") else 0.97) + (0.01 if seed else -0.01),
                 "passes": 12,
+                "epochs": 12 if arm.endswith("1") else 24,
+                "settings": {},
             }
             for seed, error in enumerate(of_arm)
         }

@@ -280,8 +280,8 @@ def test_a_new_operation_changes_no_default():
     ("settings", "words"),
     [
         ((), []),
-        (("cutout=32",), ["cutout: 32 of 32 pixels blank most of an image; set it to 16 or less"]),
-        (("crop_padding=16",), ["crop_padding: 16 of 32 pixels can shift half an image out of view; set it to 4"]),
+        (("cutout=16",), ["cutout: 16 of 16 pixels blank most of an image; set it to 8 or less"]),
+        (("crop_padding=8",), ["crop_padding: 8 of 16 pixels can shift half an image out of view; set it to 2"]),
         (("dataset=cifar100",), ["no --load_conf: all other settings are those of confs/demo.yaml (wresnet10_1,"]),
     ],
 )

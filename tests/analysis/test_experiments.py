@@ -236,7 +236,7 @@ def synthetic_records():
     }
 
 
-def test_differences_are_set_against_how_well_random_policies_are_fitted():
+def test_differences_against_how_well_random_policies_are_fitted():
     one = load_experiment("regime", "tiny", [0, 1])
     (points,) = summaries.against_random(one, synthetic_records()).values()
     halves = [12.706 * statistics.stdev(d) / math.sqrt(2) for d in ((1, 2), (-3, -4))]
@@ -378,7 +378,7 @@ def test_mistakes_on_the_command_line(script, arguments, message):
 
 def test_a_run_with_other_settings_is_refused(finished, tmp_path):
     done = finished("--set", "lr=0.3")
-    assert_refused(done, "source_0: holds a run with other settings (lr: 0.1 -> 0.3)", "choose another --logdir")
+    assert_refused(done, "source_0: holds a run with other settings (lr: 0.02 -> 0.3)", "choose another --logdir")
     path = tmp_path / "mine.yaml"
     path.write_text(path.read_text().replace("source", "origin"))
     assert_refused(finished(), "frozen_0: holds a run with other settings (policy_from: ", "origin_0")

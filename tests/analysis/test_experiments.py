@@ -201,8 +201,8 @@ def test_runs_are_made_scored_and_summarised_once(experiment, in_process, tmp_pa
         errors = [100 * record["error"] for record in records if record["arm"] == arm]
         assert f"{statistics.fmean(errors):.2f} +- {statistics.stdev(errors):.2f}" in summary
     first, second = one.compare[0]
-    error = {(record["arm"], record["seed"]): 100 * record["error"] for record in records}
-    mean = statistics.fmean(error[first, seed] - error[second, seed] for seed in (0, 1))
+    error = {(record["arm"], record["seed"]): record["error"] for record in records}
+    mean = statistics.fmean(100 * (error[first, seed] - error[second, seed]) for seed in (0, 1))
     passes = {record["arm"]: record["passes"] for record in records}
     assert f"| {first} - {second} | {passes[first] / passes[second]:.2f} | 2 | {mean:+.2f} | +- " in summary
     assert summary.count("none: 2 pairs" if one.ranks else "none: too small") == len(one.compare)

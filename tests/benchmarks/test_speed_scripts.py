@@ -163,7 +163,7 @@ def test_a_training_step_is_measured_at_every_size(benchmark):
 @pytest.mark.slow
 def test_memory_of_a_step_is_measured(benchmark):
     table, measured = benchmark(step, *SMALL_STEPS, "--M", 2, "--repeats", 1, "--memory")
-    ((_, *_, peak, above),) = rows_of(table, "2", "4", "32")
+    ((_, *_, peak, above),) = rows_of(table, "2", "4", "16")
     memory = measured["sizes"][0]["memory"]
     assert peak == f"{memory['policies'] / 1e6:,.0f}"
     assert above == f"{(memory['policies'] - memory['limit']) / 1e6:,.0f}"

@@ -70,7 +70,7 @@ def _problem(field: dataclasses.Field, value: Any) -> str | None:
             return f"must be at least {low}{', or null' if field.default is None else ''}"
         if high is not None and number > high:
             return f"is not between {low} and {high}"
-        if abs(number) > LARGEST:
+        if high is None and abs(number) > LARGEST:
             return "is larger than 1e9"
     return None
 
@@ -163,7 +163,7 @@ class Config:
     grad_clip: float = setting(0.0, "largest norm of the gradient; 0: no clipping", low=0)
 
     # How it runs
-    seed: int = setting(0, "of every random draw", low=0)
+    seed: int = setting(0, "of every random draw", low=0, high=2**63 - 1)
     amp: bool = setting(False, "mixed precision")
     amp_dtype: str = setting("bfloat16", "float16: CUDA only, with loss scaling", choices=("bfloat16", "float16"))
     tf32: bool = setting(True, "CUDA: TensorFloat-32 in what is not in mixed precision: faster; scores never use it")

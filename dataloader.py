@@ -15,6 +15,7 @@ from torch import Tensor
 
 from augmentations import Plan, apply, gather_rows, piece_size, portion, upload
 from config import Config
+from datasets.loading import load_data as load_data  # so that this file alone takes from settings to inputs
 from datasets.loading import statistics
 from datasets.splits import Split
 from policies.published import mix

@@ -33,7 +33,7 @@ from datasets.download import Downloads, Missing
 from evaluation.benchmarks import BENCHMARKS, Benchmark, EvalRequest, Subset, find_spec, fits
 from evaluation.corruptions import CORRUPTIONS
 from evaluation.generated import draw_corruptions
-from evaluation.metrics import Predictions, measure
+from evaluation.metrics import Predictions, is_below_chance, measure
 from evaluation.plots import draw_plots
 from evaluation.predict import BATCH, ImageProgress, predict
 from evaluation.results import Results
@@ -43,7 +43,7 @@ from evaluation.weights import SCORING, Classifier, load_classifiers
 from training.distributed import World, join
 from training.exit import exit_with_status
 from training.lock import sole_writer
-from utils import CommandLine, UserError, environment, warn
+from utils import CommandLine, UserError, environment, first_line, warn
 
 
 def main() -> None:
@@ -91,8 +91,16 @@ def evaluate(classifier: Classifier, args: argparse.Namespace, world: World, fil
                 check_predictions(predictions, benchmark, subset)
                 scores = measure(benchmark.kind, predictions, num_classes, part=subset.part, frames=subset.frames)
                 results.add(benchmark, subset, scores, seconds)
+                if world.is_main and classifier.trained_with is None and is_below_chance(scores):
+                    warn(
+                        f"{subset_name(benchmark, subset)}: {scores['top1']:.2%} is far below chance; does the data "
+                        "set have the weights' order of classes, and their mean and std (--set mean=... std=...)?"
+                    )
             if world.is_main and (unscored or not any(results.plots.glob(f"{benchmark.name}_*.png"))):
-                draw_plots(results.plots, benchmark, results.of(benchmark), classifier.classes)
+                try:
+                    draw_plots(results.plots, benchmark, results.of(benchmark), classifier.classes)
+                except Exception as error:  # the scores, which are the work, are saved
+                    warn(f"{results.plots}: plots of {benchmark.name} cannot be drawn ({first_line(error)})")
     except KeyboardInterrupt as stop:
         without = " without --overwrite" if args.overwrite else ""
         raise type(stop)(f"finished scores are saved; the same command{without} continues with the rest") from None
@@ -208,6 +216,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--checkpoint", type=Path, nargs="+", metavar="PATH", help="run directories, or model.pt files")
     add("--model", metavar="NAME", help="network of the --weights")
     add("--weights", type=Path, nargs="+", metavar="FILE", help="state dicts of other programs")
+    add("--ema", action="store_true", help="score the averaged weights, where --weights hold raw and averaged ones")
     names = ", ".join(spec.name for spec in BENCHMARKS)
     add("--benchmarks", nargs="+", default=["clean"], metavar="NAME", help=f"{names}, or all that fit (default: clean)")
     add("--amp", action="store_true", dest="bfloat16", help="score in bfloat16 (default: float32); results record it")
@@ -235,6 +244,7 @@ def parse_arguments() -> argparse.Namespace:
         (args.images is not None and args.images < 1, f"--images: {args.images} must be at least 1"),
         ((args.model is None) != (args.weights is None), "--model and --weights go together"),
         (args.weights and args.checkpoint, "--weights and --checkpoint exclude each other"),
+        (args.ema and not args.weights, "--ema: needs --weights, whose file may hold averaged weights"),
         (seeds > 1 and (args.checkpoint or args.weights or args.name),
          "--seed: several seeds find runs by their conf; leave out --checkpoint, --weights and --name"),
         (args.batch_size is not None and args.batch_size < 1, f"--batch_size: {args.batch_size} must be at least 1"),

@@ -7,6 +7,7 @@ import hashlib
 import os
 import pickle
 import platform
+import re
 import reprlib
 import shlex
 import shutil
@@ -45,10 +46,12 @@ class CommandLine(argparse.ArgumentParser):
         known, unknown = self.parse_known_args(words, namespace)
         if unknown:
             flag, _, value = unknown[0].partition("=")
-            if flag.startswith("--") and (setting := flag.removeprefix("--")) in self.settings:
+            setting = flag.removeprefix("--").replace("-", "_")
+            if f"--{setting}" not in self._option_string_actions and setting in self.settings:
                 value = value or (unknown[1] if len(unknown) > 1 else "...")
-                self.error(f"{flag}: settings are changed with --set {setting}={printable(value, 80)}")
-            self.error(f"unknown argument {unknown[0]}{did_you_mean(flag, self._option_string_actions)}")
+                self.error(f"{flag}: {setting} is a setting: --set {setting}={printable(value, 80)}")
+            guess = did_you_mean(f"--{setting}", self._option_string_actions)
+            self.error(f"unknown argument {unknown[0]}{guess or did_you_mean(setting, self.settings)}")
         return known
 
     def error(self, message: str) -> NoReturn:
@@ -75,7 +78,9 @@ def first_line(error: BaseException) -> str:
 
 
 def require_file(path: Path) -> None:
-    """Raises OSError for a folder, and for a pipe or a device, which could be read for ever."""
+    """Raises OSError for a link to nowhere, a folder, and a pipe or a device, which could be read for ever."""
+    if path.is_symlink() and not path.exists():
+        raise OSError(f"is a link to {os.readlink(path)}, which is not there")
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError("is no file")
 
@@ -144,6 +149,8 @@ def load_hashed(path: Path) -> tuple[Any, str]:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             # torch.save does not compress: a file that claims more than its size could fill the memory
             entries = zipfile.ZipFile(file).infolist() if zipfile.is_zipfile(file) else []
+            if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+                raise ValueError("TorchScript")
             if sum(entry.file_size for entry in entries) > os.fstat(file.fileno()).st_size:
                 raise ValueError("it claims to hold more than its own size")
             file.seek(0)
@@ -153,10 +160,14 @@ def load_hashed(path: Path) -> tuple[Any, str]:
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except Exception as error:  # damage has many forms: RuntimeError, EOFError, UnpicklingError, KeyError, ...
-        reason = first_line(error)[:160]
-        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):  # torch says how to execute it
+        text, reason, remedy = str(error), first_line(error)[:160], ""
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in text:  # torch says how to execute it
             reason = "it is damaged, or holds more than tensors and plain values: do not trust it then"
-        raise UserError(f"{path}: cannot be read as a checkpoint ({reason})") from None
+        besides = ["a TorchScript program"] if "TorchScript" in text else re.findall(r"GLOBAL (\S+) was not", text)
+        if besides:
+            reason = f"it holds {printable(besides[0], 80)}, and more than tensors and plain values may run code"
+            remedy = "\nif it is yours, save the weights alone where it was made: torch.save(model.state_dict(), FILE)"
+        raise UserError(f"{path}: cannot be read as a checkpoint ({reason}){remedy}") from None
 
 
 def save_tensors(path: Path, content: dict[str, Any]) -> None:
@@ -173,8 +184,8 @@ def size_of(state: Any) -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8 atomically."""
-    write_atomically(path, lambda new: new.write_text(text, encoding="utf-8"))
+    """Write `text` as UTF-8 atomically; what is not Unicode, as in names of files, as escapes."""
+    write_atomically(path, lambda new: new.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def write_atomically(
@@ -188,7 +199,7 @@ def write_atomically(
     temporary = path.with_name(f"{path.name}.part")
     try:
         write(temporary)
-        _flush_to_disk(temporary)
+        _flush_to_disk(temporary, os.O_RDWR)  # Windows refuses to flush what is open for reading only
         final = name(temporary) if name else path
         temporary.replace(final)
     except BaseException as error:
@@ -199,7 +210,7 @@ def write_atomically(
             raise
         raise UserError(f"{path.parent}: {cannot_write(path.parent, cause, needs)}") from None
     with contextlib.suppress(OSError):  # not every file system can do it for a folder
-        _flush_to_disk(final.parent)
+        _flush_to_disk(final.parent, os.O_RDONLY)
     return final
 
 
@@ -222,8 +233,8 @@ def write_tensors(content: dict[str, Any], path: Path) -> None:
         torch.save(content, file)
 
 
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _flush_to_disk(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:

@@ -1,6 +1,6 @@
 """The figures of reports and summaries, from plain numbers. Every axis has a name and a unit."""
 
-import importlib.util
+import importlib
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,11 @@ ByArm = Mapping[str, Mapping[int, Mapping[str, Any]]]  # lines of runs.jsonl by 
 
 
 def has_matplotlib() -> bool:
-    return importlib.util.find_spec("matplotlib") is not None
+    try:
+        importlib.import_module("matplotlib.figure")
+    except Exception:  # whatever a broken installation raises
+        return False
+    return True
 
 
 def new_figure(width: float, height: float, layout: str | None = "constrained") -> "Figure":

@@ -127,7 +127,7 @@ class Downloads:
         if not path.exists():
             return self._download(remote, path)
         if fault := remote.mismatch(path):
-            raise UserError(f"{path}: {fault}; remove it to download it again, or replace it with a correct copy")
+            raise UserError(f"{path}: {fault}; replace it with a correct copy, or rename it to download another")
         return path
 
     def _download(self, remote: Remote, path: Path) -> Path:
@@ -156,9 +156,12 @@ class Downloads:
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    import fcntl  # POSIX only
-
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        yield
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # some file systems have no locks

@@ -19,9 +19,23 @@ from torch.utils.data import DataLoader, Dataset
 
 from utils import first_line, keyed_seed, printable, require_file
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
+# torchvision's, and two more
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".jfif", ".gif")
 # The formats of these suffixes, whichever a file has. Pillow passes some others to programs that run code.
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+# Ways in which Pillow turns pixels upright, by the value of the EXIF tag for the orientation.
+ORIENTATION, UPRIGHT = (
+    0x0112,
+    {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    },
+)
 
 
 @dataclass
@@ -76,7 +90,8 @@ class FileCheck:
             mark = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(image.format)
             if mark:
                 image.fp.seek(-min(64, path.stat().st_size), os.SEEK_END)
-            if mark is None or mark not in image.fp.read():
+            is_usual = image.mode in ("RGB", "RGBA", "L", "P", "CMYK")  # others may have no range that is known
+            if mark is None or mark not in image.fp.read() or not is_usual:
                 read_rgb(path)
         return torch.empty(3, 0, 0, dtype=torch.uint8)
 
@@ -117,21 +132,15 @@ class CentreCrop:
 
 @dataclass(frozen=True)
 class FitSquare:
-    """Upright, scaled (bicubic) until it covers the square, cut at the centre; for training and evaluation alike."""
+    """Scaled (bicubic) until it covers the square, cut at the centre; for training and evaluation alike."""
 
     size: int
 
     def __call__(self, path: Path, seed: int) -> Tensor:
-        with open_image(path) as image:
-            upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I"):  # 16 bits a channel: convert() would clip at 255
-            upright = Image.fromarray((np.asarray(upright) / 257).round().clip(0, 255).astype(np.uint8))
-        if upright.mode == "F":
-            raise ValueError("floating-point values without a known range")
-        upright = upright.convert("RGB")
-        if upright.size != (self.size, self.size):
-            upright = ImageOps.fit(upright, (self.size, self.size), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
+        image = read_rgb(path)
+        if image.size != (self.size, self.size):
+            image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 @contextlib.contextmanager
@@ -143,20 +152,41 @@ def open_image(path: Path) -> Iterator[Image.Image]:
     """
     require_file(path)
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about damaged metadata, which are not used
         # Pillow only prints this warning; such an image takes a worker at least a quarter of a GB.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = Image.open(path, formats=FORMATS)
-    with image:
-        if max(image.size) > 1000 * min(image.size):  # scaled to a shorter side of 256, 1 by 100,000 would take 26 GB
-            raise ValueError(f"is too narrow: {image.width} by {image.height} pixels")
-        yield image
+        with Image.open(path, formats=FORMATS) as image:
+            if max(image.size) > 1000 * min(image.size):  # scaled to a shorter side of 256, 1 by 100,000 takes 26 GB
+                raise ValueError(f"is too narrow: {image.width} by {image.height} pixels")
+            yield image
 
 
 def read_rgb(path: Path) -> Image.Image:
-    """Decode to RGB, whatever the file's own colours are: grey, CMYK, a palette."""
+    """Decode the (first) image of a file to RGB, upright, transparency on white, whatever the file's own colours are.
+
+    16 bits are scaled to 8. Raises ValueError for values whose range is not known, and what `open_image` raises.
+    """
     with open_image(path) as image:
         image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy what is RGB already
+        rgb = image if image.mode == "RGB" and not image.has_transparency_data else _to_rgb(image)
+        with contextlib.suppress(Exception):  # damaged metadata raise many types; the pixels are good
+            if (way := UPRIGHT.get(image.getexif().get(ORIENTATION))) is not None:
+                rgb = rgb.transpose(way)
+        return rgb
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        kind = "floating-point" if image.mode == "F" else "32-bit"
+        raise ValueError(f"{kind} values without a known range; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16 bits, which convert() would cut off at 255
+        values = np.asarray(image).astype(np.int64)
+        values[values == image.info.get("transparency", -1)] = 65535  # a shade that stands for transparent
+        return Image.fromarray((values / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def _collate(results: list[tuple[Tensor, int, str | None]]) -> tuple[Tensor, Tensor, list[str | None]]:
@@ -167,9 +197,11 @@ def _collate(results: list[tuple[Tensor, int, str | None]]) -> tuple[Tensor, Ten
 
 
 def _leave_signals_to_parent(_: int = 0) -> None:
-    """In a worker process: ignore SIGINT, and SIGTERM once, so that the main process can finish its step and save.
+    """In a worker process: ignore SIGINT, SIGUSR1, and SIGTERM once, so that the main process can finish and save.
 
-    Both reach the whole process group. A second SIGTERM, which the main process sends to a stuck worker, ends it.
+    All reach the whole process group. A second SIGTERM, which the main process sends to a stuck worker, ends it.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -4,8 +4,7 @@ A data set of arrays takes a function that opens it, a row of REGISTRY, and its 
 """
 
 import hashlib
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -16,8 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import Config
-from datasets.download import Downloads, Missing, Remote
-from datasets.imagefiles import IMAGE_SUFFIXES, CentreCrop, FileCheck, FitSquare, ImageFiles, RandomCrop
+from datasets.download import Downloads, Remote
+from datasets.folders import class_folders, find_folder, find_split, list_images
+from datasets.imagefiles import CentreCrop, FileCheck, FitSquare, ImageFiles, RandomCrop
 from datasets.shapes import CLASSES as SHAPE_CLASSES
 from datasets.shapes import draw_shapes
 from datasets.splits import ResidentSplit, Split, StreamedSplit
@@ -60,11 +60,16 @@ def open_cifar(config: Config, split: str, downloads: Downloads) -> Arrays:
     from torchvision.datasets import CIFAR10, CIFAR100  # takes seconds
 
     kind, root = {"cifar10": CIFAR10, "cifar100": CIFAR100}[config.dataset], Path(config.dataroot)
-    (folder,) = downloads.fetch_unpacked(Remote(kind.url, md5=kind.tgz_md5), root, (kind.base_folder,))
+    folder = find_folder(root, kind.base_folder, kind.meta["filename"])
+    if folder is None:
+        (folder,) = downloads.fetch_unpacked(Remote(kind.url, md5=kind.tgz_md5), root, (kind.base_folder,))
+    kind = type(kind.__name__, (kind,), {"base_folder": folder.name})
     try:
-        dataset = kind(root, train=split == "train")  # checks the md5 of every file
+        dataset = kind(folder.parent, train=split == "train")  # checks the md5 of every file
     except RuntimeError:
-        raise UserError(f"{folder}: is incomplete or damaged; remove it to download it again") from None
+        raise UserError(
+            f"{folder}: is incomplete or damaged; replace it with a correct copy, or rename it to download another"
+        ) from None
     images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
     return Arrays(images, torch.tensor(dataset.targets), tuple(dataset.classes))
 
@@ -234,45 +239,14 @@ def _check_arrays(name: str, arrays: Arrays) -> None:
 
 
 def _open_folder(config: Config, split: str, classes: tuple[str, ...] | None, quiet: bool) -> _FolderSource:
-    root = Path(config.dataroot)
-    names = ("train",) if split == "train" else ("test", "val")
-    folder = next((root / name for name in names if (root / name).is_dir()), None)
-    if folder is None:
-        full = root.resolve()
-        if full.name in ("train", "test", "val") and root.is_dir():
-            raise Missing(f"{root}: is the folder of a split; pass the folder above it: --dataroot {full.parent}")
-        images = f"images belong in {root / names[0]}/<class>/"
-        raise Missing(f"{root}: holds no folder {' or '.join(names)}; {images}")
+    folder, replaced = find_split(Path(config.dataroot), split)
     found = class_folders(folder)
     if classes is None and len(found) < 2:
         raise UserError(f"{folder}: holds {len(found)} class folders; a classifier needs at least two")
     if unknown := set(found) - set(classes or found):
         raise UserError(f"{folder}: class {min(unknown)!r} is not among the {len(classes or ())} classes trained on")
     classes = classes or found
-    paths, labels = list_images(folder, {name: classes.index(name) for name in found})
+    paths, labels, skipped = list_images(folder, {name: classes.index(name) for name in found})
+    for message in filter(None, () if quiet else (replaced, skipped)):
+        warn(message)
     return _FolderSource(paths, labels, classes, config, quiet)
-
-
-def class_folders(folder: Path) -> tuple[str, ...]:
-    """Names of the folders in `folder`, sorted, without hidden ones."""
-    return tuple(sorted(e.name for e in os.scandir(folder) if os.path.isdir(e) and not e.name.startswith(".")))
-
-
-def list_images(folder: Path, label_of: Mapping[str, int]) -> tuple[list[Path], Tensor]:
-    """The image files in the named class folders and below, sorted within each, without hidden ones; their labels.
-
-    Raises UserError for a class without images.
-    """
-    from torchvision.datasets.folder import has_file_allowed_extension, make_dataset  # takes seconds
-
-    def is_image(path: str) -> bool:
-        return has_file_allowed_extension(path, IMAGE_SUFFIXES) and f"{os.sep}." not in path[len(str(folder)) :]
-
-    paths, labels = [], []
-    for name, label in label_of.items():
-        files = make_dataset(folder, {name: label}, is_valid_file=is_image, allow_empty=True)
-        if not files:
-            raise UserError(f"{folder / name}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        paths += [Path(path) for path, _ in files]
-        labels += [label] * len(files)
-    return paths, torch.tensor(labels)

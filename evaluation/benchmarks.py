@@ -21,12 +21,13 @@ from torch import Tensor
 
 from config import Config
 from datasets.download import Downloads, Missing, Remote
+from datasets.folders import Listing, class_folders, find_folder, find_split, imagenet_classes, list_images
 from datasets.imagefiles import CentreCrop, ImageFiles
-from datasets.loading import class_folders, list_images, load_test, source_of_test_images
+from datasets.loading import load_test, source_of_test_images
 from datasets.splits import MappedSplit, Readable, Split, StreamedSplit
 from evaluation.corruptions import CORRUPTIONS, EXTRA, SEVERITIES, STANDARD
 from evaluation.generated import MANIFEST, generated_folder, image_side, read_manifest
-from utils import UserError, did_you_mean, first_line, printable, require_file, sha256_of, short_repr
+from utils import UserError, did_you_mean, first_line, printable, require_file, sha256_of, short_repr, warn
 
 # Perturbations of the flip probability: the ten of the reference evaluation, in its order.
 SEQUENCES = (
@@ -81,9 +82,16 @@ class EvalRequest:
     @cached_property
     def test_set(self) -> tuple[Split, tuple[str, ...]]:
         """The test split of the classifier's data set, and its classes. Raises UserError for a wrong number of them."""
-        split, classes = load_test(self.config, self.device, self.classes, self.downloads)
+        classes = self.classes
+        in_folders = self.config.dataset in ("imagenet", "folder")
+        if classes is None and self.num_classes == IMAGENET_CLASSES and in_folders:
+            classes = imagenet_classes(find_split(self.root, "test")[0])  # all, where the folders are some of them
+        split, classes = load_test(self.config, self.device, classes, self.downloads)
         if len(classes) != self.num_classes:
-            raise UserError(f"{self.config.dataset}: has {len(classes)} classes, and the classifier {self.num_classes}")
+            remedy = "; name the class folders as ImageNet does, n01440764, ..." if self.num_classes == 1000 else ""
+            raise UserError(
+                f"{self.config.dataset}: has {len(classes)} classes, and the classifier {self.num_classes}{remedy}"
+            )
         return split, classes
 
 
@@ -96,6 +104,10 @@ class BenchmarkSpec(NamedTuple):
     marker: str  # a file or folder in it that shows that the benchmark is there
     origin: str
     open: Callable[["BenchmarkSpec", EvalRequest], Benchmark]
+
+    def found_in(self, root: Path) -> Path | None:
+        """Its folder where it is there already, also in another spelling, one folder deeper, or as `root` itself."""
+        return find_folder(root, self.folder, self.marker)
 
 
 def find_spec(name: str) -> BenchmarkSpec:
@@ -130,8 +142,10 @@ def _open_corruption_arrays(
     spec: BenchmarkSpec, request: EvalRequest, *, archive: Remote, md5: Mapping[str, str]
 ) -> Benchmark:
     """CIFAR-10-C and CIFAR-100-C: a file per corruption, uint8 (5 n, 32, 32, 3), one severity after another."""
-    (folder,) = request.downloads.fetch_unpacked(archive, request.root, (spec.folder,))
-    remedy = f"replace it with a correct copy, or remove {folder} to download it again"
+    folder = spec.found_in(request.root)
+    if folder is None:
+        (folder,) = request.downloads.fetch_unpacked(archive, request.root, (spec.folder,))
+    remedy = f"replace it with a correct copy, or rename {folder} to download another"
     subsets, files = _corruption_subsets(folder, request, 32, remedy)
     source, checked_by = "subset", "shape"
     if 5 * subsets[0].images == CIFAR_C_IMAGES:
@@ -156,7 +170,9 @@ def _open_generated(spec: BenchmarkSpec, request: EvalRequest) -> Benchmark:
         raise Missing(f"{folder}: {missing[0]} has not been drawn yet; {remedy}")
     split, classes = request.test_set
     if manifest["test_set"] != split.fingerprint():
-        raise UserError(f"{folder}: was drawn from other test images than the present ones; remove it, and {remedy}")
+        raise UserError(
+            f"{folder}: was drawn from other test images than the present ones; move it elsewhere, and {remedy}"
+        )
     subsets, files = _corruption_subsets(folder, request, image_side(request.config, split), remedy)
     for path in files:
         if sha256_of(path) != manifest["files"][path.name]:
@@ -168,7 +184,7 @@ def _open_generated(spec: BenchmarkSpec, request: EvalRequest) -> Benchmark:
 
 def _open_perturbation_arrays(spec: BenchmarkSpec, request: EvalRequest, *, drive: str) -> Benchmark:
     """CIFAR-10-P and CIFAR-100-P: a file per perturbation, uint8 (V, T, 32, 32, 3); T differs between the files."""
-    folder = request.root / spec.folder
+    folder = spec.found_in(request.root) or request.root / spec.folder
     if missing := [f"{name}.npy" for name in SEQUENCES if not (folder / f"{name}.npy").is_file()]:
         raise Missing(
             f"{folder}: lacks {', '.join(missing)}\n"
@@ -194,7 +210,7 @@ def _open_array_test_set(
     spec: BenchmarkSpec, request: EvalRequest, *, images: Remote, labels: Remote, count: int
 ) -> Benchmark:
     """CIFAR-10.1: uint8 (n, 32, 32, 3) and integer labels; no hashes are published."""
-    folder = request.root / spec.folder
+    folder = spec.found_in(request.root) or request.root / spec.folder
     image_file, label_file = (request.downloads.fetch(remote, folder) for remote in (images, labels))
     _array(image_file, f"({count}, 32, 32, 3)", lambda s: len(s) == 4 and s[0] == count)
     label_I = _labels(label_file, count, request.num_classes)
@@ -210,7 +226,7 @@ def _open_imagenet_c(
 
     The archives have hashes; unpacked files are checked by their number. The extra four, 15 GB, are not downloaded.
     """
-    root = request.root / spec.folder
+    root = spec.found_in(request.root) or request.root / spec.folder
     found: dict[str, Path] = {}
     for archive, holds in archives.items():
         found |= zip(holds, request.downloads.fetch_unpacked(archive, root, holds), strict=True)
@@ -221,10 +237,10 @@ def _open_imagenet_c(
         for severity in SEVERITIES:
             tree = folder / str(severity)
             if not tree.is_dir():
-                raise Missing(f"{tree}: is missing; remove {folder} to download it again")
+                raise Missing(f"{tree}: is missing; restore it, or rename {folder} to download another")
             if class_folders(tree) != classes or len(classes) != request.num_classes:
                 raise UserError(f"{tree}: its classes are not the {request.num_classes} of the classifier")
-            files = _names_and_sizes(tree, classes)
+            files = _names_and_sizes(tree, classes, request)
             listing.update(repr((name, severity, sorted(files))).encode())
             split = partial(_streamed, tree, classes, CentreCrop(224, 224), request)
             subsets.append(Subset(name, severity, len(files), split))
@@ -238,11 +254,13 @@ def _open_imagenet_c(
 
 def _open_imagenet_v2(spec: BenchmarkSpec, request: EvalRequest, *, archive: Remote) -> Benchmark:
     """ImageNet-V2: class folders "0".."999", in the order of their numbers: 10 comes after 9, not after 1."""
-    (folder,) = request.downloads.fetch_unpacked(archive, request.root, (spec.folder,))
+    folder = spec.found_in(request.root)
+    if folder is None:
+        (folder,) = request.downloads.fetch_unpacked(archive, request.root, (spec.folder,))
     names = tuple(map(str, range(request.num_classes)))
     if set(class_folders(folder)) != set(names):
         raise UserError(f"{folder}: its class folders are not 0..{request.num_classes - 1}")
-    files = _names_and_sizes(folder, names)
+    files = _names_and_sizes(folder, names, request)
     view = CentreCrop(*request.config.eval_view)
     subset = Subset("", None, len(files), partial(_streamed, folder, names, view, request))
     source, fingerprint = _imagenet_source(len(files), IMAGENET_V2_IMAGES, names), _digest(sorted(files))
@@ -250,16 +268,19 @@ def _open_imagenet_v2(spec: BenchmarkSpec, request: EvalRequest, *, archive: Rem
 
 
 def _streamed(tree: Path, classes: Sequence[str], view: CentreCrop, request: EvalRequest) -> StreamedSplit:
-    paths, labels = _list_images(tree, classes)
+    paths, labels, _ = _list_images(tree, classes)
     return StreamedSplit(ImageFiles(paths, view), labels, request.device, request.config.workers)
 
 
-def _names_and_sizes(tree: Path, classes: Sequence[str]) -> list[tuple[str, str, int]]:
-    """(class, file name, bytes) of each image."""
-    return [(path.parent.name, path.name, path.stat().st_size) for path in _list_images(tree, classes)[0]]
+def _names_and_sizes(tree: Path, classes: Sequence[str], request: EvalRequest) -> list[tuple[str, str, int]]:
+    """(class, file name, bytes) of each image; warns of other files."""
+    paths, _, skipped = _list_images(tree, classes)
+    if skipped and not request.downloads.quiet:
+        warn(skipped)
+    return [(path.parent.name, path.name, path.stat().st_size) for path in paths]
 
 
-def _list_images(tree: Path, classes: Sequence[str]) -> tuple[list[Path], Tensor]:
+def _list_images(tree: Path, classes: Sequence[str]) -> Listing:
     return list_images(tree, {name: label for label, name in enumerate(classes)})
 
 
@@ -390,7 +411,7 @@ def _cifar_c(classes: int, opened: partial) -> BenchmarkSpec:
 def _cifar_p(classes: int, drive: str) -> BenchmarkSpec:
     address = f"https://drive.google.com/drive/folders/{drive}"
     opened = partial(_open_perturbation_arrays, drive=address)
-    folder, marker = f"CIFAR-{classes}-P", f"{SEQUENCES[0]}.npy"
+    folder, marker = f"CIFAR-{classes}-P", "tilt.npy"  # no file of another benchmark has this name
     return BenchmarkSpec(f"cifar{classes}-p", f"cifar{classes}", folder, marker, f"by hand: {address}", opened)
 
 

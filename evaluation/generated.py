@@ -126,7 +126,7 @@ def _existing_files(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
     before = read_manifest(folder)
     if other := [key for key, value in manifest.items() if key != "generated" and before.get(key) != value]:
         raise UserError(
-            f"{folder}: holds a set that differs in {', '.join(other)} from the requested one; remove it or move it"
+            f"{folder}: holds a set that differs in {', '.join(other)} from the requested one; move it elsewhere"
         )
     present = {name: sha256 for name, sha256 in before["files"].items() if (folder / name).is_file()}
     return {name: sha256 for name, sha256 in present.items() if sha256_of(folder / name) == sha256}
@@ -139,6 +139,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise ValueError("entries are missing or of the wrong type")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"{folder / MANIFEST}: cannot be read ({first_line(error)}); remove {folder} and draw them again"
+            f"{folder / MANIFEST}: cannot be read ({first_line(error)})\n"
+            f"restore it, or move {folder} elsewhere and draw another set"
         ) from None
     return manifest

@@ -3,6 +3,7 @@
 Shape suffixes: I images of a split, V sequences of T frames.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -89,6 +90,15 @@ def measure(kind: str, predictions: Predictions, num_classes: int, *, part: str,
         "reliability": reliability,
         "mistakes": most_confident_mistakes(predictions),
     }
+
+
+def is_below_chance(scores: Mapping[str, Any]) -> bool:
+    """Whether a test set has fewer right answers than guessing among its classes gives, by 4 standard deviations."""
+    images = [count for count in scores.get("class_images", ()) if count]
+    if len(images) < 2:
+        return False
+    chance = 1 / len(images)
+    return scores["correct"] < sum(images) * chance - 4 * math.sqrt(sum(images) * chance * (1 - chance))
 
 
 def measure_sequences(predicted_VT: Tensor, perturbation: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def figure_class() -> "type[Figure] | None":
     """Matplotlib's class of figures, or None without it. It takes long to import, and training does not need it."""
     try:
         return importlib.import_module("matplotlib.figure").Figure
-    except ImportError:
+    except Exception:  # whatever a broken installation raises
         warn("no plots are drawn, since matplotlib is not installed (pip install matplotlib)")
         return None
 
@@ -80,8 +80,17 @@ def plots_of(
 
 
 def _caption(mistake: Mapping[str, Any], classes: Sequence[str] | None) -> str:
-    label, predicted = (classes[mistake[key]] if classes else f"class {mistake[key]}" for key in ("label", "predicted"))
+    names = (classes[mistake[key]] if classes else f"class {mistake[key]}" for key in ("label", "predicted"))
+    label, predicted = map(drawable, names)
     return f"is {label}, called {predicted}, {mistake['confidence']:.1%} sure"
+
+
+def drawable(text: str) -> str:
+    """Text without what is not Unicode or has no glyph in matplotlib's own font: escapes instead."""
+    from matplotlib.font_manager import findfont, get_font
+
+    font = get_font(findfont("DejaVu Sans"))
+    return "".join(c if font.get_char_index(ord(c)) else ascii(c)[1:-1] for c in text)
 
 
 def heat_map(share: Tensor, rows: Sequence[str], columns: Sequence[str], title: str) -> "Figure":

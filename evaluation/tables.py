@@ -120,7 +120,8 @@ def benchmark_table(config: Config) -> Table:
     """All benchmarks besides the test set, where they belong, and which of them are there."""
     rows = []
     for spec in BENCHMARKS[1:]:
-        folder = generated_folder(config) if spec.name == "generated-c" else Path(config.dataroot) / spec.folder
+        root = Path(config.dataroot)
+        folder = generated_folder(config) if spec.name == "generated-c" else spec.found_in(root) or root / spec.folder
         found = "yes" if (folder / spec.marker).exists() else "no"
         rows.append((spec.name, spec.family or "any", found, str(folder), spec.origin))
     header = ("benchmark", "classes of", "found", "folder", "origin")

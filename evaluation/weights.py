@@ -1,4 +1,8 @@
-"""Weights to score: a model.pt of main.py, or a state dict from any other program."""
+"""Weights to score: a model.pt of main.py, or a state dict from any other program.
+
+Of other programs' files, what torch's own strict load takes is taken, and what is plainly the same: under another name,
+inside wrappers that prefix every name, with counters that are no weights. Nothing in a file is executed.
+"""
 
 import argparse
 import dataclasses
@@ -14,11 +18,23 @@ from torch import Tensor, nn
 from config import DEFAULT_CONF, Config, load_config, overrides_from, run_directory, stays_below
 from evaluation.benchmarks import find_spec
 from models import build_model
-from utils import UserError, has_shape, load_hashed, printable
+from utils import UserError, first_line, has_shape, load_hashed, printable, sha256_of, warn
 
 # The settings that scores depend on. They may be changed when a checkpoint is scored; all others are the training's.
 SCORING = ("model", "dropout", "dataset", "image_size", "eval_view", "skip_unreadable", "mean", "std")
 MODEL_FILE = {"model": dict, "classes": [str], "config": dict, "epoch": int}
+
+# Names under which programs keep the weights, in the order of preference, and a part of those of moving averages.
+USUAL_NAMES = ("", "state_dict", "model_state_dict", "model", "net", "network", "module", "params", "weights")
+AVERAGED = re.compile(r"(?<![a-z])(ema|swa)(?![a-z])|averag", re.IGNORECASE)
+COUNTERS = ("n_averaged", "total_ops", "total_params")  # of torch.optim.swa_utils and of thop
+# Beginnings of files that are no checkpoints: what they are, and the remedy.
+OTHER_FILES = (
+    (b"", "is empty; copy or download it again"),
+    (b"version https://git-lfs", "is a Git LFS pointer, not the file itself; fetch that with: git lfs pull"),
+    (b"\x1f\x8b", "is compressed by gzip; unpack it with gunzip"),
+    (b"<", "is a web page; download the file itself"),
+)
 
 
 @dataclass(frozen=True)
@@ -105,7 +121,7 @@ def load_checkpoint(args: argparse.Namespace, file: Path | None) -> Classifier:
 
 
 def load_state_dict(args: argparse.Namespace, file: Path) -> Classifier:
-    """A state dict, also nested in a training checkpoint or saved from a wrapped module. Raises UserError."""
+    """A state dict, also nested in a training checkpoint, or saved from a wrapped module. Raises UserError."""
     overrides = overrides_from(args) | {"model": ("--model", args.model)}
     families = {find_spec(name).family for name in args.benchmarks if name != "all"} - {None}
     conf = args.load_conf
@@ -117,35 +133,114 @@ def load_state_dict(args: argparse.Namespace, file: Path) -> Classifier:
         overrides = {"crop_padding": ("--benchmarks", 0)} | overrides  # for training; not every data set allows it
     config = load_config(conf, overrides)
     content, sha256 = _load(file)
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not _is_state_dict(content):
+    options = config.model_options()
+    with torch.device("meta"):
+        two, three = (build_model(config.model, classes, **options).state_dict() for classes in (2, 3))
+    weights, mean_and_std = _as_saved_by_torch(_choose(_state_dicts(content), file, averaged=args.ema), two)
+    if own := {name: value for name, value in mean_and_std.items() if name not in overrides}:
+        values = " and ".join(f"{name} {[round(v, 4) for v in value]}" for name, value in own.items())
+        warn(f"{file}: its own normalisation is used, {values}")
+        config = dataclasses.replace(config, **own)
+    # The bias that grows with the number of classes; where it is missing, `build` says so.
+    bias = weights.get(next(name for name in two if two[name].shape != three[name].shape and two[name].ndim == 1))
+    return Classifier(file, sha256, weights, config, len(bias) if bias is not None and bias.ndim == 1 else 10)
+
+
+def _state_dicts(content: Any, where: str = "", depth: int = 0) -> dict[str, dict[str, Tensor]]:
+    """The state dicts in a file, by where they are: "" for the file itself, "model", "model.state_dict", ..."""
+    if _is_state_dict(content):
+        return {where: content}
+    found = {}
+    if isinstance(content, dict) and depth < 3:
+        for key, value in content.items():
+            if isinstance(key, str) and "optim" not in key:  # its moments have the names of weights
+                found |= _state_dicts(value, f"{where}.{key}" if where else key, depth + 1)
+    return found
+
+
+def _choose(found: dict[str, dict[str, Tensor]], file: Path, *, averaged: bool) -> dict[str, Tensor]:
+    """The state dict to score, raw or averaged. Raises UserError where there is none, or none to be preferred."""
+    if not found:
         raise UserError(f"{file}: does not hold a state dict (names with tensors)")
-    weights = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in content.items()}
-    return Classifier(file, sha256, weights, config, _number_of_classes(weights, config))
+    averages = [where for where in found if AVERAGED.search(where)]
+    raw = [where for where in found if where not in averages]
+    if averaged and not averages:
+        raise UserError(f"--ema: {file} holds no averaged weights, only {_listed(raw)}; leave it out")
+    candidates = averages if averaged else raw or averages
+    candidates.sort(key=_rank)
+    if len(candidates) > 1 and _rank(candidates[0]) == _rank(candidates[1]):
+        raise UserError(f"{file}: holds several state dicts ({_listed(candidates)}); save the one to score alone")
+    chosen = candidates[0]
+    if raw and averages:
+        other = f"those of {_listed(raw)} without --ema" if averaged else f"those of {_listed(averages)} with --ema"
+        warn(f"{file}: the weights of {_listed([chosen])} are scored, {other}")
+    return found[chosen]
+
+
+def _rank(where: str) -> list[int]:
+    return [USUAL_NAMES.index(name) if name in USUAL_NAMES else len(USUAL_NAMES) for name in where.split(".")]
+
+
+def _listed(places: list[str]) -> str:
+    return printable(", ".join(f"'{where}'" if where else "one" for where in places[:4]), 160)
+
+
+def _as_saved_by_torch(
+    weights: dict[str, Tensor], expected: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, tuple[float, ...]]]:
+    """The weights with the network's own names, and mean and std where they hold a layer that normalises.
+
+    expected: the network's state dict, for any number of classes.
+    """
+    weights = {name.replace("_orig_mod.", ""): value for name, value in weights.items()}
+    last = {name: name.rpartition(".")[2] for name in weights if name not in expected}
+    weights = {name: value for name, value in weights.items() if last.get(name) not in COUNTERS}
+    mean_and_std = {}
+    for setting, names in (("mean", ("mean", "mu")), ("std", ("std", "sigma"))):
+        layers = [name for name in weights if last.get(name) in names and weights[name].numel() == 3]
+        if len(layers) == 1:
+            mean_and_std[setting] = tuple(weights.pop(layers[0]).flatten().tolist())
+    while not weights.keys() & expected.keys():
+        prefixes = {name.partition(".")[0] for name in weights}
+        if len(prefixes) != 1 or not all("." in name for name in weights):
+            break
+        weights = {name.partition(".")[2]: value for name, value in weights.items()}
+    for name, value in expected.items():
+        if name.endswith("num_batches_tracked"):  # which older versions of torch did not save
+            found = weights.get(name, torch.zeros(()))
+            weights[name] = (found[0] if found.shape == (1,) else found).to(value.dtype)
+    return weights, mean_and_std
 
 
 def _load(file: Path) -> tuple[Any, str]:
-    """The content of a file written by torch.save, and its SHA-256. Raises UserError."""
+    """The content of a file of torch.save or of safetensors, and its SHA-256. Raises UserError."""
     if file.is_file():
         with file.open("rb") as opened:
-            if not opened.read(2).startswith((b"PK", b"\x80")):  # a zip archive, or a pickle
-                raise UserError(f"{file}: cannot be read as a checkpoint (it was not written by torch.save)")
+            head = opened.read(64)
+        for start, problem in OTHER_FILES:
+            if head.lstrip().startswith(start) if start else not head:
+                raise UserError(f"{file}: {problem}")
+        if head[8:10] == b'{"':
+            return _load_safetensors(file)
+        if not head.startswith((b"PK", b"\x80")):  # a zip archive, or a pickle
+            raise UserError(f"{file}: cannot be read as a checkpoint (it was not written by torch.save)")
     return load_hashed(file)
+
+
+def _load_safetensors(file: Path) -> tuple[dict[str, Tensor], str]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UserError(f"{file}: needs the package safetensors; run: pip install safetensors") from None
+    try:
+        return load_file(file), sha256_of(file)
+    except Exception as error:  # SafetensorError, and what tensors of odd types raise
+        raise UserError(f"{file}: cannot be read as safetensors ({first_line(error)})") from None
 
 
 def _existing_checkpoints(logdir: Path) -> str:
     runs = sorted(str(path.parent) for path in logdir.glob("*/model.pt"))
     return f"runs with one: {', '.join(runs)}" if runs else "train one with main.py, or name a file with --checkpoint"
-
-
-def _number_of_classes(weights: dict[str, Tensor], config: Config) -> int:
-    """The size of the bias that grows with the number of classes, or 10 where it is missing."""
-    with torch.device("meta"):
-        two, three = (build_model(config.model, classes, **config.model_options()).state_dict() for classes in (2, 3))
-    bias = next(name for name in two if two[name].shape != three[name].shape and two[name].ndim == 1)
-    return len(weights[bias]) if bias in weights and weights[bias].ndim == 1 else 10
 
 
 def _is_state_dict(content: Any) -> bool:

@@ -8,8 +8,12 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import math
 import os
+import socket
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils import UserError
+from utils import UserError, first_line, short_repr, warn
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 # How long a process waits for the others. A process that ends is noticed at once; one may be downloading tens of GB.
@@ -195,7 +199,7 @@ def join(device_name: str | None) -> Iterator[World]:
     if size == 1 and not dist.is_torchelastic_launched():
         yield World(devices)
         return
-    store, rank, size = _meeting_point()
+    store, rank = _all_met(size), _number("RANK", 0)
     on_cuda = devices[0].type == "cuda"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
@@ -240,29 +244,91 @@ def digest(state: Any) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def is_first_to_fail() -> bool:
-    """Whether no other process of the run has failed before; to be asked once."""
+def is_first_to_fail(patience: float) -> bool:
+    """Whether no other process of the run has failed before; to be asked once.
+
+    patience: seconds to wait for the others, if they have not met yet.
+    """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return True
     try:
-        return _meeting_point()[0].add("failures", 1) == 1
+        return _meeting_point(patience).add("failures", 1) == 1
     except (UserError, OSError, RuntimeError, ValueError):
         return not has_met_others()  # else the process that kept the count has ended, and printed
 
 
 def has_met_others() -> bool:
     """Whether this process has been one of several."""
-    return _meeting_point.cache_info().currsize > 0
+    return _all_met.cache_info().currsize > 0
+
+
+def has_looked_for_others() -> bool:
+    """Whether there may be a thread that still waits for other processes."""
+    return _search.cache_info().currsize > 0
 
 
 @functools.cache
-def _meeting_point() -> tuple[dist.Store, int, int]:
-    """The store that all processes of the run share, this process's rank, and their number. Raises UserError."""
+def _all_met(size: int) -> dist.Store:
+    """The store that all processes of the run share, once all are there. Raises UserError."""
+    store = _meeting_point()
+    store.add("arrived", 1)
+    while store.add("arrived", 0) < size:
+        if store.add("failures", 0):
+            raise UserError("another process ended before all had started")
+        time.sleep(0.05)
+    return store
+
+
+def _meeting_point(patience: float = math.inf) -> dist.Store:
+    """The store that all processes of the run share. A signal can end the wait, in which a thread does the waiting.
+
+    patience: seconds. Raises TimeoutError, and UserError for what the environment says wrong.
+    """
+    found = _search()
+    began, told = time.monotonic(), False
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    while not found:
+        time.sleep(0.05)
+        waited = time.monotonic() - began
+        if waited > patience:
+            raise TimeoutError
+        if waited > 20 and not told:
+            told = True
+            warn(f"waiting for the other processes at {place}; Ctrl-C ends this one")
+    if isinstance(found[0], dist.Store):
+        return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", found[0])
+    if "EADDRINUSE" in str(found[0]) or "in use" in str(found[0]):
+        raise UserError(f"MASTER_PORT: {place} is in use by another program; choose another port with --master_port")
+    raise UserError(f"the processes did not meet at {place} ({first_line(found[0])}); were all of them started?")
+
+
+@functools.cache
+def _search() -> list[dist.Store | Exception]:
+    """Start to connect to the store; returns a list that will receive the store or an error. Raises UserError."""
     _number("RANK", 0)
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(f"WORLD_SIZE is set, but not {', '.join(missing)}; start the processes with torchrun")
-    return next(iter(dist.rendezvous("env://")))
+    host, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0)
+    if not 0 < port < 2**16:
+        raise UserError(f"MASTER_PORT: {port} is not the number of a port (1 to 65535)")
+    try:
+        socket.getaddrinfo(host, port)
+    except (OSError, UnicodeError) as error:
+        raise UserError(
+            f"MASTER_ADDR: {short_repr(host)} is not known on this machine ({first_line(error)}); "
+            "name the machine of the first process, or its IP address"
+        ) from None
+    found: list[dist.Store | Exception] = []
+
+    def search() -> None:
+        try:
+            found.append(next(iter(dist.rendezvous("env://")))[0])
+        except Exception as error:
+            found.append(error)
+
+    threading.Thread(target=search, daemon=True).start()
+    return found
 
 
 def _devices(name: str | None, local_rank: int, *, alone: bool) -> tuple[torch.device, ...]:

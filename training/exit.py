@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from training.distributed import has_met_others, is_first_to_fail
+from training.distributed import has_looked_for_others, is_first_to_fail
 from training.signals import Terminated, signals_raise
 from utils import UserError
 
@@ -20,8 +20,8 @@ def exit_with_status(main: Callable[[], None]) -> NoReturn:
     """Run a script's main() and end the process, with status 0 or that of SystemExit.
 
     2: user errors, which include file errors (a full disk, a missing permission) and too little memory. 130: Ctrl-C;
-    143: SIGTERM. 141: the reader of stdout has gone, as with `| head`; without a message. Of several processes only the
-    first to fail prints. Other errors, which are bugs, are raised.
+    143: SIGTERM, SIGUSR1. 141: the reader of stdout has gone, as with `| head`; without a message. Of several processes
+    only the first to fail prints. Other errors, which are bugs, are raised.
     """
     with signals_raise() as ignore_further_signals:
         try:
@@ -34,7 +34,7 @@ def exit_with_status(main: Callable[[], None]) -> NoReturn:
         except (Exception, KeyboardInterrupt) as error:
             ignore_further_signals()
             status, message = _status_and_message(error)
-            is_first = is_first_to_fail()
+            is_first = is_first_to_fail(patience=0.0 if isinstance(error, KeyboardInterrupt) else 10.0)
             if is_first and message is None:
                 raise
             if is_first and message:
@@ -52,7 +52,7 @@ def exit_with_status(main: Callable[[], None]) -> NoReturn:
 
 def leave(status: Any) -> NoReturn:
     """End this process; with other processes skip the interpreter's clean-up, in which gloo's threads may abort."""
-    if has_met_others() and isinstance(status, int):
+    if has_looked_for_others() and isinstance(status, int):
         os._exit(status)
     sys.exit(status)
 

@@ -60,7 +60,7 @@ def _acquire(path: Path, target: Path, remedy: str) -> int:
             _lock(descriptor, path, target, remedy)
             if _is_file(path, descriptor):
                 line = f"{_this_process()}\n".encode()
-                os.ftruncate(descriptor, os.pwrite(descriptor, line, 0))
+                os.ftruncate(descriptor, os.write(descriptor, line))
                 return descriptor
         except BaseException:
             os.close(descriptor)
@@ -77,7 +77,7 @@ def _lock(descriptor: int, path: Path, target: Path, remedy: str) -> None:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             warn(f"{path}: cannot be locked ({error.strerror}); make sure that no other process writes here")
             return
-        owner = os.pread(descriptor, 1000, 0).decode(errors="replace").removesuffix("\n")
+        owner = os.read(descriptor, 1000).decode(errors="replace").removesuffix("\n")
         known = re.fullmatch(r"process \d+ on \S+", owner)
         raise _refusal(target, owner if known else "another process", remedy) from None
 

@@ -267,7 +267,7 @@ def adversary_summary(run: Path, state: TrainingState) -> str:
 def interruption(stop: Stopped, state: TrainingState) -> KeyboardInterrupt:
     """What ends the process after a stop request, with how far the run has come and how to continue."""
     done = f"step {state.step} of epoch {state.epoch + 1}" if state.step else f"epoch {state.epoch}"
-    kind = Terminated if stop.signum == signal.SIGTERM else KeyboardInterrupt
+    kind = KeyboardInterrupt if stop.signum == signal.SIGINT else Terminated
     return kind(f"{done} is saved; continue with: {resume_command(state)}")
 
 

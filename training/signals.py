@@ -1,10 +1,12 @@
-"""Stop requests by Ctrl-C (SIGINT) or SIGTERM: raised as an error, or noted until it is safe to stop.
+"""Stop requests by Ctrl-C (SIGINT), SIGTERM or SIGUSR1: raised as an error, or noted until it is safe to stop.
 
+Batch systems send SIGTERM or SIGUSR1 before a job's time is over (Slurm: --signal=USR1@120); both mean the same here.
 Only modules that load fast are imported here: every script starts with `begin`.
 """
 
 import contextlib
 import importlib.util
+import io
 import os
 import signal
 import sys
@@ -12,7 +14,8 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+TERMINATING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+SIGNALS = (signal.SIGINT, *TERMINATING)
 REQUIRED = {  # module -> package
     "torch": "PyTorch", "torchvision": "torchvision", "numpy": "NumPy", "yaml": "PyYAML", "PIL": "Pillow",
     "tensorboard": "TensorBoard", "tqdm": "tqdm",
@@ -20,7 +23,7 @@ REQUIRED = {  # module -> package
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, as KeyboardInterrupt is Ctrl-C."""
+    """SIGTERM or SIGUSR1, as KeyboardInterrupt is Ctrl-C."""
 
 
 class Stopped(Exception):
@@ -34,9 +37,12 @@ class Stopped(Exception):
 def begin() -> None:
     """To be called before the slow imports. Exits with status 2 if a required package is not installed.
 
-    While the imports run, Ctrl-C ends the process without a traceback. If stdin, stdout or stderr is closed, it is
-    replaced by the null device, so that no other file gets its descriptor.
+    While the imports run, Ctrl-C ends the process without a traceback, and SIGUSR1 as SIGTERM does. If stdin, stdout or
+    stderr is closed, it is replaced by the null device, so that no other file gets its descriptor. What stdout cannot
+    encode, such as names of files that are not Unicode, is printed as escapes. matplotlib draws without a screen: a
+    notebook's own backend, which its shell exports, may not be installed here.
     """
+    os.environ["MPLBACKEND"] = "agg"
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
@@ -45,17 +51,25 @@ def begin() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (open until the process ends)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is ignored in a shell's background jobs
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if hasattr(signal, "SIGUSR1") and signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
+        signal.signal(signal.SIGUSR1, _exit_as_terminated)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     for module, package in REQUIRED.items():
         if importlib.util.find_spec(module) is None:
             print(f"error: {package} is not installed; run: pip install -r requirements.txt", file=sys.stderr)
             sys.exit(2)
 
 
+def _exit_as_terminated(*_: object) -> None:
+    os._exit(128 + signal.SIGTERM)
+
+
 @contextlib.contextmanager
 def signals_raise() -> Iterator[Callable[[], None]]:
-    """Inside, Ctrl-C raises KeyboardInterrupt and SIGTERM raises Terminated, until the yielded function is called.
+    """Inside, Ctrl-C raises KeyboardInterrupt, SIGTERM and SIGUSR1 Terminated, until the yielded function is called.
 
-    After that SIGTERM, which launchers send more than once, is ignored, and Ctrl-C ends the process at once. Signals
+    After that these two, which launchers send more than once, are ignored, and Ctrl-C ends the process at once. Signals
     that are ignored, or have other handlers, do not change.
     """
     process = os.getpid()
@@ -67,14 +81,13 @@ def signals_raise() -> Iterator[Callable[[], None]]:
         os.kill(os.getpid(), number)
 
     def ignore_further_signals() -> None:
-        for number, handler in ((signal.SIGINT, signal.SIG_DFL), (signal.SIGTERM, signal.SIG_IGN)):
-            if number in before:
-                signal.signal(number, handler)
+        for number in before:
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
 
-    raising = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
+    raising = {signal.SIGINT: signal.default_int_handler} | dict.fromkeys(TERMINATING, terminate)
     before = {}
     if threading.current_thread() is threading.main_thread():  # other threads cannot set handlers
-        ours = (signal.SIG_DFL, signal.default_int_handler)
+        ours = (signal.SIG_DFL, signal.default_int_handler, _exit_as_terminated)
         before = {number: signal.getsignal(number) for number in SIGNALS if signal.getsignal(number) in ours}
     for number in before:
         signal.signal(number, raising[number])
@@ -86,7 +99,7 @@ def signals_raise() -> Iterator[Callable[[], None]]:
 
 
 class StopRequest:
-    """Inside this context SIGINT and SIGTERM are noted in `signum` instead of ending the process.
+    """Inside this context SIGINT, SIGTERM and SIGUSR1 are noted in `signum` instead of ending the process.
 
     A second Ctrl-C ends the process at once. Under torchrun, which repeats the Ctrl-C that the terminal has already
     sent to all processes, the third SIGINT does.

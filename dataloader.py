@@ -100,11 +100,21 @@ class TrainLoader:
         crop_draws, plan_draws = (self.generator(purpose, what, step) for what in ("crop", "plan"))
         return BatchDraws(
             draw_crops(N, self.config, crop_draws),
-            # Partners are in the same part of the batch, since a process sees no other.
-            self.policies.plan(N, (height, width), plan_draws, groups=N // len(images_NCHW)),
+            self.policies.plan(N, (height, width), plan_draws, groups=self._pairing_groups(N, len(images_NCHW))),
             self.policies.weights(N, plan_draws),
             draw_centres(N * self.config.M, height, width, self.generator("cutout", step)),
         )
+
+    def _pairing_groups(self, N: int, part: int) -> int:
+        """Equal groups of a batch in which partners are found; a process that reads `part` of it sees no others.
+
+        Groups of the largest size up to 8 that divides N are the same for any number of processes that does not cut
+        them; where it does, each part is a group.
+        """
+        size = max(size for size in range(1, 9) if N % size == 0)
+        if self.split.resident:
+            return 1
+        return N // size if size > 2 and part % size == 0 else N // part
 
     def augment(self, images_NCHW: Tensor, draws: BatchDraws, part: range, first: int = 0) -> Tensor:
         """The M copies of each image of `part` after crop, flip and policy, uint8 (len(part) * M, C, H, W).

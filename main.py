@@ -230,7 +230,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--M", help="policies in use at a time; every image is seen once per policy")
     add("--amp", action="store_true", help="mixed precision")
     add("--resume", action="store_true", help="continue exactly where the run stopped")
-    elastic = "continue with another number of processes or devices: from the start of the epoch, not exactly"
+    elastic = "continue with another number of processes, or on other devices: from the start of the epoch, not exactly"
     add("--resume-elastic", "--resume_elastic", action="store_true", help=elastic)
     add("--overwrite", action="store_true", help="delete the run of that name and start from scratch")
     add("--stop_epoch", type=int, metavar="E", help="stop after E epochs; the learning-rate schedule is unchanged")

@@ -140,8 +140,8 @@ def summary_lines(experiment: Experiment, records: Sequence[Mapping[str, Any]], 
     every = f"Every arm: {' or '.join(named)}{' with ' * bool(shared)}{', '.join(shared)}. Run on {where}."
     seeds = ", ".join(map(str, sorted({record["seed"] for record in records})))
     note = (
-        f"Errors are of the last epoch on {first['test_images']:,} test images ({first['images']}), where one image is "
-        f"{100 / first['test_images']:.2g} points; mean +- standard deviation over seeds {seeds}. The train loss and "
+        f"Errors are of the last epoch on {_test_images(experiment, records)}; mean +- standard deviation over seeds "
+        f"{seeds}. The train loss and "
         "accuracy are over augmented copies, the accuracy in the last tenth of the epochs. Passes: for each training "
         "image, a forward pass counts 1, a forward and backward pass 3. Entropy left: share of its maximum, at the "
         "end. Collapsed: share of the intervals."
@@ -154,6 +154,19 @@ def summary_lines(experiment: Experiment, records: Sequence[Mapping[str, Any]], 
     lines = [f"{warning}{experiment.note}", "", every, "", "```bash", command, "```", ""]
     lines += [render(Table("### Arms", header, rows, [note]), "markdown"), ""]
     return [*lines, *fitted_or_not(by_arm), *_comparisons(experiment, by_arm)]
+
+
+def _test_images(experiment: Experiment, records: Sequence[Mapping[str, Any]]) -> str:
+    """How many test images the arms were scored on and of which kind; of arms that are compared first."""
+    compared = {arm for pair in experiment.compare for arm in pair}
+    arms: dict[str, list[str]] = {}
+    for one in sorted(records, key=lambda one: one["arm"] not in compared):
+        points = f"one image is {100 / one['test_images']:.2g} points"
+        kind = f"{one['test_images']:,} test images ({one['images']}), where {points}"
+        arms.setdefault(kind, []).append(one["arm"])
+    if len(arms) == 1:
+        return next(iter(arms))
+    return ", and ".join(f"{kind} ({', '.join(dict.fromkeys(names))})" for kind, names in arms.items())
 
 
 def fitted_or_not(by_arm: ByArm) -> list[str]:

@@ -4,8 +4,7 @@ D. Hendrycks and T. Dietterich, "Benchmarking Neural Network Robustness to Commo
 ICLR 2019, https://arxiv.org/abs/1903.12261. Definitions and strengths are those of `make_cifar_c.py` in
 https://github.com/hendrycks/robustness, implemented on whole batches with torch and Pillow.
 Published numbers are comparable only with numbers for the published arrays: eleven of the nineteen are random, the
-official script sets no seed, and two differ here: `frost` is procedural instead of the official photographs, and the
-water of `spatter` uses the rims of its drops instead of Canny's edges.
+official script sets no seed, and `frost` is procedural here instead of the official photographs.
 
 For other image sizes: the strengths are official at 32x32, and `at_size` multiplies every length in pixels (radii,
 standard deviations of blurs, reaches, the grain of snow) by min(H, W) / 32, whole numbers rounded and at least 1.
@@ -187,11 +186,7 @@ def fog(x_BCHW: Tensor, thickness: float, decay: float, generator: Generator) ->
 
 
 def spatter(x_BCHW: Tensor, *parameters: float, generator: Generator) -> Tensor:
-    """Drops where smoothed noise passes a threshold: of water, which lightens, or of mud, which covers.
-
-    Water is lit from the upper left over a picture of the distances to the rims of the drops, where the official code
-    has the distances to Canny's edges.
-    """
+    """Drops where smoothed noise passes a threshold: of water, lit from the upper left, or of mud, which covers."""
     mean, std, blur, threshold, strength, mud = parameters
     noise_B1HW = std * _scale(x_BCHW) * _normal(x_BCHW[:, :1].shape, generator)
     drops_B1HW = mean + _blurred(noise_B1HW, blur)
@@ -200,12 +195,11 @@ def spatter(x_BCHW: Tensor, *parameters: float, generator: Generator) -> Tensor:
         cover_B1HW = _blurred(inside_B1HW.double(), strength * _scale(x_BCHW))
         cover_B1HW = torch.where(cover_B1HW < 0.8, 0, cover_B1HW)
         return x_BCHW * (1 - cover_B1HW) + cover_B1HW * _colour(63, 42, 20)
-    outside_B1HW = functional.pad((~inside_B1HW).double(), (1, 1, 1, 1))
-    rims_B1HW = inside_B1HW & (functional.max_pool2d(outside_B1HW, 3, stride=1) > 0)
-    depth_B1HW = _equalized(_box(_distances(rims_B1HW, max(1, round(20 * _scale(x_BCHW))))).round())
+    drops_B1HW = torch.where(inside_B1HW, (drops_B1HW * 255).clamp(0, 255).floor(), 0)
+    distance_B1HW = _distances(_edges(drops_B1HW), max(1, round(20 * _scale(x_BCHW))))
+    depth_B1HW = _equalized(_box(distance_B1HW).floor())
     emboss = torch.tensor([[[[-2, -1, 0], [-1, 1, 1], [0, 1, 2]]]], dtype=torch.float64)
-    light_B1HW = _box(functional.conv2d(_padded(depth_B1HW), emboss).clamp(0, 255))
-    light_B1HW = torch.where(inside_B1HW, drops_B1HW * light_B1HW, 0)
+    light_B1HW = drops_B1HW * _box(functional.conv2d(_padded(depth_B1HW), emboss).clamp(0, 255)).round()
     brightest_B111 = light_B1HW.amax((2, 3), keepdim=True).clamp(min=1e-9)  # where there is no drop
     return x_BCHW + strength * light_B1HW / brightest_B111 * _colour(175, 238, 238)
 
@@ -436,6 +430,22 @@ def _distances(to_B1HW: Tensor, most: int) -> Tensor:
             near.copy_(near.minimum(line_B1HW.narrow(dim, d, size - d) + d**2))
             far.copy_(far.minimum(line_B1HW.narrow(dim, 0, size - d) + d**2))
     return square_B1HW.sqrt()
+
+
+def _edges(grey_B1HW: Tensor, threshold: float = 150) -> Tensor:
+    """`cv2.Canny` with one threshold: gradients steeper than both neighbours along their direction."""
+    sobel = torch.tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]], dtype=torch.float64)
+    framed_B1HW = functional.pad(grey_B1HW, (1, 1, 1, 1), mode="replicate")
+    dx_B1HW, dy_B1HW = functional.conv2d(framed_B1HW, torch.stack((sobel, sobel.T))[:, None]).split(1, dim=1)
+    steep_B1HW, (height, width) = dx_B1HW.abs() + dy_B1HW.abs(), grey_B1HW.shape[2:]
+    framed_B1HW = functional.pad(steep_B1HW, (1, 1, 1, 1))
+    # Angles in eighths of a turn: 0 across, 1 down to the right, 2 down, 3 down to the left.
+    turn_B1HW = (torch.atan2(dy_B1HW, dx_B1HW) / (math.pi / 4)).round() % 4
+    edges_B1HW = torch.zeros_like(steep_B1HW, dtype=torch.bool)
+    for turn, (dy, dx) in enumerate(((0, 1), (1, 1), (1, 0), (1, -1))):
+        before, after = (framed_B1HW[:, :, 1 + y :, 1 + x :][:, :, :height, :width] for y, x in ((-dy, -dx), (dy, dx)))
+        edges_B1HW |= (turn_B1HW == turn) & (steep_B1HW > before) & (steep_B1HW >= after)
+    return edges_B1HW & (steep_B1HW > threshold)
 
 
 def _equalized(grey_B1HW: Tensor) -> Tensor:

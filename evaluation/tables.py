@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config import FROM_A_FILE, PER_IMAGE, Config
+from config import FROM_A_FILE, PER_IMAGE, ROOT, Config, load_config, plain_values
 from evaluation.benchmarks import BENCHMARKS
 from evaluation.corruptions import SEVERITIES, STANDARD
 from evaluation.generated import generated_folder
@@ -61,21 +61,8 @@ TRANSFERRED = {  # the same, with the policies that ResNet-50 has learned on Ima
     ("clean", "imagenet", "resnet50d"): Published("20.20 +- 0.05"),
     ("clean", "imagenet", "resnet200"): Published("19.05 +- 0.10"),
 }
-# The paper's method: sources of policies, and settings that must have their defaults.
-PAPERS_SOURCES = ("controller", *FROM_A_FILE)
-PAPERS_SETTINGS = (
-    "reward",
-    "reward_ema",
-    "divide_by_std",
-    "logit_bound",
-    "clean_share",
-    "entropy_floor",
-    "entropy_floor_end",
-    "reward_loss",
-    "keep",
-    "entropy_bonus",
-    "optimizer",
-)
+# Settings on which an error does not depend, besides those that may change in a resumed run.
+FREE = ("seed", "amp", "amp_dtype", "tf32", "deterministic", "accumulate", "eval_every")
 
 
 def report(results: Sequence[Result], form: str) -> str:
@@ -91,8 +78,8 @@ def report(results: Sequence[Result], form: str) -> str:
 def compare(paths: Iterable[Path], form: str) -> str:
     """Recorded results as rows of a table: runs that differ in the seed alone are one row.
 
-    Published numbers are shown only where they are comparable, see `_comparable`. Raises UserError for a file that is
-    not a results.json.
+    Published numbers are shown only beside runs with the settings of the conf for them. Raises UserError for a file
+    that is not a results.json.
     """
     different = {  # copies of a result count once
         (_row_key(result, name, record), result["sha256"]): (result, name, record)
@@ -109,6 +96,10 @@ def compare(paths: Iterable[Path], form: str) -> str:
         _, results, names, records = zip(*same, strict=True)
         rows.append(_row(results, names[0], records))
         notes |= dict.fromkeys(_notes(results[0], names[0], records[0]))
+        _, differences = _published(results[0], names[0], records[0])
+        if differences:
+            run = Path(results[0]["checkpoint"]).parent.name
+            notes[f"{names[0]}, {run}: no published number, since the run {differences}."] = None
     header = ("benchmark, network", "run", "policies", "images", "paper", "re-implementation", "others", "here", "runs")
     table = Table("Per cent; several runs: mean and standard deviation", header, rows, list(notes))
     if form == "json":
@@ -249,30 +240,61 @@ def _row_key(result: Result, name: str, record: Mapping[str, Any]) -> tuple[str,
     return name, result["scored_with"]["dataset"], result["model"], trained, scored
 
 
-def _comparable(result: Result, record: Mapping[str, Any]) -> bool:
-    """Whether the paper's number is for the same: its policies, all training images and epochs, official test data."""
-    config = result["config"]
-    return (
-        record["source"] == "official"
-        and config is not None
-        and result["epoch"] == config["epochs"]
-        and config["policy"] in PAPERS_SOURCES
-        and not (config["policy_from"] or "").endswith((".json", ".yaml", ".yml"))  # a file of the user's
-        and all(config[name] == getattr(Config, name) for name in PAPERS_SETTINGS)
-        and (config["train_size"], config["valid_size"], config["skip_unreadable"]) == (None, 0, False)
-        and config["dataset"] == result["scored_with"]["dataset"]
-    )
+def _published(result: Result, name: str, record: Mapping[str, Any]) -> tuple[Published, str | None]:
+    """The published numbers to be shown beside a run: those of the conf that it equals in all settings that matter.
+
+    Also, for a note, where the run differs from the nearest conf with such a number; None where it does not.
+    """
+    if record["source"] != "official":
+        return Published(), None
+    nearest = None
+    trained_on = result["config"]["dataset"] if result["config"] else result["scored_with"]["dataset"]
+    for conf in sorted((ROOT / "confs").glob(f"{trained_on}/*.yaml")):
+        config = load_config(conf, {})
+        table = TRANSFERRED if config.policy in FROM_A_FILE else PUBLISHED
+        published = table.get((name, config.dataset, config.model))
+        if published is None or config.model != result["model"]:
+            continue
+        differences = _differences(result, config)
+        if not differences:
+            return published, None
+        if nearest is None or len(differences) < len(nearest[1]):
+            nearest = conf, differences
+    if nearest is None:
+        return Published(), None
+    conf, differences = nearest
+    more = f" and {len(differences) - 8} more" if len(differences) > 8 else ""
+    return Published(), f"differs from {conf.relative_to(ROOT)} in {', '.join(differences[:8])}{more}"
+
+
+def _differences(result: Result, conf: Config) -> list[str]:
+    """What a run has otherwise than a conf: "setting value instead of value"."""
+    if result["config"] is None:
+        return ["training settings, which are not known"]
+    free = {field.name for field in dataclasses.fields(Config) if field.metadata["may_change"]} | {*FREE}
+    found, expected = ({**settings} for settings in (result["config"], plain_values(conf)))
+    for settings in (found, expected):
+        if settings["policy"] in FROM_A_FILE:  # which of the two the paper means is not known
+            source = Path(settings["policy_from"])
+            run = re.sub(r"_\d+$", "", source.name)
+            settings |= {"policy": " or ".join(FROM_A_FILE), "policies of": run if not source.suffix else source.name}
+    differing = [key for key in expected if key not in free and found.get(key) != expected[key]]
+    pairs = {key: (found.get(key), expected[key]) for key in differing}
+    scored = {key: value for key, value in result["scored_with"].items() if key in expected}
+    pairs |= {key: (value, expected[key]) for key, value in scored.items() if value != expected[key]}
+    if result["epoch"] != found["epochs"]:
+        pairs["epoch"] = result["epoch"], found["epochs"]
+    return [f"{key} {_brief(ours)} instead of {_brief(theirs)}" for key, (ours, theirs) in pairs.items()]
+
+
+def _brief(value: Any) -> str:
+    return printable("null" if value is None else str(value), 40)
 
 
 def _row(results: Sequence[Result], name: str, records: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     result, config = results[0], results[0]["config"]
     trained_on = config["dataset"] if config else result["scored_with"]["dataset"]
-    table = TRANSFERRED if config and config["policy"] in FROM_A_FILE else PUBLISHED
-    published = table.get((name, trained_on, result["model"]), Published())
-    if records[0]["source"] != "official":
-        published = Published()
-    elif not _comparable(result, records[0]):
-        published = Published(others=published.others)
+    published, _ = _published(result, name, records[0])
     quantity, _ = headline(records[0]["summary"])
     return (
         f"{name} ({trained_on}), {result['model']}: {quantity}",

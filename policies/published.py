@@ -207,17 +207,17 @@ class AutoAugmentPolicies(PerImage):
 class AugMix(PolicySource):
     """Each copy is a mixture of the image and of chains of operations on it; `clean_first`: the first copy is clean.
 
-    A copy's views are the image and W = 3 chains of one to three operations of random strength, up to SEVERITY of 10.
-    Shears and rotations interpolate.
+    A copy's views are the image and W = 3 chains of one to three operations of random strength, up to `severity` of 10:
+    3 for CIFAR and 1 for ImageNet in its authors' code. Shears and rotations interpolate.
     """
 
     OPS = (*GEOMETRY, "AutoContrast", "Equalize", "Posterize", "Solarize")
-    WIDTH, DEPTH, SEVERITY, LEAST = 3, 3, 3.0, 0.1
+    WIDTH, DEPTH, LEAST = 3, 3, 0.1
     views = 1 + WIDTH
 
-    def __init__(self, M: int, *, clean_first: bool = False, **options: Any):
+    def __init__(self, M: int, *, clean_first: bool = False, severity: float = 3.0, **options: Any):
         super().__init__(M, 1, self.DEPTH, **options)
-        self.clean_first = clean_first
+        self.clean_first, self.severity = clean_first, severity
         self._row_O = torch.tensor([row_of(name) for name in self.OPS])
 
     def by_name(self) -> list:
@@ -243,7 +243,7 @@ class AugMix(PolicySource):
         choice_BWK = torch.randint(len(self.OPS), shape, generator=generator)
         draw_BWK = torch.rand(shape, dtype=torch.float64, generator=generator)
         negative_BWK = torch.randint(2, shape, generator=generator).bool()
-        level_BWK = self.LEAST + (self.SEVERITY - self.LEAST) * draw_BWK
+        level_BWK = self.LEAST + (self.severity - self.LEAST) * draw_BWK
         op_BWK = self._row_O[choice_BWK].masked_fill(torch.arange(self.DEPTH) >= depth_BW1, -1)
         magnitude_BWK = self._magnitudes(choice_BWK, level_BWK, negative_BWK, size)
         itself = (torch.full_like(op_BWK[:, :1], -1), torch.zeros_like(magnitude_BWK[:, :1]))

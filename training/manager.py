@@ -69,13 +69,15 @@ class Saver:
             if world.is_main:
                 warn(
                     f"{self.run}: continues from the start of epoch {saved['epoch'] + 1} with another number of "
-                    "processes or devices: the result will differ from that of an uninterrupted run"
+                    "processes, or with other devices: the result will differ from that of an uninterrupted run"
                 )
         elif not exact:
+            first = saved["ranks"][0]
             raise UserError(
-                f"{self.run}: was trained by {len(saved['ranks'])} processes on {saved['ranks'][0]['devices']} devices "
-                f"each and can only be resumed exactly so, not by {world.size} on {len(world.devices)}\n"
-                "start as many, or continue from the epoch's start, not exactly, with --resume-elastic"
+                f"{self.run}: was trained by {len(saved['ranks'])} processes on {first['devices']} "
+                f"{first.get('kind', '')} devices each and can only be resumed exactly so, not by {world.size} on "
+                f"{len(world.devices)} {world.device.type}\n"
+                "start it as before, or continue from the epoch's start, not exactly, with --resume-elastic"
             )
         if saved["data"] != self.fingerprint:
             raise UserError(

@@ -3,6 +3,9 @@
 import contextlib
 import copy
 import itertools
+import os
+import shlex
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +19,7 @@ from augmentations import upload
 from config import Config
 from dataloader import Normalise, TrainLoader
 from datasets.splits import Split
+from models import build_model
 from policies import build_policies
 from policies.sources import LossSums, PolicySource
 from training.distributed import World, digest
@@ -167,6 +171,7 @@ class TrainingState:
         loss_sums = self.policies.loss_sums
         own = {
             "devices": len(self.world.devices),
+            "kind": self.world.device.type,
             "random": random_state(self.world.devices),
             "loss_sum_M": loss_sums.loss_sum_M.cpu(),
             "teacher_sum_M": loss_sums.teacher_sum_M.cpu(),
@@ -194,9 +199,10 @@ class TrainingState:
         }
 
     def fits(self, saved: dict[str, Any]) -> bool:
-        """Whether a state is from as many processes and devices: only then can it be restored exactly."""
-        shape = len(saved["ranks"]), saved["ranks"][0]["devices"]
-        return shape == (self.world.size, len(self.world.devices))
+        """Whether a state is from as many processes and devices of the same kind: only then is it restored exactly."""
+        first, kind = saved["ranks"][0], self.world.device.type
+        shape = len(saved["ranks"]), first["devices"], first.get("kind", kind)
+        return shape == (self.world.size, len(self.world.devices), kind)
 
     def load_state_dict(self, saved: dict[str, Any], run: Path) -> None:
         """Raises UserError when the checkpoint of `run` belongs to another network or other settings."""
@@ -289,3 +295,29 @@ def check_support(config: Config, world: World) -> None:
             f"compile: needs one process per GPU; start with torchrun --nproc_per_node {len(world.devices)}, or name "
             "one with --device cuda:0"
         )
+    if config.compile and world.device.type == "cpu":
+        compiler = os.environ.get("CXX") or ("cl" if os.name == "nt" else "g++")
+        if shutil.which(shlex.split(compiler)[0]) is None:
+            raise UserError(
+                f"compile: needs a C++ compiler, and there is no {compiler}; install one, or name it in CXX"
+            )
+    _check_batchnorm(config, world)
+
+
+def _check_batchnorm(config: Config, world: World) -> None:
+    """Raises UserError if BatchNorm would see a single value: one copy in a pass, one pixel in the last layers."""
+    part = world.split_batch(config.batch_size, config.accumulate)[0]
+    if len(part) * (config.keep or config.M) > len(world.devices):
+        return
+    with torch.device("meta"):  # shapes alone
+        model = build_model(config.model, 10, **config.model_options()).train()
+        try:
+            model(torch.empty(1, 3, config.side, config.side))
+        except ValueError as error:
+            if "more than 1 value" in str(error):
+                raise UserError(
+                    f"{config.model}: at {config.side} pixels its BatchNorm needs at least two copies in each pass, "
+                    "and there is one; set a larger batch_size or M, or a smaller accumulate"
+                ) from None
+        except (RuntimeError, NotImplementedError):  # what has no shapes alone is left to the first step
+            pass

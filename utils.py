@@ -149,8 +149,11 @@ def load_hashed(path: Path) -> tuple[Any, str]:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             # torch.save does not compress: a file that claims more than its size could fill the memory
             entries = zipfile.ZipFile(file).infolist() if zipfile.is_zipfile(file) else []
-            if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+            names = [entry.filename for entry in entries]
+            if any(name.endswith("/constants.pkl") for name in names):
                 raise ValueError("TorchScript")
+            if names and not any(name.endswith("data.pkl") for name in names):
+                raise ValueError("it is a zip archive of other files; unpack it, and name the file in it")
             if sum(entry.file_size for entry in entries) > os.fstat(file.fileno()).st_size:
                 raise ValueError("it claims to hold more than its own size")
             file.seek(0)

@@ -140,11 +140,10 @@ def summary_lines(experiment: Experiment, records: Sequence[Mapping[str, Any]], 
     every = f"Every arm: {' or '.join(named)}{' with ' * bool(shared)}{', '.join(shared)}. Run on {where}."
     seeds = ", ".join(map(str, sorted({record["seed"] for record in records})))
     note = (
-        f"Errors are of the last epoch on {_test_images(experiment, records)}; mean +- standard deviation over seeds "
-        f"{seeds}. The train loss and "
-        "accuracy are over augmented copies, the accuracy in the last tenth of the epochs. Passes: for each training "
-        "image, a forward pass counts 1, a forward and backward pass 3. Entropy left: share of its maximum, at the "
-        "end. Collapsed: share of the intervals."
+        f"Errors are of the last epoch on {describe_test_images(experiment, records)}; mean +- standard deviation over "
+        f"seeds {seeds}. The train loss and accuracy are over augmented copies, the accuracy in the last tenth of the "
+        "epochs. Passes: for each training image, a forward pass counts 1, a forward and backward pass 3. Entropy "
+        "left: share of its maximum, at the end. Collapsed: share of the intervals."
     )
     header = (
         "arm", "M", "epochs", "passes", "test error (%)", "by seed", "train loss", "train accuracy", "entropy left",
@@ -156,7 +155,7 @@ def summary_lines(experiment: Experiment, records: Sequence[Mapping[str, Any]], 
     return [*lines, *fitted_or_not(by_arm), *_comparisons(experiment, by_arm)]
 
 
-def _test_images(experiment: Experiment, records: Sequence[Mapping[str, Any]]) -> str:
+def describe_test_images(experiment: Experiment, records: Sequence[Mapping[str, Any]]) -> str:
     """How many test images the arms were scored on and of which kind; of arms that are compared first."""
     compared = {arm for pair in experiment.compare for arm in pair}
     arms: dict[str, list[str]] = {}

@@ -5,9 +5,9 @@ Class folders are read as by torchvision's ImageFolder: sub-folders of a class b
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -69,14 +69,17 @@ def imagenet_classes(folder: Path) -> tuple[str, ...] | None:
     return classes if set(class_folders(folder)) <= {*classes} else None
 
 
-def find_split(root: Path, split: str) -> tuple[Path, str | None]:
+def find_split(root: Path, split: str, classes: Collection[str] | None = None) -> tuple[Path, str | None]:
     """The folder of the "train" or "test" images, the first of the usual names with images in class folders.
 
-    Also, for a warning, what the folders before it hold; None without any. Raises Missing, which says what is there.
+    classes: those that it should have some of, if any folder has. Also returned is, for a warning, what the folders
+    before it hold; None without any. Raises Missing, which says what is there.
     """
     names = SPLITS[split]
     folders = [root / name for name in names if (root / name).is_dir()]
-    good = next((folder for folder in folders if any(map(_is_image, _files_in_classes(folder)))), None)
+    filled = [folder for folder in folders if any(map(_is_image, _files_in_classes(folder)))]
+    good = next((folder for folder in filled if classes is None or {*class_folders(folder)} & {*classes}), None)
+    good = good or next(iter(filled), None)
     others = folders[: folders.index(good)] if good else folders
     found = " and ".join(f"{folder} holds {_describe_content(folder)}" for folder in others)
     if good:
@@ -134,7 +137,10 @@ def _files_below(folder: Path) -> Iterator[str]:
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    for where, folders, names in os.walk(folder, followlinks=True):
+    def stop(error: OSError) -> NoReturn:  # a folder that cannot be read would be dropped without a word
+        raise error
+
+    for where, folders, names in os.walk(folder, onerror=stop, followlinks=True):
         folders[:] = [name for name in folders if not _is_hidden(name) and not _leads_up(Path(where) / name)]
         yield where, names
 
@@ -158,7 +164,10 @@ def _loose_images(folder: Path) -> int:
 def _describe_content(folder: Path) -> str:
     loose, classes = _loose_images(folder), sum(is_folder for _, is_folder in _entries(folder))
     images = f"{loose:,} images" if loose else "no images"
-    return f"{images} and no class folders" if not classes else f"{images}, and none in its {classes} class folders"
+    if not classes:
+        return f"{images} and no class folders"
+    of_others = any(map(_is_image, _files_in_classes(folder)))
+    return f"{images}, and {'other class folders' if of_others else f'none in its {classes} class folders'}"
 
 
 def _describe_skipped(folder: Path, skipped: list[str]) -> str | None:

@@ -239,7 +239,7 @@ def _check_arrays(name: str, arrays: Arrays) -> None:
 
 
 def _open_folder(config: Config, split: str, classes: tuple[str, ...] | None, quiet: bool) -> _FolderSource:
-    folder, replaced = find_split(Path(config.dataroot), split)
+    folder, replaced = find_split(Path(config.dataroot), split, classes)
     found = class_folders(folder)
     if classes is None and len(found) < 2:
         raise UserError(f"{folder}: holds {len(found)} class folders; a classifier needs at least two")

@@ -12,6 +12,7 @@ import operator
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -249,8 +250,7 @@ def _published(result: Result, name: str, record: Mapping[str, Any]) -> tuple[Pu
         return Published(), None
     nearest = None
     trained_on = result["config"]["dataset"] if result["config"] else result["scored_with"]["dataset"]
-    for conf in sorted((ROOT / "confs").glob(f"{trained_on}/*.yaml")):
-        config = load_config(conf, {})
+    for conf, config in _confs(trained_on):
         table = TRANSFERRED if config.policy in FROM_A_FILE else PUBLISHED
         published = table.get((name, config.dataset, config.model))
         if published is None or config.model != result["model"]:
@@ -265,6 +265,11 @@ def _published(result: Result, name: str, record: Mapping[str, Any]) -> tuple[Pu
     conf, differences = nearest
     more = f" and {len(differences) - 8} more" if len(differences) > 8 else ""
     return Published(), f"differs from {conf.relative_to(ROOT)} in {', '.join(differences[:8])}{more}"
+
+
+@cache
+def _confs(dataset: str) -> tuple[tuple[Path, Config], ...]:
+    return tuple((conf, load_config(conf, {})) for conf in sorted((ROOT / "confs").glob(f"{dataset}/*.yaml")))
 
 
 def _differences(result: Result, conf: Config) -> list[str]:

@@ -33,6 +33,8 @@ OTHER_FILES = (
     (b"", "is empty; copy or download it again"),
     (b"version https://git-lfs", "is a Git LFS pointer, not the file itself; fetch that with: git lfs pull"),
     (b"\x1f\x8b", "is compressed by gzip; unpack it with gunzip"),
+    (b"BZh", "is compressed by bzip2; unpack it with bunzip2"),
+    (b"\xfd7zXZ", "is compressed by xz; unpack it with unxz"),
     (b"<", "is a web page; download the file itself"),
 )
 

@@ -230,6 +230,7 @@ def test_a_written_config_reads_back_equal(conf, config):
         ("[" * 3000, ["is not YAML"]),
         ("epochs: " + "9" * 30, ["epochs", "is larger than 1e9"]),
         ("M: 99999999", ["M: 99999999 is not between 1 and 10000"]),
+        ("seed: 9223372036854775808", ["seed: 9223372036854775808 is not between 0 and 9223372036854775807"]),
         ("lr: 1e308", ["lr: 1e+308 is larger than 1e9"]),
         ("std: [1e-300, 1, 1]", ["std: (1e-300, 1.0, 1.0) must be above 0"]),
     ],
@@ -305,9 +306,10 @@ def test_a_conf_is_found_from_any_directory(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "answer"),
     [
-        (["--lr", "0.05"], "--lr: settings are changed with --set lr=0.05"),
-        (["--epochs=10"], "--epochs: settings are changed with --set epochs=10"),
-        (["--epoch", "10"], "unknown argument --epoch"),
+        (["--lr", "0.05"], "--lr: lr is a setting: --set lr=0.05"),
+        (["--epochs=10"], "--epochs: epochs is a setting: --set epochs=10"),
+        (["--batch-size", "64"], "--batch-size: batch_size is a setting: --set batch_size=64"),
+        (["--epoch", "10"], "unknown argument --epoch; did you mean epochs?"),
     ],
 )
 def test_a_setting_given_as_a_flag_is_answered_with_set(words, answer):

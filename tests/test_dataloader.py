@@ -1,6 +1,7 @@
 """The fixed part of the augmentation and the order of the images, against Pillow, torchvision and NumPy."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from dataloader import (
 )
 from datasets.splits import ResidentSplit
 from policies import build_policies
-from policies.sources import PolicySource
+from policies.sources import PolicySource, RandomPolicies
 from utils import keyed_generator
 
 CPU = torch.device("cpu")
@@ -162,3 +163,22 @@ def test_cutout_blanks_one_square_that_may_reach_over_the_border(side):
         assert max(box.shape) <= side
     assert full.any()
     assert blank.any(0).all() or side == 0, "every pixel can be blanked"
+
+
+@pytest.mark.parametrize(("images", "size"), [(24, 3), (24, 1), (10, 2), (128, 4), (7, 1)])
+def test_partners_of_streamed_images_do_not_depend_on_processes(images, size):
+    """Where no group of the batch is cut; whatever that number is, a partner is another image of the same part."""
+    config = Config(model="wresnet10_1", batch_size=images, M=2, ops=("SamplePairing",))
+    streamed = SimpleNamespace(resident=False)
+    plans = []
+    for parts in (1, size):
+        policies = RandomPolicies(2, 2, 2, ("SamplePairing",))
+        policies.resample(torch.Generator().manual_seed(0))
+        loader = TrainLoader(streamed, config, policies, None, [range(images)], lambda *key: keyed_generator(1, *key))
+        read = torch.zeros(images // parts, 3, 8, 8, dtype=torch.uint8)
+        plans.append(loader.draw(read, "train", 0, images).plan)
+    assert torch.equal(*(plan.partner_BK for plan in plans))
+    image, partner = torch.arange(2 * images)[:, None] // 2, plans[0].partner_BK // 2
+    assert (image != partner).all()
+    part = images // size
+    assert torch.equal(image.expand_as(partner) // part, partner // part)

@@ -288,13 +288,13 @@ def _meeting_point(patience: float = math.inf) -> dist.Store:
     began, told = time.monotonic(), False
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     while not found:
-        time.sleep(0.05)
         waited = time.monotonic() - began
-        if waited > patience:
+        if waited >= patience:
             raise TimeoutError
         if waited > 20 and not told:
             told = True
             warn(f"waiting for the other processes at {place}; Ctrl-C ends this one")
+        time.sleep(0.05)
     if isinstance(found[0], dist.Store):
         return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", found[0])
     if "EADDRINUSE" in str(found[0]) or "in use" in str(found[0]):

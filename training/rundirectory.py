@@ -68,7 +68,7 @@ def write_run_directory(run: Path, config: Config, device: torch.device, *, over
         if not has_shape(starts, [dict.fromkeys(AFFECTS_ROUNDING, object)]):
             raise ValueError("entries are missing or have the wrong type")
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({first_line(error)}); restore a copy, or rename it") from None
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); restore a copy, or remove it") from None
     starts.append(environment(device))
     first, now = starts[0], starts[-1]
     for name in AFFECTS_ROUNDING:

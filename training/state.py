@@ -6,6 +6,7 @@ import itertools
 import os
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -296,7 +297,7 @@ def check_support(config: Config, world: World) -> None:
             "one with --device cuda:0"
         )
     if config.compile and world.device.type == "cpu":
-        compiler = os.environ.get("CXX") or ("cl" if os.name == "nt" else "g++")
+        compiler = os.environ.get("CXX") or {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
         if shutil.which(shlex.split(compiler)[0]) is None:
             raise UserError(
                 f"compile: needs a C++ compiler, and there is no {compiler}; install one, or name it in CXX"

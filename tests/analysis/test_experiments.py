@@ -250,6 +250,19 @@ def test_differences_against_how_well_random_policies_are_fitted():
     assert summaries.against_random(load_experiment("controls", "tiny"), synthetic_records()) == {}
 
 
+def test_sentences_about_images_come_from_the_arms_that_are_compared():
+    """At full size the policies come from a run on ImageNet, and the arms that are compared are scored on CIFAR-10."""
+    one = load_experiment("transfer", "full")
+    arms = {"source": 50_000, "direct": 10_000, "random": 10_000, "frozen": 10_000}
+    records = [{"arm": arm, "test_images": images, "images": "official"} for arm, images in arms.items()]
+    assert summaries.describe_test_images(one, records) == (
+        "10,000 test images (official), where one image is 0.01 points (direct, random, frozen), and "
+        "50,000 test images (official), where one image is 0.002 points (source)"
+    )
+    alike = summaries.describe_test_images(one, records[1:])
+    assert alike == "10,000 test images (official), where one image is 0.01 points"
+
+
 def test_the_summary_says_whether_random_policies_were_fitted():
     lines = summaries.fitted_or_not(synthetic_records())
     assert lines[:2] == [

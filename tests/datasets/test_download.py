@@ -261,7 +261,7 @@ def test_an_existing_file_is_only_checked(server, tmp_path, there, fault):
     (tmp_path / "file.bin").write_bytes(CONTENT)
     assert Downloads(allowed=False).fetch(server.remote, tmp_path) == tmp_path / "file.bin"
     (tmp_path / "file.bin").write_bytes(there)
-    with assert_refused(tmp_path / "file.bin", fault, "remove it", lines=1):
+    with assert_refused(tmp_path / "file.bin", fault, "rename it", lines=1):
         Downloads().fetch(server.remote, tmp_path)
     assert (tmp_path / "file.bin").read_bytes() == there
     assert server.ranges == []

@@ -2,17 +2,18 @@
 
 import itertools
 import json
+import warnings
 
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms as T
 from conftest import TINY
-from PIL import Image
+from PIL import Image, ImageOps
 
 import datasets.imagefiles as imagefiles
 from config import Config
-from datasets.imagefiles import CentreCrop, FileCheck, ImageFiles, RandomCrop
+from datasets.imagefiles import CentreCrop, FileCheck, FitSquare, ImageFiles, RandomCrop
 from datasets.loading import load_data, load_test
 from datasets.splits import ResidentSplit, StreamedSplit
 from utils import UserError, keyed_seed
@@ -65,7 +66,7 @@ def test_a_crop_depends_only_on_seed_epoch_and_image(tmp_path):
     assert not torch.equal(files[1, 4][0], alone[4]), "another epoch, another crop"
 
 
-@pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA", "1"])
+@pytest.mark.parametrize("mode", ["L", "CMYK", "P", "1"])
 def test_other_modes_are_converted_to_rgb(tmp_path, mode):
     image = Image.open(photograph(tmp_path / "rgb.png")).convert(mode)
     path = tmp_path / ("odd.jpg" if mode in ("L", "CMYK") else "odd.png")
@@ -73,6 +74,78 @@ def test_other_modes_are_converted_to_rgb(tmp_path, mode):
     assert ImageFiles([path], FileCheck())[0, 0][2] is None
     expected = T.functional.pil_to_tensor(T.functional.center_crop(Image.open(path).convert("RGB"), 64))
     assert torch.equal(CentreCrop(70, 64)(path, seed=0), expected)
+
+
+READERS = {"folder": FitSquare(16), "imagenet": CentreCrop(16, 16)}
+
+
+@pytest.fixture(params=READERS)
+def read(request, recwarn):
+    """Both readers, without a warning: read(path) -> uint8 (3, 16, 16)."""
+    yield lambda path: READERS[request.param](path, seed=0)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "P bytes", "RGB", "L", "1"])
+def test_transparency_is_laid_on_white(tmp_path, read, mode):
+    """A left half that is black and opaque, a right half that is black and transparent, and in RGBA a grey stripe."""
+    alpha = np.zeros((16, 16), np.uint8)
+    alpha[:, :8], alpha[0] = 255, 51 if mode in ("RGBA", "LA") else alpha[1]
+    expected = np.where(alpha == 255, 0, 255 - alpha)
+    if mode in ("RGBA", "LA"):
+        black = Image.new("RGB" if mode == "RGBA" else "L", (16, 16))
+        black.putalpha(Image.fromarray(alpha))
+        black.save(tmp_path / "a.png")
+    elif mode.startswith("P"):
+        palette = Image.fromarray(np.where(alpha == 255, 1, 0).astype(np.uint8), "P")
+        palette.putpalette([0] * 768)
+        palette.save(tmp_path / "a.png", transparency=bytes([0, 255]) if mode == "P bytes" else 0)
+    else:  # a colour that stands for transparent: red, or white
+        colour = {"RGB": (255, 0, 0), "L": 200, "1": 1}[mode]
+        image = Image.new(mode, (16, 16))
+        image.paste(colour, (8, 0, 16, 16))
+        image.save(tmp_path / "a.png", transparency=255 if mode == "1" else colour)
+    assert np.array_equal(read(tmp_path / "a.png").numpy(), np.broadcast_to(expected, (3, 16, 16)))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_sixteen_bit_images_are_scaled_to_eight(tmp_path, read, suffix):
+    ramp = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    Image.fromarray(ramp).save(tmp_path / f"a.{suffix}")
+    assert np.array_equal(read(tmp_path / f"a.{suffix}").numpy(), np.broadcast_to(ramp // 257, (3, 16, 16)))
+
+
+@pytest.mark.parametrize(("kind", "words"), [(np.float32, "floating-point values"), (np.int32, "32-bit values")])
+def test_values_without_a_known_range_are_refused_by_name(tmp_path, read, kind, words):
+    Image.fromarray(np.linspace(0, 1, 256).reshape(16, 16).astype(kind)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=f"{words} without a known range"):
+        read(tmp_path / "a.tif")
+    assert words in ImageFiles([tmp_path / "a.tif"], FileCheck())[0, 0][2], "found before training, too"
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_turned_upright_whatever_else_exif_holds(tmp_path, read, orientation, damaged):
+    picture = Image.new("RGB", (16, 16))
+    picture.paste((255, 255, 255), (0, 0, 16, 8))
+    picture.paste((255, 255, 255), (0, 0, 4, 16))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    exif[0x010F] = "maker"
+    content = exif.tobytes()
+    if damaged:  # a tag that points behind the end
+        content = content.replace(b"\x0f\x01\x02\x00\x06\x00\x00\x00", b"\x0f\x01\x02\x00\xff\xff\xff\x7f")
+        content = content.replace(b"\x01\x0f\x00\x02\x00\x00\x00\x06", b"\x01\x0f\x00\x02\x7f\xff\xff\xff")
+        assert content != exif.tobytes()
+    picture.save(tmp_path / "a.jpg", exif=content, quality=95)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        decoded = Image.open(tmp_path / "a.jpg").convert("RGB")
+        undamaged = Image.Exif()
+        undamaged[0x0112] = orientation
+        decoded.info["exif"] = undamaged.tobytes()
+        expected = np.asarray(ImageOps.exif_transpose(decoded))
+    assert np.array_equal(read(tmp_path / "a.jpg").permute(1, 2, 0).numpy(), expected)
 
 
 def test_the_quick_check_finds_damage_and_decodes_few_files(tmp_path, monkeypatch):

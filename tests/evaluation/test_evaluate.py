@@ -190,7 +190,7 @@ def test_checkpoints_that_cannot_be_scored(script, run, tmp_path):
     assert_refused(
         script("evaluate.py", "--checkpoint", tmp_path / "broken.pt"), "broken.pt: cannot be read as a checkpoint"
     )
-    for content in (b"", b"Some text.", b"\x00" * 100):
+    for content in (b"Some text.", b"\x00" * 100):
         (tmp_path / "other.txt").write_bytes(content)
         done = script("evaluate.py", "--checkpoint", tmp_path / "other.txt")
         assert_refused(done, "other.txt: cannot be read as a checkpoint (it was not written by torch.save)")
@@ -210,6 +210,33 @@ def test_checkpoints_that_cannot_be_scored(script, run, tmp_path):
     assert_refused(script("evaluate.py", "--model", "wresnet10_1"), "--model and --weights go together")
     assert_refused(script("evaluate.py", "--set", "lr=x"), "--set: lr: 'x' is not a number")
     assert not list(tmp_path.rglob("*results.json"))
+
+
+def test_plots_that_fail_do_not_lose_the_scores(script, run, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(evaluate, "draw_plots", fail)
+    done = script("evaluate.py", "--checkpoint", run / "model.pt")
+    assert (done.status, "plots of clean cannot be drawn (no font)" in done.err) == (0, True)
+    assert "crescent" in done.out
+    (run / "results.json").unlink()
+
+
+def test_classes_with_any_name_are_trained_scored_and_shown(script, train, with_axes, tmp_path, own_images):
+    """Not UTF-8, without a glyph in the font of the plots, and with control characters."""
+    names = (b"caf\xe9", "\u732b".encode(), b"a\x1b[31m")
+    for split in ("train", "test"):
+        for name in names:
+            shutil.copytree(own_images / split / "cats", own_images / split / os.fsdecode(name))
+    run = train("odd", "dataset=folder", "image_size=16", "--dataroot=" + str(own_images), "epochs=1", "eval_every=1")
+    done = script("evaluate.py", "--checkpoint", run, "--dataroot", own_images)
+    assert done.status == 0, done.err
+    assert not [line for line in done.err.splitlines() if "warning" in line or "Glyph" in line]
+    drawn = {path.name for path in (run / "evaluation").glob("*.png")}
+    assert drawn == {"clean_reliability.png", "clean_mistakes.png"}
+    done = script("report.py", run)
+    assert done.status == 0, done.err
 
 
 def test_weights_of_other_classes_are_refused(script, run, tmp_path):

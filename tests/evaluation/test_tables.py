@@ -1,6 +1,7 @@
 """Tables of results: means over runs by hand, published numbers only where they are comparable, damaged files."""
 
 import csv
+import dataclasses
 import json
 import re
 
@@ -8,15 +9,21 @@ import pytest
 from conftest import ROOT, assert_refused
 
 import evaluation.tables as tables
-from config import Config, load_config, plain_values
+from config import load_config, plain_values
 from evaluation.corruptions import EXTRA, SEVERITIES, STANDARD
 
+CONF = "cifar10/wresnet28x10_cifar10.yaml"
 RESULTS_PAGE = next(page for page in (ROOT / "docs" / "results.md", ROOT / "README.md") if page.exists())
 
 
-def result(error, corruption_error=None, *, seed=0, source="official", name="run", epoch=200, ours=True, **settings):
-    """A results.json of WRN-28-10 on CIFAR-10 with the given error, and perhaps the same error in every corruption."""
-    config = Config(seed=seed, **{"model": "wresnet28_10", "dataset": "cifar10"} | settings)
+def result(
+    error, corruption_error=None, *, seed=0, source="official", name="run", epoch=200, ours=True, conf=CONF, **settings
+):
+    """A results.json of WRN-28-10 on CIFAR-10 with the given error, and perhaps the same error in every corruption.
+
+    conf: in confs/; the settings are those of the conf with the given ones changed.
+    """
+    config = dataclasses.replace(load_config(ROOT / "confs" / conf, {}), seed=seed, **settings)
     cell = {
         "part": "", "severity": None, "images": 1000, "correct": round(1000 * (1 - error)), "error": error,
         "loss": 0.25, "calibration_error": 0.03, "top1": 1 - error, "top5": 0.99, "class_images": [100] * 10,
@@ -130,6 +137,15 @@ def test_seeds_share_a_row_beside_the_published_numbers(written):
     [
         {"source": "subset"},
         {"source": "generated"},
+        {"M": 1},
+        {"epochs": 1, "epoch": 1, "schedule": "cosine", "milestones": ()},
+        {"K": 1},
+        {"batch_size": 64},
+        {"cutout": 0},
+        {"lr": 0.05},
+        {"ops": ("ShearX", "Rotate")},
+        {"dropout": 0.3},
+        {"mean": (0.5, 0.5, 0.5)},
         {"train_size": 1000},
         {"valid_size": 5000},
         {"skip_unreadable": True},
@@ -149,14 +165,50 @@ def test_published_numbers_need_comparable_runs(written, other):
     text = tables.compare(written(result(0.02), result(0.04, seed=1, **other)), "markdown")
     rows = rows_of(text)[2:]
     assert len(rows) == 2, "never averaged"
-    published = {row[7]: row[4:6] for row in rows}
-    assert published == {"2.00": ["1.90 +- 0.15", "2.35"], "4.00": ["-", "-"]}
+    published = {row[7]: row[4:7] for row in rows}
+    assert published == {"2.00": ["1.90 +- 0.15", "2.35", "-"], "4.00": ["-", "-", "-"]}
+
+
+def test_what_differs_from_the_conf_is_listed(written):
+    changed = result(0.04, 0.1, seed=1, M=1, batch_size=64, cutout=0)
+    scored = result(0.05, seed=2) | {"scored_with": {"dataset": "cifar10", "eval_view": [320, 288]}}
+    foreign, early = result(0.06, name="theirs", ours=False), result(0.07, name="early", epoch=100)
+    of_random = result(0.08, name="random", policy="random")
+    text = tables.compare(written(changed, scored, foreign, early, of_random), "markdown")
+    assert {row[4] for row in rows_of(text)[2:]} == {"-"}
+    start = "no published number, since the run differs from confs/cifar10/wresnet28x10_cifar10.yaml in"
+    for words in (
+        f"clean, run_1: {start} cutout 0 instead of 16, M 1 instead of 8, batch_size 64 instead of 128.",
+        f"cifar10-c, run_1: {start} cutout 0 instead of 16",
+        f"clean, run_2: {start} eval_view [320, 288] instead of [256, 224].",
+        f"clean, theirs_0: {start} training settings, which are not known.",
+        f"clean, early_0: {start} epoch 100 instead of 200.",
+        f"clean, random_0: {start} policy random instead of controller.",
+    ):
+        assert words in text
+
+
+def test_each_conf_has_its_own_published_numbers(written):
+    runs = (
+        result(0.02, 0.1, name="wrn40", conf="cifar10/wresnet40x2_cifar10.yaml", M=8),
+        result(0.03, 0.1, name="augmix", conf="cifar10/augmix_wresnet40x2_cifar10.yaml", epoch=100),
+        result(0.04, name="shake", conf="cifar10/shake26_2x32d_cifar10.yaml", epoch=600, amp=True, seed=4, workers=9),
+    )
+    rows = {(row[0].partition(" ")[0], row[1]): row[4:7] for row in rows_of(tables.compare(written(*runs), "markdown"))}
+    assert rows["cifar10-c", "wrn40"] == rows["cifar10-c", "augmix"] == ["-", "-", "AugMix with JSD 11.2"]
+    assert rows["clean", "shake"] == ["2.36 +- 0.10", "2.51", "-"]
 
 
 def test_transferred_policies_have_their_own_published_number(written):
-    transferred = result(0.03, policy="frozen", policy_from="logs/resnet50_0")
-    row = rows_of(tables.compare(written(transferred), "markdown"))[2]
-    assert row[2:6] == ["frozen from logs/resnet50_0, M = 8", "official, 1,000", "2.45 +- 0.13", "-"]
+    for policy, source, expected in (
+        ("frozen", "logs/resnet50_0", "2.45 +- 0.13"),
+        ("recorded", "elsewhere/resnet50_3", "2.45 +- 0.13"),
+        ("frozen", "logs/wresnet40x2_cifar10_0", "-"),
+        ("recorded", "resnet50.json", "-"),
+    ):
+        transferred = result(0.03, policy=policy, policy_from=source)
+        row = rows_of(tables.compare(written(transferred), "markdown"))[2]
+        assert row[2:6] == [f"{policy} from {source}, M = 8", "official, 1,000", expected, "-"]
 
 
 def test_runs_with_other_settings_are_other_rows(written):

@@ -248,6 +248,14 @@ def test_chains_of_augmix_are_the_recipes(size, monkeypatch):
     assert (depths[1:] / 360 - 1 / 3).abs().max() < 0.1
 
 
+@pytest.mark.parametrize(("dataset", "severity"), [("cifar10", 3), ("imagenet", 1)])
+def test_augmix_is_as_strong_as_its_authors_code(dataset, severity):
+    source = build_policies(Config(dataset=dataset, policy="augmix", crop_padding=0, M=2))
+    plan = source.plan(500, (32, 32), torch.Generator().manual_seed(0))
+    angles = plan.magnitude_BK[plan.op_BK == row_of("Rotate")].abs()
+    assert angles.max() == 3 * severity - 1, "whole degrees below a share of 30"
+
+
 def test_weights_of_augmix_follow_beta_and_dirichlet():
     weight_BV = AugMix(1).weights(20_000, generator())
     assert weight_BV.dtype == torch.float32

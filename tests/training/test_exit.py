@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from conftest import (
     ROOT,
     TINY,
     _start,
+    free_port,
     scripts_on_ranks,
     start_ranks,
 )
@@ -68,8 +70,8 @@ def test_a_killed_process_ends_the_others_in_one_line():
 
 
 FORKING = multiprocessing.get_context("fork")
-STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
-WORD = {signal.SIGINT: "\ninterrupted", signal.SIGTERM: "terminated"}
+STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
+WORD = {signal.SIGINT: "\ninterrupted", signal.SIGTERM: "terminated", signal.SIGUSR1: "terminated"}
 
 
 @pytest.fixture
@@ -199,13 +201,96 @@ def test_a_missing_package_is_named_with_its_command(script):
     assert done.stderr == "error: PyTorch is not installed; run: pip install -r requirements.txt\n"
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 @pytest.mark.parametrize("script", ["main.py", "evaluate.py"])
-def test_ctrl_c_during_imports_exits_without_a_message(start_process, monkeypatch, tmp_path, script):
+def test_a_signal_during_imports_exits_without_a_message(start_process, monkeypatch, tmp_path, script, number):
     """While torch is imported: here one that never gets ready."""
     (tmp_path / "torch.py").write_text("print('importing', flush=True)\nimport time\ntime.sleep(1000)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     process = start_process(script)
     assert process.stdout.readline() == "importing\n"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     assert process.communicate(timeout=100) == ("", "")
-    assert process.returncode == -signal.SIGINT
+    assert process.returncode == {signal.SIGINT: -signal.SIGINT, signal.SIGUSR1: 143}[number]
+
+
+def after_begin(code, **variables):
+    """What a script prints to stdout that begins as ours do."""
+    command = [sys.executable, "-c", f"from training.signals import begin; begin(); {code}"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    return done.stdout
+
+
+def test_what_stdout_cannot_encode_is_printed_as_escapes():
+    code = r"print('caf\udce9', chr(0x732b))"
+    assert after_begin(code, PYTHONIOENCODING="latin-1", PYTHONUTF8="0") == b"caf\\udce9 \\u732b\n"
+    assert after_begin(code, PYTHONIOENCODING="utf-8") == "caf\\udce9 猫\n".encode()
+
+
+def test_figures_are_drawn_whatever_backend_a_notebook_exports():
+    code = "from analysis.figures import new_figure; print(type(new_figure(1, 1)).__name__)"
+    assert after_begin(code, MPLBACKEND="module://matplotlib_inline.backend_that_is_not_here") == b"Figure\n"
+
+
+# Before the processes have met
+
+
+def alone_of_two(port, rank, host="127.0.0.1"):
+    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
+    with processes.join("cpu"):
+        pass
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("number", STATUS)
+def test_a_signal_ends_a_process_that_waits_for_others(end, number, rank):
+    def wait_alone():
+        time.sleep = lambda _: send_while_waiting()
+        alone_of_two(port, rank)
+
+    def send_while_waiting():
+        os.kill(os.getpid(), number)
+
+    port = free_port()
+    status, err = end(wait_alone)
+    assert status == STATUS[number]
+    assert err.endswith(f"{WORD[number]}\n")
+    assert "Traceback" not in err
+
+
+def test_a_taken_port_is_named(end):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        status, err = end(lambda: alone_of_two(port, 0))
+    message = (
+        f"error: MASTER_PORT: 127.0.0.1:{port} is in use by another program; choose another port with --master_port"
+    )
+    assert (status, err.splitlines()[-1]) == (2, message)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_unknown_host_is_named(end, rank):
+    status, err = end(lambda: alone_of_two(29500, rank, host="no such machine"))
+    assert status == 2
+    assert "MASTER_ADDR: 'no such machine' is not known on this machine" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_process_that_fails_early_ends_those_that_wait():
+    def run():
+        exits.exit_with_status(fail if os.environ["RANK"] == "1" else wait_for_all)
+
+    def fail():
+        raise UserError("there is no such conf file")
+
+    def wait_for_all():
+        with processes.join("cpu"):
+            pass
+
+    done = start_ranks(3, run)
+    assert [rank.status for rank in done] == [2, 2, 2]
+    assert "".join(rank.err for rank in done) == "error: process 1: there is no such conf file\n"

@@ -311,14 +311,14 @@ def wait_for_epoch(process):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_stopped_process_says_how_to_continue(start_process, tmp_path, script, number):
     settings = (*TINY, "epochs=500")
     process = start_process(*said(tmp_path, "stopped", settings=settings))
     wait_for_epoch(process)
     process.send_signal(number)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+    assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 143}[number]
     first, last = filter(None, err.splitlines())
     assert first.startswith(f"{number.name}: finishing this step and saving, about ")
     assert "Traceback" not in err
@@ -345,7 +345,7 @@ def test_a_launched_run_that_is_stopped_continues_exactly(tmp_path, whole, numbe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_run_with_workers_can_be_stopped(start_process, tmp_path, own_images, number):
     settings = (*TINY, "dataset=folder", f"dataroot={own_images}", "image_size=16", "train_size=20", "epochs=2000")
     arguments = said(tmp_path, "stopped", settings=(*settings, "workers=2", "resident_gb=0.00001"))
@@ -353,7 +353,7 @@ def test_a_run_with_workers_can_be_stopped(start_process, tmp_path, own_images, 
     wait_for_epoch(process)
     os.killpg(process.pid, number)  # as terminals and batch systems do
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 128 + number
+    assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 143}[number]
     assert "Traceback" not in err
     assert err.count(f"{number.name}: ") == err.count(" saved; continue with: ") == 1
     assert final_state(tmp_path / "stopped")["epoch"] >= 1

@@ -10,6 +10,7 @@ from PIL import Image
 
 import main
 import training.rundirectory as rundirectory
+import training.state as trainingstate
 from training.checkpoint import Checkpoints
 from utils import environment
 
@@ -30,11 +31,14 @@ from utils import environment
         (["--resume"], ["there is no run to resume"]),
         (["--set", "dataset=folder", "--dataroot", "/nowhere"], ["/nowhere: holds no folder train"]),
         (["--set", "model=resnet9000"], ["--set: model: the depth of a ResNet is 50,", "not 9000"]),
+        (["--set", "compile=true", "--device", "cpu"], ["compile: needs a C++ compiler, and there is no g+++"]),
+        (["--set", "model=resnet50", "batch_size=1", "M=1"], ["resnet50: at 16 pixels", "two copies"]),
         (["--set", "train_size=10"], ["batch_size: 50 is more than the 10 training images"]),
         (["--set", "amp=true", "amp_dtype=float16", "--device", "cpu"], ["float16 needs CUDA", "bfloat16"]),
     ],
 )  # fmt: skip
-def test_mistakes_are_refused_before_anything_is_written(script, tmp_path, arguments, words):
+def test_mistakes_are_refused_before_anything_is_written(script, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.setenv("CXX", "g+++ -O1")  # a compiler that is not here
     assert_refused(script("main.py", "--logdir", tmp_path / "logs", *arguments), *words)
     assert not (tmp_path / "logs").exists()
 
@@ -209,3 +213,23 @@ def test_a_directory_that_cannot_be_made(script, tmp_path):
     (tmp_path / "file").write_text("")
     refused = script("main.py", "--logdir", tmp_path / "file", "--set", *TINY)
     assert_refused(refused, "cannot be created", "--logdir")
+
+
+def test_another_kind_of_device_is_refused_at_resumption(script, monkeypatch, tmp_path, train):
+    """A run that CUDA has trained, of which only the checkpoint is made up."""
+    state_dict = trainingstate.TrainingState.state_dict
+
+    def from_cuda(self):
+        state = state_dict(self)
+        assert state["ranks"][0]["kind"] == "cpu"
+        return state | {"ranks": [state["ranks"][0] | {"kind": "cuda"}]}
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainingstate.TrainingState, "state_dict", from_cuda)
+        train("moved", "optimizer=adamw", "lr=0.01", "--stop_epoch=1")
+    again = ("--logdir", tmp_path, "--name", "moved", "--set", *TINY, "optimizer=adamw", "lr=0.01")
+    refused = script("main.py", "--resume", *again)
+    assert_refused(refused, "on 1 cuda devices each", "not by 1 on 1 cpu", "--resume-elastic")
+    done = script("main.py", "--resume-elastic", *again)
+    assert done.status == 0, done.err
+    assert "with other devices: the result will differ" in done.err

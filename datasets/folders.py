@@ -93,6 +93,11 @@ def find_split(root: Path, split: str, classes: Collection[str] | None = None) -
     lacks = f"{root}: holds no folder {' or '.join(names[:2])}"
     if below := _find_below(root, names):
         raise Missing(f"{lacks}, but {below} is one; pass --dataroot {below.parent}")
+    if root.is_dir() and any(map(_is_image, _files_in_classes(root))):
+        lacks += (
+            f", but other folders with images; if they are classes, move a part of each to {root / names[0]}/<class>/"
+        )
+        raise Missing(f"{lacks} and the rest to {root / SPLITS['test' if split == 'train' else 'train'][0]}/<class>/")
     raise Missing(f"{lacks}; images belong in {root / names[0]}/<class>/")
 
 
@@ -166,8 +171,9 @@ def _describe_content(folder: Path) -> str:
     images = f"{loose:,} images" if loose else "no images"
     if not classes:
         return f"{images} and no class folders"
-    of_others = any(map(_is_image, _files_in_classes(folder)))
-    return f"{images}, and {'other class folders' if of_others else f'none in its {classes} class folders'}"
+    if any(map(_is_image, _files_in_classes(folder))):
+        return "other classes"
+    return f"{images}, and none in its {classes} class folders"
 
 
 def _describe_skipped(folder: Path, skipped: list[str]) -> str | None:

@@ -62,7 +62,7 @@ def test_a_test_folder_without_classes_does_not_hide_val(root, dataset, content,
         "nothing": "no images and no class folders",
         "images": "12 images and no class folders",
         "empty classes": "no images, and none in its 1 class folders",
-        "unlabelled images": "no images, and other class folders",
+        "unlabelled images": "other classes",
     }
     assert f"warning: {root / 'test'} holds {found[content]}; val is used" in capsys.readouterr().err
 
@@ -84,6 +84,14 @@ def test_flat_training_images_are_refused(tmp_path):
     fill(tmp_path / "train", 5)
     with pytest.raises(Missing, match=r"train holds 5 images and no class folders; images belong in .*train/<class>/$"):
         load(tmp_path)
+
+
+def test_class_folders_without_splits_are_refused_with_the_way(root):
+    (root / "train").rename(root.parent / "alone")
+    with pytest.raises(
+        Missing, match=r"alone: holds no folder train, but other folders with images; .*alone/train/<class>/"
+    ):
+        load(root.parent / "alone")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is unreadable for root")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from augmentations import Plan, apply, gather_rows, piece_size, portion, upload
 from config import Config
-from datasets.loading import load_data as load_data  # so that this file alone takes from settings to inputs
+from datasets.loading import load_data as load_data  # for those who import it from here, as main.py does
 from datasets.loading import statistics
 from datasets.splits import Split
 from policies.published import mix
@@ -111,9 +111,9 @@ class TrainLoader:
         Groups of the largest size up to 8 that divides N are the same for any number of processes that does not cut
         them; where it does, each part is a group.
         """
-        size = max(size for size in range(1, 9) if N % size == 0)
         if self.split.resident:
             return 1
+        size = max(size for size in range(1, 9) if N % size == 0)
         return N // size if size > 2 and part % size == 0 else N // part
 
     def augment(self, images_NCHW: Tensor, draws: BatchDraws, part: range, first: int = 0) -> Tensor:

@@ -35,9 +35,9 @@ from config import (
     run_directory,
     warn_of_settings,
 )
-from dataloader import MicroBatches
+from dataloader import MicroBatches, load_data
 from datasets.download import Downloads
-from datasets.loading import Data, load_data
+from datasets.loading import Data
 from datasets.splits import Split
 from evaluation.predict import score
 from models import build_model

@@ -38,14 +38,15 @@ class Listing(NamedTuple):
 def list_images(folder: Path, label_of: Mapping[str, int]) -> Listing:
     """The images of the named class folders of `folder`, sorted within each. Raises UserError for a class without."""
     paths, labels = [], []
-    skipped = [name for name, _ in _entries(folder) if not (folder / name).is_dir()]
+    skipped = [name for name, is_folder in _entries(folder) if not is_folder]
     for name, label in label_of.items():
-        found = [file for file in _files_below(folder / name) if _is_image(file)]
-        if not found:
+        files = list(_files_below(folder / name))
+        images = [Path(file) for file in files if _is_image(file)]
+        if not images:
             raise UserError(f"{folder / name}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        skipped += [os.path.relpath(file, folder) for file in _files_below(folder / name) if not _is_image(file)]
-        paths += map(Path, found)
-        labels += [label] * len(found)
+        skipped += [os.path.relpath(file, folder) for file in files if not _is_image(file)]
+        paths += images
+        labels += [label] * len(images)
     return Listing(paths, torch.tensor(labels), _describe_skipped(folder, skipped))
 
 
@@ -54,10 +55,13 @@ def class_folders(folder: Path) -> tuple[str, ...]:
 
     Raises UserError for a link to nowhere, which may have been a class.
     """
+    names = []
     for name, is_folder in _entries(folder):
-        if not is_folder and not _is_image(name) and not (folder / name).exists():
+        if is_folder:
+            names.append(name)
+        elif not _is_image(name) and not (folder / name).exists():
             raise UserError(f"{folder / name}: is a link to nowhere; make its target available, or remove the link")
-    return tuple(sorted(name for name, is_folder in _entries(folder) if is_folder))
+    return tuple(sorted(names))
 
 
 def imagenet_classes(folder: Path) -> tuple[str, ...] | None:
@@ -107,11 +111,9 @@ def find_folder(root: Path, name: str, marker: str) -> Path | None:
     It may be below `root`, one folder deeper, or `root` itself, whatever its name if the marker is an array. A folder
     of that name without the marker counts, too, so that nothing is downloaded beside it. None if there is none.
     """
-    if not root.is_dir():
-        return None
-    children = [root / child for child, is_folder in _entries(root) if is_folder]
-    deeper = [child / one for child in children for one, is_folder in _entries(child)[:1000] if is_folder]
-    named = [folder for folder in (root / name, root.resolve(), *sorted(children), *sorted(deeper)) if folder.is_dir()]
+    children = _folders_in(root)
+    deeper = [folder for child in children for folder in _folders_in(child)]
+    named = [folder for folder in (root / name, root.resolve(), *children, *deeper) if folder.is_dir()]
     named = [folder for folder in named if _plain(folder.name) == _plain(name)]
     unnamed = [root] if marker.endswith(".npy") else []
     return next((folder for folder in (*named, *unnamed) if (folder / marker).exists()), next(iter(named), None))
@@ -120,7 +122,15 @@ def find_folder(root: Path, name: str, marker: str) -> Path | None:
 def _entries(folder: Path) -> list[tuple[str, bool]]:
     """(name, whether it is a folder) of all that is in `folder`, without hidden names and those of systems."""
     with os.scandir(folder) as entries:
-        return [(entry.name, os.path.isdir(entry)) for entry in entries if not _is_hidden(entry.name)]
+        return [(entry.name, entry.is_dir()) for entry in entries if not _is_hidden(entry.name)]
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    """The folders in `folder`, sorted; none where it is not there or cannot be read."""
+    try:
+        return sorted(folder / name for name, is_folder in _entries(folder) if is_folder)
+    except OSError:
+        return []
 
 
 def _is_hidden(name: str) -> bool:
@@ -187,9 +197,9 @@ def _describe_skipped(folder: Path, skipped: list[str]) -> str | None:
 
 def _find_below(root: Path, names: tuple[str, ...], levels: int = 4) -> Path | None:
     """A folder of one of these names at most so many levels below `root`, where there are few folders to look into."""
-    level = [root] if root.is_dir() else []
+    level = [root]
     for _ in range(levels):
-        level = sorted(folder / name for folder in level for name, is_folder in _entries(folder) if is_folder)[:100]
+        level = [below for folder in level for below in _folders_in(folder)][:100]
         if found := next((folder for folder in level if folder.name in names), None):
             return found
     return None

@@ -62,7 +62,7 @@ TRANSFERRED = {  # the same, with the policies that ResNet-50 has learned on Ima
     ("clean", "imagenet", "resnet50d"): Published("20.20 +- 0.05"),
     ("clean", "imagenet", "resnet200"): Published("19.05 +- 0.10"),
 }
-# Settings on which an error does not depend, besides those that may change in a resumed run.
+# Settings that say how a run is computed, not what; besides those that may change in a resumed run.
 FREE = ("seed", "amp", "amp_dtype", "tf32", "deterministic", "accumulate", "eval_every")
 
 

@@ -138,7 +138,7 @@ def load_state_dict(args: argparse.Namespace, file: Path) -> Classifier:
     options = config.model_options()
     with torch.device("meta"):
         two, three = (build_model(config.model, classes, **options).state_dict() for classes in (2, 3))
-    weights, mean_and_std = _as_saved_by_torch(_choose(_state_dicts(content), file, averaged=args.ema), two)
+    weights, mean_and_std = _unwrapped(_choose(_state_dicts(content), file, averaged=args.ema), two)
     if own := {name: value for name, value in mean_and_std.items() if name not in overrides}:
         values = " and ".join(f"{name} {[round(v, 4) for v in value]}" for name, value in own.items())
         warn(f"{file}: its own normalisation is used, {values}")
@@ -184,10 +184,10 @@ def _rank(where: str) -> list[int]:
 
 
 def _listed(places: list[str]) -> str:
-    return printable(", ".join(f"'{where}'" if where else "one" for where in places[:4]), 160)
+    return printable(", ".join(f"'{where}'" for where in places[:4]), 160)
 
 
-def _as_saved_by_torch(
+def _unwrapped(
     weights: dict[str, Tensor], expected: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, tuple[float, ...]]]:
     """The weights with the network's own names, and mean and std where they hold a layer that normalises.

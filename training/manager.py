@@ -73,10 +73,10 @@ class Saver:
                 )
         elif not exact:
             first = saved["ranks"][0]
+            each = " ".join(map(str, filter(None, (first["devices"], first.get("kind"), "devices"))))
             raise UserError(
-                f"{self.run}: was trained by {len(saved['ranks'])} processes on {first['devices']} "
-                f"{first.get('kind', '')} devices each and can only be resumed exactly so, not by {world.size} on "
-                f"{len(world.devices)} {world.device.type}\n"
+                f"{self.run}: was trained by {len(saved['ranks'])} processes on {each} each and can only be resumed "
+                f"exactly so, not by {world.size} on {len(world.devices)} {world.device.type}\n"
                 "start it as before, or continue from the epoch's start, not exactly, with --resume-elastic"
             )
         if saved["data"] != self.fingerprint:

@@ -33,9 +33,7 @@ SOURCES: dict[str, Callable[..., PolicySource]] = {
     "randaugment": lambda c, **options: RandAugment(c.M, c.randaugment_n, c.randaugment_m, **options),
     "autoaugment_cifar10": lambda c, **options: AutoAugmentPolicies(c.M, "cifar10", **options),
     "autoaugment_imagenet": lambda c, **options: AutoAugmentPolicies(c.M, "imagenet", **options),
-    "augmix": lambda c, **options: AugMix(
-        c.M, clean_first=c.jsd > 0, severity=1.0 if c.dataset == "imagenet" else 3.0, **options
-    ),
+    "augmix": lambda c, **options: AugMix(c.M, clean_first=c.jsd > 0, on_imagenet=c.dataset == "imagenet", **options),
 }
 
 

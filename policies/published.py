@@ -215,9 +215,9 @@ class AugMix(PolicySource):
     WIDTH, DEPTH, LEAST = 3, 3, 0.1
     views = 1 + WIDTH
 
-    def __init__(self, M: int, *, clean_first: bool = False, severity: float = 3.0, **options: Any):
+    def __init__(self, M: int, *, clean_first: bool = False, on_imagenet: bool = False, **options: Any):
         super().__init__(M, 1, self.DEPTH, **options)
-        self.clean_first, self.severity = clean_first, severity
+        self.clean_first, self.severity = clean_first, 1.0 if on_imagenet else 3.0
         self._row_O = torch.tensor([row_of(name) for name in self.OPS])
 
     def by_name(self) -> list:

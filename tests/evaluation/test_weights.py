@@ -168,6 +168,7 @@ def test_of_raw_and_averaged_weights_one_is_scored_and_told(load, network, capsy
         (b"", "is empty"),
         (pickle.dumps({"a": 1}), "damaged, or holds more than tensors"),
     ],
+    ids=["pointer", "page", "gzip", "bzip2", "xz", "zip", "empty", "pickle"],
 )
 def test_files_that_are_no_checkpoints_are_named(load, tmp_path, content, words):
     (tmp_path / "theirs.pth").write_bytes(content)

@@ -203,7 +203,7 @@ class _FolderSource:
         if not self.config.skip_unreadable:
             raise UserError(
                 f"{unreadable} of {total} images cannot be read, first {first}\n"
-                "repair or remove them, or skip them with --set skip_unreadable=true"
+                "repair them or move them elsewhere, or skip them with --set skip_unreadable=true"
             )
         if unreadable == total:
             raise UserError(f"{self.config.dataroot}: none of the {total} images can be read")

@@ -128,7 +128,7 @@ def test_a_single_policy_takes_no_step():
     assert all(torch.equal(value, before[name]) for name, value in controller.state_dict().items())
 
 
-@pytest.mark.parametrize("recurrence", ["policy", "subpolicy"])
+@pytest.mark.parametrize("recurrence", ["policy", pytest.param("subpolicy", marks=pytest.mark.slow)])
 def test_a_rewarded_operation_becomes_dominant(recurrence):
     torch.manual_seed(0)
     controller = Controller(16, recurrence=recurrence)

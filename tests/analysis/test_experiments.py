@@ -177,10 +177,8 @@ def test_controls_are_those_that_a_claim_needs(size, tmp_path):
     assert (runs["advaa"].entropy_floor, runs["held"].entropy_floor_end) == (0, 0.8)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["transfer", pytest.param("selection", marks=pytest.mark.slow), pytest.param("controls", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["transfer", "selection", "controls"])
 def test_runs_are_made_scored_and_summarised_once(experiment, in_process, tmp_path, name):
     assert experiment(name, "--seeds", 0, 1).status == 0
     one = load_experiment(name, "tiny", [0, 1], SMALL)

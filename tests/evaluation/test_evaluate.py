@@ -379,6 +379,7 @@ def test_a_results_file_has_one_writer_at_a_time(script, run, tmp_path):
     assert script(*asked, "--overwrite").status == 0
 
 
+@pytest.mark.slow
 def test_scores_of_other_inputs_are_not_reused(script, corrupted, run, tmp_path):
     def of(file):
         record = json.loads(file.read_text())["benchmarks"]

@@ -393,7 +393,13 @@ def can_be_a_path(text: str) -> bool:
 
 
 def run_directory(args: argparse.Namespace, config: Config) -> Path:
-    """<logdir>/<conf name>_<seed>, or <logdir>/<name>. Raises UserError for a name that is not one below logdir."""
+    """<logdir>/<conf name>_<seed>, or <logdir>/<name>. Raises UserError for a name that is not one below logdir.
+
+    Also for a name that is not Unicode, which TensorBoard needs.
+    """
+    for flag, text in (("--logdir", str(args.logdir)), ("--name", args.name or "")):
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise UserError(f"{flag} {short_repr(text)}: is not encoded in UTF-8; choose another name")
     if args.name is None:
         return args.logdir / f"{(args.load_conf or DEFAULT_CONF).stem}_{config.seed}"
     if not stays_below(args.name) or os.path.normpath(args.name) == os.curdir:

@@ -46,7 +46,7 @@ DRAW_PLOTS = evaluate.draw_plots
 ALONE = World((torch.device("cpu"),))
 # The smallest run that still has several steps, policies and epochs, with what the demo leaves out.
 TINY = ("model=wresnet10_1", "train_size=40", "batch_size=10", "M=2", "epochs=3", "eval_every=3", "workers=0")
-TINY += ("image_size=32", "crop_padding=4", "cutout=8", "optimizer=sgd", "lr=0.1", "entropy_floor=0")
+TINY += ("image_size=16", "crop_padding=4", "cutout=8", "optimizer=sgd", "lr=0.1", "entropy_floor=0")
 
 # With main.build_model replaced by little_network, a run that is smaller still: 4 steps an epoch, scored on 10 images.
 LITTLE = ("valid_size=10", "dropout=0.1")
@@ -316,10 +316,10 @@ def files(run, *names):
 def little_network(_name, classes, dropout=0.0, **_):
     """Small enough for many complete runs, with BatchNorm and dropout as in larger networks."""
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3, stride=4),
+        nn.Conv2d(3, 4, 3, stride=2, padding=1),
         nn.BatchNorm2d(4),
         nn.ReLU(),
-        nn.Flatten(),
+        nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Flatten()),
         nn.Dropout(dropout),
         nn.Linear(256, classes),
     )

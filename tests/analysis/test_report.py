@@ -18,7 +18,7 @@ from augmentations import OPS
 from utils import UserError, load_tensors, save_tensors
 
 SMALL = ("ops=[Rotate, Solarize, Color]", "levels=4", "Q=2", "policy_interval=2", *LITTLE)
-SMALL += ("controller_lr=0.1", "logit_bound=0")
+SMALL += ("controller_lr=0.1", "logit_bound=0", "image_size=32")
 
 
 @pytest.fixture(scope="module")

@@ -88,7 +88,8 @@ class EvalRequest:
             classes = imagenet_classes(find_split(self.root, "test")[0])  # all, where the folders are some of them
         split, classes = load_test(self.config, self.device, classes, self.downloads)
         if len(classes) != self.num_classes:
-            remedy = "; name the class folders as ImageNet does, n01440764, ..." if self.num_classes == 1000 else ""
+            is_imagenets = self.num_classes == IMAGENET_CLASSES
+            remedy = "; name the class folders as ImageNet does, n01440764, ..." if is_imagenets else ""
             raise UserError(
                 f"{self.config.dataset}: has {len(classes)} classes, and the classifier {self.num_classes}{remedy}"
             )

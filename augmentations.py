@@ -22,13 +22,15 @@ Digits are sizes: BC256 is a table of 256 entries per image and channel, 6B six 
 
 import functools
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 CACHED_VALUES = 2**19  # bytes of images that fit a processor's cache
+LARGEST_SCRATCH, MOST_VIEWS = 2**26, 1000  # bytes that a thread keeps under a name, and their shapes; see `_scratch`
 # Index tables of shears and rotations are cached for levels (ten with two signs) and small images: at most 64 tables of
 # 9 bytes per pixel, 75 MB.
 TABLES, TABLED_MAGNITUDES, TABLED_PIXELS = 64, 20, 2**17
@@ -174,20 +176,22 @@ def _in_groups(images_BCHW: Tensor, plan: Plan, partners_BCHW: Tensor) -> Tensor
 
     A group that is too large for the processor's cache is processed in pieces.
     """
-    buffers, size = [torch.empty_like(images_BCHW) for _ in range(2)], piece_size(images_BCHW)
+    size, K = piece_size(images_BCHW), plan.op_BK.shape[1]
+    result_BCHW, other_BCHW = torch.empty_like(images_BCHW), _scratch("batch", images_BCHW)
     place_B = torch.arange(len(images_BCHW))  # of each image in the order of the last position
-    for k in range(plan.op_BK.shape[1]):
+    for k in range(K):
         order_B = plan.op_BK[:, k].argsort(stable=True)
         counts = (plan.op_BK[:, k] + 1).bincount(minlength=len(OPS) + 1).tolist()
-        sorted_BCHW, done = buffers[k % 2], 0
+        sorted_BCHW, done = result_BCHW if (K - k) % 2 == 0 else other_BCHW, 0
         for op, members in zip((None, *OPS), order_B.split(counts), strict=True):
             for numbers in members.split(size) if len(members) else ():
-                group_BCHW = images_BCHW.index_select(0, place_B.index_select(0, numbers))
-                result_BCHW = _run(op, group_BCHW, partners_BCHW, plan, numbers, k) if op else group_BCHW
-                sorted_BCHW[done : done + len(numbers)] = result_BCHW
+                group_BCHW = _selected("group", images_BCHW, place_B.index_select(0, numbers))
+                if op:
+                    group_BCHW = _run(op, group_BCHW, partners_BCHW, plan, numbers, k)
+                sorted_BCHW[done : done + len(numbers)] = group_BCHW
                 done += len(numbers)
         images_BCHW, place_B = sorted_BCHW, order_B.argsort()
-    return torch.index_select(images_BCHW, 0, place_B, out=buffers[plan.op_BK.shape[1] % 2])
+    return torch.index_select(images_BCHW, 0, place_B, out=result_BCHW)
 
 
 def _run(op: "Op", images_BCHW: Tensor, partners_BCHW: Tensor, plan: Plan, numbers: Tensor, k: int) -> Tensor:
@@ -197,7 +201,7 @@ def _run(op: "Op", images_BCHW: Tensor, partners_BCHW: Tensor, plan: Plan, numbe
         return _interpolated(images_BCHW, matrix_6B)
     extra = []
     if op.needs == "partner":
-        extra = [partners_BCHW.index_select(0, upload(plan.partner_BK[numbers, k], partners_BCHW.device))]
+        extra = [_selected("partner", partners_BCHW, upload(plan.partner_BK[numbers, k], partners_BCHW.device))]
     elif op.needs == "centre":
         extra = [plan.centre_BK2[numbers, k]]
     return op.kernel(images_BCHW, plan.magnitude_BK[numbers, k], *extra)
@@ -208,6 +212,54 @@ def piece_size(images_BCHW: Tensor) -> int:
     if images_BCHW.device.type != "cpu" or not images_BCHW.numel():
         return max(1, len(images_BCHW))
     return max(1, CACHED_VALUES * len(images_BCHW) // images_BCHW.numel())
+
+
+class _Memory(threading.local):
+    """Of each thread: one-dimensional tensors by name, and views of them by name and shape."""
+
+    def __init__(self):
+        self.flat: dict[str, Tensor] = {}
+        self.views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+
+
+_MEMORY = _Memory()
+
+
+def _scratch(name: str, like: Tensor, dtype: torch.dtype | None = None, shape: Sequence[int] | None = None) -> Tensor:
+    """Uninitialised memory for intermediate values, like torch.empty_like; not for results.
+
+    On the CPU each thread keeps it under the name, for one dtype, and the next call with that name gets it again: the
+    system clears the pages of new memory one by one, which takes as long as the arithmetic.
+    """
+    shape, dtype = tuple(shape or like.shape), dtype or like.dtype
+    if not like.is_cpu:
+        return torch.empty(shape, dtype=dtype, device=like.device)
+    view = _MEMORY.views.get((name, shape))
+    return _new_scratch(name, shape, dtype) if view is None else view
+
+
+def _new_scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """For the first use of a shape. The view is kept, since making one takes as long as a small operation."""
+    flat, views, size = _MEMORY.flat, _MEMORY.views, math.prod(shape)
+    if size * dtype.itemsize > LARGEST_SCRATCH:
+        return torch.empty(shape, dtype=dtype)
+    with torch.inference_mode(False):  # what is made in that mode could not be written to outside of it
+        if len(views) == MOST_VIEWS or len(flat.get(name, ())) < size:
+            views.clear()  # they would keep what is too small now
+        if name not in flat or len(flat[name]) < size:
+            flat[name] = torch.empty(size, dtype=dtype)
+        return views.setdefault((name, shape), flat[name][:size].view(shape))
+
+
+def _selected(name: str, images_BCHW: Tensor, numbers: Tensor) -> Tensor:
+    """The images of these numbers, in scratch memory."""
+    out = _scratch(name, images_BCHW, shape=(len(numbers), *images_BCHW.shape[1:]))
+    return torch.index_select(images_BCHW, 0, numbers, out=out)
+
+
+def _wide(images_BCHW: Tensor, name: str = "wide") -> Tensor:
+    """As float32, in scratch memory."""
+    return _scratch(name, images_BCHW, torch.float32).copy_(images_BCHW)
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
@@ -281,7 +333,7 @@ def gather_rows(
     shift_BH = shift_BH.clamp(-W, W)
     margin = int(shift_BH.abs().max())  # left of each row, and so right of the one before it
     row_step, channel_step = margin + W, (H + 2) * (margin + W)
-    padded = images_NCHW.new_zeros(len(images_NCHW) * C * channel_step + margin)
+    padded = _scratch("padded", images_NCHW, shape=(len(images_NCHW) * C * channel_step + margin,)).zero_()
     rows_NCHW = padded[: len(padded) - margin].view(-1, C, H + 2, row_step)[:, :, 1:-1, margin:]
     rows_NCHW.copy_(images_NCHW)
     start_BH = image_B[:, None] * (C * channel_step) + (row_BH.clamp(-1, H) + 1) * row_step + (shift_BH + margin)
@@ -363,7 +415,9 @@ def _affine(images_BCHW: Tensor, matrix_of: Callable[..., tuple[float, ...]], ma
     if images_BCHW.device.type != "cpu" or not tabled:
         return _through(images_BCHW, upload(fixed_6B, images_BCHW.device))
     sources = [_sources(*fixed, height, width) for fixed in fixed_B6]
-    index_BP, inside_BP = (torch.stack(tables) for tables in zip(*sources, strict=True))
+    index, inside = zip(*sources, strict=True)
+    index_BP = torch.stack(index, out=_scratch("index", index[0], shape=(len(index), height * width)))
+    inside_BP = torch.stack(inside)
     return _gather_flat(images_BCHW, index_BP, inside_BP).view_as(images_BCHW)
 
 
@@ -420,7 +474,7 @@ def _translated(offset_B: Tensor, size: int) -> Tensor:
 
 def autocontrast(images_BCHW: Tensor, _: Tensor) -> Tensor:
     """`ImageOps.autocontrast(image)`: stretch each channel to 0..255, in float64 and in Pillow's order."""
-    return _look_up(images_BCHW.flatten(2).long(), _autocontrast_table(images_BCHW)).view_as(images_BCHW)
+    return _look_up(_as_index(images_BCHW), _autocontrast_table(images_BCHW)).view_as(images_BCHW)
 
 
 def invert(images_BCHW: Tensor, _: Tensor) -> Tensor:
@@ -430,7 +484,7 @@ def invert(images_BCHW: Tensor, _: Tensor) -> Tensor:
 
 def equalize(images_BCHW: Tensor, _: Tensor) -> Tensor:
     """`ImageOps.equalize(image)`: flatten each channel's histogram."""
-    pixels_BCP = images_BCHW.flatten(2).long()
+    pixels_BCP = _as_index(images_BCHW)
     return _look_up(pixels_BCP, _equalize_table(images_BCHW, pixels_BCP)).view_as(images_BCHW)
 
 
@@ -466,7 +520,7 @@ def _autocontrast_table(images_BCHW: Tensor) -> Tensor:
 
 def _equalize_table(images_BCHW: Tensor, pixels_BCP: Tensor) -> Tensor:
     """float64 (B, C, 256), to be truncated to integers. pixels_BCP: int64."""
-    ones_BCP = torch.ones_like(pixels_BCP, dtype=torch.int32)
+    ones_BCP = _scratch("ones", pixels_BCP, torch.int32).fill_(1)
     histogram_BC256 = ones_BCP.new_zeros(*pixels_BCP.shape[:2], 256).scatter_add_(2, pixels_BCP, ones_BCP)
     brightest_BC1 = images_BCHW.flatten(2).amax(2, keepdim=True).long()
     step_BC1 = (pixels_BCP.shape[2] - histogram_BC256.gather(2, brightest_BC1)) // 255
@@ -474,6 +528,11 @@ def _equalize_table(images_BCHW: Tensor, pixels_BCP: Tensor) -> Tensor:
     table_BC256 = (below_BC256 + step_BC1 // 2).double().div_(step_BC1).clamp_(0, 255)
     value_256 = torch.arange(256, dtype=torch.float64, device=pixels_BCP.device)
     return torch.where(step_BC1 > 0, table_BC256, value_256)
+
+
+def _as_index(images_BCHW: Tensor) -> Tensor:
+    """The values as int64 (B, C, P), in scratch memory."""
+    return _scratch("index", images_BCHW, torch.int64).copy_(images_BCHW).flatten(2)
 
 
 def _look_up(pixels_BCP: Tensor, table_BC256: Tensor) -> Tensor:
@@ -486,24 +545,24 @@ def _look_up(pixels_BCP: Tensor, table_BC256: Tensor) -> Tensor:
 
 def contrast(images_BCHW: Tensor, factor_B: Tensor) -> Tensor:
     """`ImageEnhance.Contrast(image).enhance(factor)`: away from, or towards, the mean grey."""
-    wide_BCHW = images_BCHW.float()
+    wide_BCHW = _wide(images_BCHW)
     return _blend(_mean(_grey(wide_BCHW)), wide_BCHW, factor_B)
 
 
 def color(images_BCHW: Tensor, factor_B: Tensor) -> Tensor:
     """`ImageEnhance.Color(image).enhance(factor)`: away from, or towards, grey."""
-    wide_BCHW = images_BCHW.float()
+    wide_BCHW = _wide(images_BCHW)
     return _blend(_grey(wide_BCHW), wide_BCHW, factor_B)
 
 
 def brightness(images_BCHW: Tensor, factor_B: Tensor) -> Tensor:
     """`ImageEnhance.Brightness(image).enhance(factor)`: away from, or towards, black."""
-    return _cut(images_BCHW.float().mul_(_per_image(factor_B, images_BCHW, torch.float32)))
+    return _cut(_wide(images_BCHW).mul_(_per_image(factor_B, images_BCHW, torch.float32)))
 
 
 def sharpness(images_BCHW: Tensor, factor_B: Tensor) -> Tensor:
     """`ImageEnhance.Sharpness(image).enhance(factor)`: away from, or towards, `ImageFilter.SMOOTH`."""
-    wide_BCHW = images_BCHW.float()
+    wide_BCHW = _wide(images_BCHW)
     return _blend(_smooth(images_BCHW, wide_BCHW), wide_BCHW, factor_B)
 
 
@@ -519,7 +578,7 @@ def cutout(images_BCHW: Tensor, fraction_B: Tensor, centre_B2: Tensor) -> Tensor
 
 def sample_pairing(images_BCHW: Tensor, weight_B: Tensor, partner_BCHW: Tensor) -> Tensor:
     """`Image.blend(image, partner, weight)`: the weight is the partner's."""
-    return _blend(images_BCHW.float(), partner_BCHW.float(), weight_B)
+    return _blend(_wide(images_BCHW), _wide(partner_BCHW, "wide partner"), weight_B)
 
 
 def _blend(first: Tensor, second: Tensor, weight_B: Tensor) -> Tensor:
@@ -532,13 +591,15 @@ def _blend(first: Tensor, second: Tensor, weight_B: Tensor) -> Tensor:
 
 def _cut(values: Tensor) -> Tensor:
     """float32, which is overwritten, to uint8; through int16, which is twice as fast on the CPU."""
-    return values.clamp_(0, 255).to(torch.int16).to(torch.uint8)
+    return _scratch("cut", values, torch.int16).copy_(values.clamp_(0, 255)).to(torch.uint8)
 
 
 def _grey(wide_BCHW: Tensor) -> Tensor:
     """`Image.convert("L")` of a float32 image: whole numbers, (B, 1, H, W)."""
     red, green, blue = wide_BCHW.split(1, dim=1)
-    weighted = (red * 19595).add_(green, alpha=38470).add_(blue, alpha=7471).add_(32768)
+    weighted = (
+        torch.mul(red, 19595, out=_scratch("grey", red)).add_(green, alpha=38470).add_(blue, alpha=7471).add_(32768)
+    )
     return weighted.mul_(2.0**-16).floor_()
 
 
@@ -556,13 +617,16 @@ def _smooth(images_BCHW: Tensor, wide_BCHW: Tensor) -> Tensor:
     cross an edge of an image belong to its border, which is restored.
     """
     height, width = images_BCHW.shape[-2:]
-    smooth_BCHW = wide_BCHW.clone()
-    if height > 2 and width > 2:
-        line = images_BCHW.flatten().short()
-        columns = (line[: -2 * width] + line[width:-width]).add_(line[2 * width :])
-        weighted = (columns[:-2] + columns[1:-1]).add_(columns[2:]).add_(line[width + 1 : -width - 1], alpha=4)
+    smooth_BCHW = _scratch("smooth", wide_BCHW).copy_(wide_BCHW)
+    if height > 2 and width > 2 and len(images_BCHW):
+        line = _scratch("line", images_BCHW, torch.int16).copy_(images_BCHW).view(-1)
+        columns = _scratch("columns", line, shape=(len(line) - 2 * width,))
+        torch.add(line[: -2 * width], line[width:-width], out=columns).add_(line[2 * width :])
+        weighted = _scratch("weighted", line, shape=(len(columns) - 2,))
+        torch.add(columns[:-2], columns[1:-1], out=weighted).add_(columns[2:])
+        weighted.add_(line[width + 1 : -width - 1], alpha=4)
         # No sum of 13 bytes over 13 is within 1/26 of a half: the rounding of 1/13 cannot matter.
-        smooth_BCHW.view(-1)[width + 1 : -width - 1] = weighted.float().mul_(1 / 13).add_(0.5).floor_()
+        smooth_BCHW.view(-1)[width + 1 : -width - 1].copy_(weighted).mul_(1 / 13).add_(0.5).floor_()
         for border in ((..., 0, slice(None)), (..., -1, slice(None)), (..., 0), (..., -1)):
             smooth_BCHW[border] = wide_BCHW[border]
     return smooth_BCHW
@@ -716,7 +780,7 @@ def _start_and_step(source_BS: Tensor) -> Tensor:
 
 def _toned(images_BCHW: Tensor, settings: _Settings, kernels: set[Callable[..., Tensor]]) -> Tensor:
     """Every operation of tone as a table."""
-    pixels_BCP, op_B11 = images_BCHW.flatten(2).long(), settings.op_1B.view(-1, 1, 1)
+    pixels_BCP, op_B11 = _as_index(images_BCHW), settings.op_1B.view(-1, 1, 1)
     value_256 = torch.arange(256, device=images_BCHW.device)
     table_BC256 = torch.where(value_256 < settings.threshold_1B.view(-1, 1, 1), value_256, 255 - value_256)
     table_BC256 = (table_BC256 & settings.kept_1B.long().view(-1, 1, 1)).expand(-1, images_BCHW.shape[1], -1)

@@ -2,6 +2,7 @@
 
 import math
 import platform
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -264,6 +265,28 @@ def test_unused_partners_are_ignored(run):
     plan = plan._replace(partner_BK=torch.tensor([[1], [-1], [99], [0]]))
     assert torch.equal(apply(images, plan), expected)
     assert torch.equal(getattr(augmentations, run)(images, plan, images), expected)
+
+
+@each_op
+def test_a_result_stays_when_the_operation_runs_again(op):
+    first, second = inputs_at(12, 10, op), inputs_at(20, 16, op)
+    with torch.inference_mode():  # what it leaves behind must serve outside of it
+        run_op(op, *second)
+    result = run_op(op, *first)
+    expected = result.clone()
+    run_op(op, *(first[0].flip(0), *first[1:]))
+    run_op(op, *second)
+    assert_equals_pillow(op.name, result, expected)
+
+
+def test_threads_do_not_share_scratch_memory():
+    images = sample_images(24, 24).repeat(40, 1, 1, 1)
+    plans = [random_plan(len(images), 2, seed) for seed in range(4)]
+    expected = [apply(images, plan) for plan in plans]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for ours, alone in zip(pool.map(apply, [images] * 4, plans), expected, strict=True):
+                assert torch.equal(ours, alone)
 
 
 @pytest.mark.parametrize("op", [op for op in COMPARED if op.neutral is not None], ids=lambda op: op.name)

@@ -1,8 +1,10 @@
 """The sixteen operations of Adversarial AutoAugment, batched, and equal to Pillow bit for bit.
 
-A `Plan` says which operation is applied to which image and how strongly; `apply` executes it on a whole uint8 batch, on
-any device. Nothing here draws a random number, so a plan can be logged and replayed. The module needs only torch and
-can be copied into any other project.
+For another training loop, `Augment` is a transform: each image of a batch gets random operations of its own.
+
+Beneath it, a `Plan` says which operation is applied to which image and how strongly; `apply` executes it on a whole
+uint8 batch, on any device. Only `Augment` draws random numbers, so a plan can be logged and replayed. The module needs
+only torch and can be copied into any other project.
 
 "Equal to Pillow" holds for Pillow >= 7.0 on x86-64, for eager tensors. `torch.compile`, and Pillow's builds for other
 machines, may round a product and a sum once instead of twice, which can change the last bit of a value.
@@ -16,18 +18,24 @@ Shape suffixes:
     K   positions of a plan, executed in order
     N   distinct images that B copies are made of
     P   pixels of an image, H * W
+    S   sub-policies to draw from
     U   distinct magnitudes in a group
 Digits are sizes: BC256 is a table of 256 entries per image and channel, 6B six numbers per image.
 """
 
+import difflib
 import functools
+import json
 import math
+import reprlib
 import threading
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import get_worker_info
 
 CACHED_VALUES = 2**19  # bytes of images that fit a processor's cache
 LARGEST_SCRATCH, MOST_VIEWS = 2**26, 1000  # bytes that a thread keeps under a name, and their shapes; see `_scratch`
@@ -864,3 +872,205 @@ OPS: tuple[Op, ...] = (
 )
 
 _ROW = {op.kernel: row for row, op in enumerate(OPS) if op.kernel in _FAMILIES}
+
+
+# For other training loops.
+
+
+def read_operation(entry: Any, levels: int) -> tuple[int, float, float]:
+    """(row of `OPS`, level, probability) of [operation, level] or [operation, level, probability].
+
+    A level is a number from 0 to levels - 1, not necessarily whole; a probability is 1 where it is missing. Raises
+    ValueError for anything else.
+    """
+    if not isinstance(entry, (list, tuple)) or len(entry) not in (2, 3):
+        raise ValueError(f"{reprlib.repr(entry)} is not [operation, level] or [operation, level, probability]")
+    (name, level), probability = entry[:2], entry[2] if len(entry) == 3 else 1
+    names = [op.name for op in OPS]
+    if name not in names:
+        close = difflib.get_close_matches(str(name)[:40], names, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
+        raise ValueError(f"{reprlib.repr(name)} is no operation; {hint}")
+    for what, value, most in (("level", level, levels - 1), ("probability", probability, 1)):
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= most:
+            raise ValueError(f"{reprlib.repr(value)} is no {what}: 0 to {most}")
+    return names.index(name), level, probability
+
+
+class Augment(nn.Module):
+    """Applies random operations to each image: its own operations, strengths and signs, for the whole batch at once.
+
+        augment = Augment()                                                # two of the sixteen operations
+        augment = Augment([[("Rotate", 3), ("Invert", 0, 0.5)], [("Solarize", 2)]])
+        augment = Augment.from_file("logs/demo_0/policies.jsonl")          # what a run has learned
+        images = augment(images)                                           # uint8 (B, 3, H, W), on any device
+
+    Each image draws one sub-policy, a list of operations that are applied in order: of `policies`, a list of
+    sub-policies or of lists of them; without it, `num_ops` uniformly random operations of `ops` (all of `OPS`) at
+    uniformly random levels of 0 to `levels` - 1. An operation is (name, level) or (name, level, probability of being
+    applied). Signed operations are negated with probability one half. SamplePairing blends in another image of the same
+    batch; a single image would be its own partner, which changes nothing.
+
+    Call it on images (B, 3, H, W) or on one image (3, H, W), uint8, in a loop or inside torchvision.transforms.v2's
+    Compose, before or after batches are collated; after is many times faster. Further arguments, such as labels, are
+    returned as they are. Nothing waits for a GPU.
+
+    float_images: None refuses images that are not uint8; "round" also takes floats in 0..1, which are rounded to whole
+        bytes and returned as floats. On the CPU values outside 0..1 are refused, on other devices, where looking at
+        them would wait, they are clamped.
+    generator: of the random draws, on the CPU; None: torch's default. The worker processes of a DataLoader always use
+        their own default generator, which torch seeds differently in each.
+
+    PIL images are refused, because Pillow is not needed here; `v2.PILToTensor()` converts them. Raises ValueError.
+    """
+
+    def __init__(
+        self,
+        policies: Sequence[Any] | None = None,
+        *,
+        ops: Sequence[str] | None = None,
+        levels: int = 10,
+        num_ops: int = 2,
+        float_images: str | None = None,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        if float_images not in (None, "round"):
+            raise ValueError(f"float_images is None or 'round', not {float_images!r}")
+        if generator is not None and generator.device.type != "cpu":
+            raise ValueError(f"generator is on {generator.device}; draws are made on the CPU: torch.Generator()")
+        for name, number, least in (("levels", levels, 2), ("num_ops", num_ops, 1)):
+            if type(number) is not int or not least <= number <= 1000:
+                raise ValueError(f"{name} is a whole number of {least} to 1000, not {reprlib.repr(number)}")
+        if policies is not None and ops is not None:
+            raise ValueError("ops is for random sub-policies; with policies, leave it out")
+        self.levels, self.num_ops, self.float_images, self.generator = levels, num_ops, float_images, generator
+        self._signed_O = torch.tensor([op.signed for op in OPS])
+        self._subpolicies = None if policies is None else _subpolicies(policies, levels)
+        rows = [row_of(name) for name in ([op.name for op in OPS] if ops is None else ops)]
+        if not rows:
+            raise ValueError("ops must name at least one operation")
+        table = [[OPS[row].magnitude(level, levels) for level in range(levels)] for row in rows]
+        self._rows, self._magnitude_OL = torch.tensor(rows), torch.tensor(table, dtype=torch.float64)
+
+    @classmethod
+    def from_file(cls, file: str | Path, **options: Any) -> Self:
+        """With the sub-policies of a file: JSON, or a run's policies.jsonl, of which the last line is used.
+
+        The file holds a list as `policies`, or a mapping with it under "policies" and the number of "levels" (10).
+        options: float_images and generator. Raises ValueError for another content, OSError where it cannot be read.
+        """
+        text = Path(file).read_text(encoding="utf-8").strip()
+        try:
+            content = json.loads(text.splitlines()[-1] if text and Path(file).suffix == ".jsonl" else text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file}: is not JSON ({error})") from None
+        content = content if isinstance(content, dict) else {"policies": content}
+        try:
+            return cls(content.get("policies", ()), levels=content.get("levels", 10), **options)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+
+    def forward(self, images: Tensor, *others: Any) -> Any:
+        """The augmented images, like `images`; with `others`, a tuple of them and the others."""
+        if not isinstance(images, Tensor):
+            raise ValueError(
+                f"Augment takes tensors, not {type(images).__name__}; put torchvision.transforms.v2.PILToTensor() "
+                "before it"
+            )
+        for other in others:
+            if isinstance(other, Tensor) and type(other) is not Tensor:
+                raise ValueError(
+                    f"Augment moves images only, not {type(other).__name__}, which would no longer fit them"
+                )
+        result = self._augmented(images.as_subclass(Tensor))
+        if type(images) is not Tensor:
+            result = result.as_subclass(type(images))
+        return (result, *others) if others else result
+
+    def plan(self, B: int, size: tuple[int, int]) -> Plan:
+        """Draws the operations on B images of (H, W)."""
+        draws = self._generator()
+        if self._subpolicies is None:
+            choice_BK = torch.randint(len(self._rows), (B, self.num_ops), generator=draws)
+            op_BK = self._rows[choice_BK]
+            magnitude_BK = self._magnitude_OL[choice_BK, torch.randint(self.levels, op_BK.shape, generator=draws)]
+        else:
+            number_B = torch.randint(len(self._subpolicies.op_SK), (B,), generator=draws)
+            op_BK, magnitude_BK, probability_BK = (field[number_B] for field in self._subpolicies)
+            op_BK = op_BK.masked_fill(torch.rand(op_BK.shape, generator=draws) >= probability_BK, -1)
+        negative_BK = torch.randint(2, op_BK.shape, generator=draws).bool() & self._signed_O[op_BK]
+        partner_BK = (torch.arange(B)[:, None] + torch.randint(1, max(2, B), op_BK.shape, generator=draws)) % max(1, B)
+        centre_BK2 = torch.rand(*op_BK.shape, 2, dtype=torch.float64, generator=draws)
+        return Plan(op_BK, torch.where(negative_BK, -magnitude_BK, magnitude_BK), partner_BK, centre_BK2)
+
+    def transform(self, images_BCHW: Tensor) -> Tensor:
+        """Draws a plan and executes it on a uint8 batch (B, 3, H, W)."""
+        return apply(images_BCHW, self.plan(len(images_BCHW), tuple(images_BCHW.shape[-2:])))
+
+    def extra_repr(self) -> str:
+        what = f"{len(self._rows)} operations, num_ops={self.num_ops}"
+        if self._subpolicies is not None:
+            what = "{} sub-policies of up to {} operations".format(*self._subpolicies.op_SK.shape)
+        return f"{what}, levels={self.levels}" + (", float_images='round'" if self.float_images else "")
+
+    def _generator(self) -> torch.Generator:
+        return self.generator if self.generator is not None and get_worker_info() is None else torch.default_generator
+
+    def _augmented(self, images: Tensor) -> Tensor:
+        if images.ndim not in (3, 4) or images.shape[-3] != 3:
+            raise ValueError(
+                f"Augment takes images (B, 3, H, W) or (3, H, W), not {tuple(images.shape)}; grey images need "
+                "their channel three times"
+            )
+        if images.ndim == 3:
+            return self._augmented(images[None])[0]
+        if images.dtype == torch.uint8:
+            return self.transform(images)
+        if not images.is_floating_point() or self.float_images is None:
+            raise ValueError(
+                f"Augment takes uint8 images, not {images.dtype}; put it before ToDtype, or for floats in 0..1 set "
+                "float_images='round'"
+            )
+        bytes_BCHW = (images.float() * 255).round_()
+        if images.device.type == "cpu" and not ((bytes_BCHW >= 0) & (bytes_BCHW <= 255)).all():
+            raise ValueError("Augment takes floats in 0..1; divide bytes by 255, and normalise afterwards")
+        return (self.transform(bytes_BCHW.clamp_(0, 255).to(torch.uint8)) / 255).to(images.dtype)
+
+
+class _SubPolicies(NamedTuple):
+    """S sub-policies of up to K operations: rows of OPS, -1 for none, unsigned magnitudes, and probabilities."""
+
+    op_SK: Tensor
+    magnitude_SK: Tensor
+    probability_SK: Tensor
+
+
+def _subpolicies(policies: Sequence[Any], levels: int) -> _SubPolicies:
+    """Raises ValueError, with the number of the sub-policy, for an operation of another form."""
+    read = []
+    for number, entries in enumerate(_flat(policies), start=1):
+        try:
+            operations = [read_operation(entry, levels) for entry in entries]
+        except ValueError as error:
+            raise ValueError(f"sub-policy {number}: {error}") from None
+        read.append([(row, OPS[row].magnitude(level, levels), p) for row, level, p in operations])
+    if not read:
+        raise ValueError("there are no policies")
+    K = max(1, *map(len, read))
+    padded = torch.tensor([[*one, *[(-1, 0.0, 1.0)] * (K - len(one))] for one in read], dtype=torch.float64)
+    op_SK, magnitude_SK, probability_SK = padded.unbind(-1)
+    return _SubPolicies(op_SK.long(), magnitude_SK, probability_SK)
+
+
+def _flat(policies: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """The sub-policies of a list of them, or of a list of policies."""
+    for entry in [policies, *policies] if isinstance(policies, (list, tuple)) else [policies]:
+        if not isinstance(entry, (list, tuple)):
+            raise ValueError(f"{reprlib.repr(entry)} is no list of sub-policies, or of operations [operation, level]")
+    for entry in policies:
+        is_policy = bool(entry) and all(isinstance(one, (list, tuple)) for one in entry)
+        if is_policy and all(isinstance(operation, (list, tuple)) for one in entry for operation in one):
+            yield from entry
+        else:
+            yield entry

@@ -127,7 +127,7 @@ def drawn_pairs(intervals: Iterable[Mapping[str, Any]]) -> list[tuple[str, int]]
     pairs, before = [], None
     for interval in intervals:
         if interval["policies"] != before:
-            pairs += [tuple(pair) for policy in interval["policies"] for sub in policy for pair in sub]
+            pairs += [(op, round(level)) for policy in interval["policies"] for sub in policy for op, level, *_ in sub]
         before = interval["policies"]
     return pairs
 

@@ -184,11 +184,12 @@ def loss_spread(run: RunRecord) -> ReportImage:
 
 def extremes(run: RunRecord, dataroot: str | None) -> ReportImage:
     """The hardest and the easiest policies of the last interval, applied to some images."""
-    last = recorded(run.intervals[-1:], run.directory / "policies.jsonl")
-    losses = torch.tensor(run.intervals[-1]["losses"])
+    last = run.intervals[-1]
+    losses = torch.tensor(last["losses"])
     order, count = losses.argsort(descending=True).tolist(), min(EXTREMES, len(losses) // 2)
     chosen = order[:count] + order[-count:]
-    source = RecordedPolicies(len(chosen), last.op_RPQK[:, chosen], last.level_RPQK[:, chosen], last.levels)
+    policies = [last["policies"][policy] for policy in chosen]
+    source = RecordedPolicies(len(chosen), recorded([last | {"policies": policies}], run.directory / "policies.jsonl"))
     images_NCHW, origin = some_images(run.config, dataroot)
     source.resample(keyed_generator("report", "policies"))
     plan = source.plan(len(images_NCHW), images_NCHW.shape[-2:], keyed_generator("report", "plan"))

@@ -8,11 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from config import Config
+import torch
+
+from config import PER_IMAGE, Config
 from policies.learned import ControllerPolicies, FrozenPolicies, fresh_controller, read_controller
-from policies.published import AugMix, AutoAugmentPolicies, RandAugment, TrivialAugment
+from policies.published import AugMix, AutoAugmentPolicies, PublishedTransform, RandAugment, TrivialAugment
 from policies.recorded import RecordedPolicies, read_policies
 from policies.sources import PolicySource, RandomPolicies, Reward
+from utils import did_you_mean
 
 
 def _controller(config: Config, **options: Any) -> PolicySource:
@@ -27,7 +30,7 @@ SOURCES: dict[str, Callable[..., PolicySource]] = {
     "controller": _controller,
     "random": lambda c, **options: RandomPolicies(c.M, c.Q, c.K, c.ops, c.levels, **options),
     "none": lambda c, **options: PolicySource(c.M, c.Q, c.K, **options),
-    "recorded": lambda c, **options: RecordedPolicies(c.M, *read_policies(Path(c.policy_from)), **options),
+    "recorded": lambda c, **options: RecordedPolicies(c.M, read_policies(Path(c.policy_from)), **options),
     "frozen": lambda c, **options: FrozenPolicies(c.M, *read_controller(Path(c.policy_from)), **options),
     "trivialaugment": lambda c, **options: TrivialAugment(c.M, **options),
     "randaugment": lambda c, **options: RandAugment(c.M, c.randaugment_n, c.randaugment_m, **options),
@@ -42,3 +45,19 @@ def build_policies(config: Config) -> PolicySource:
     weight = config.teacher_weight if config.has_teacher else 0.0
     reward = Reward(weight, config.reward_ema, config.divide_by_std)
     return SOURCES[config.policy](config, clean_share=config.clean_share, reward=reward)
+
+
+def transform(
+    name: str, *, float_images: str | None = None, generator: torch.Generator | None = None, **settings: Any
+) -> PublishedTransform:
+    """A published augmentation (one of config.PER_IMAGE) as a transform, which is called like `augmentations.Augment`.
+
+    settings: of config.py, `randaugment_n` and `randaugment_m`; `dataset="imagenet"` for AugMix at its severity there.
+    Raises ValueError for an unknown name, UserError for a wrong setting.
+    """
+    if name not in PER_IMAGE:
+        raise ValueError(
+            f"{name!r} is no published augmentation{did_you_mean(name, PER_IMAGE)}: {', '.join(PER_IMAGE)}"
+        )
+    config = Config(**{"policy": name, "M": 1, "crop_padding": 0} | settings)
+    return PublishedTransform(build_policies(config), float_images=float_images, generator=generator)

@@ -9,7 +9,6 @@ in order; O operations to choose from, S strengths of one, 2 signs; V views that
 C channels, but for logits_BC, where C counts classes; H, W rows and columns of images.
 """
 
-import functools
 import math
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from augmentations import Plan, row_of, upload
+from augmentations import Augment, Plan, apply, row_of, upload
 from policies.sources import PolicySource
 
 STRENGTHS = 31  # of TrivialAugment and RandAugment; AutoAugment's tables have 10
@@ -101,7 +100,7 @@ class PerImage(PolicySource, ABC):
 
     def __init__(self, M: int, K: int, **options: Any):
         super().__init__(M, 1, K, **options)
-        self._tables = functools.lru_cache(maxsize=8)(self._tables_for)
+        self._tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # of sizes that were seen
 
     @abstractmethod
     def space(self, size: tuple[int, int]) -> Space:
@@ -113,7 +112,9 @@ class PerImage(PolicySource, ABC):
 
     def plan_of(self, draws: OperationDraws, size: tuple[int, int]) -> Plan:
         """The plan of these draws for images of (H, W)."""
-        row_O, magnitude_OS2 = self._tables(size)
+        if size not in self._tables:
+            self._tables = {size: self._tables_for(size)} | (self._tables if len(self._tables) < 8 else {})
+        row_O, magnitude_OS2 = self._tables[size]
         op_BK = row_O[draws.choice_BK].masked_fill(~draws.applied_BK, -1)
         return Plan(op_BK, magnitude_OS2[draws.choice_BK, draws.strength_BK, draws.negative_BK.long()])
 
@@ -291,3 +292,24 @@ def augmix_loss(loss_B: Tensor, logits_BC: Tensor, M: int, weight: float) -> Ten
     log_mean_N1C = log_p_NMC.exp().mean(1, keepdim=True).clamp(1e-7, 1).log()
     divergence = (log_p_NMC.exp() * (log_p_NMC - log_mean_N1C)).sum(2).mean()
     return loss_B.view(-1, M)[:, 0].mean() + weight * divergence
+
+
+class PublishedTransform(Augment):
+    """A source of policies as a transform for other training loops; see `policies.transform`."""
+
+    def __init__(self, source: PolicySource, **options: Any):
+        super().__init__(**options)
+        self.source = source
+
+    def plan(self, B: int, size: tuple[int, int]) -> Plan:
+        return self.source.plan(B, size, self._generator())
+
+    def transform(self, images_BCHW: Tensor) -> Tensor:
+        if self.source.views == 1:
+            return super().transform(images_BCHW)
+        plan = self.plan(len(images_BCHW), tuple(images_BCHW.shape[-2:]))
+        views_BCHW = apply(images_BCHW.repeat_interleave(self.source.views, 0), plan)
+        return mix(views_BCHW, self.source.weights(len(images_BCHW), self._generator())).round_().to(torch.uint8)
+
+    def extra_repr(self) -> str:
+        return self.source.descriptions()[0]

@@ -1,12 +1,12 @@
 """Policies from a file, or from the record of another run.
 
 A file of policies is YAML or JSON: a list of policies, or a mapping that holds it under "policies" and, unless it is
-10, the number of "levels". A policy is a list of sub-policies, each a list of [operation, level]. A line of a run's
-policies.jsonl is such a mapping; the whole file is a sequence of them.
+10, the number of "levels". A policy is a list of sub-policies, each a list of [operation, level] or of [operation,
+level, probability]. A line of a run's policies.jsonl is such a mapping; the whole file is a sequence of them.
 
     policies:
       - [[[Rotate, 3], [Invert, 0]], [[Solarize, 2]]]     # two sub-policies, of which every image draws one
-      - [[[ShearX, 9]], [[Cutout, 4], [Equalize, 0]]]
+      - [[[ShearX, 9]], [[Cutout, 4.5], [Equalize, 0, 0.8]]]
 
 Shape suffixes: R recorded intervals with P policies each, of Q sub-policies of K operations.
 """
@@ -22,9 +22,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from augmentations import OPS, row_of
+from augmentations import OPS, read_operation
 from policies.sources import PolicySource, require_same_form
-from utils import UserError, did_you_mean, first_line, printable, read_text, short_repr
+from utils import UserError, first_line, printable, read_text, short_repr
 
 LONGEST_FILE = 2**26  # bytes of policies.jsonl: 200 intervals of the paper's shape are half a million
 LONGEST_YAML = 2**20  # PyYAML takes a minute for a few of these
@@ -34,39 +34,50 @@ MOST_OPERATIONS = 10**6  # of all policies of a file
 class RecordedPolicies(PolicySource):
     """Policies from a file: for each interval, those recorded at the same share of their run.
 
-    op_RPQK, level_RPQK: P policies of each of R intervals, as rows of OPS, -1 for none. With P = M, all are used in
-    their order; otherwise M of the P are drawn for each interval, all equally often or some once more.
+    recorded: P policies of each of R intervals. With P = M, all are used in their order; otherwise M of the P are drawn
+    for each interval, all equally often or some once more.
     """
 
-    def __init__(self, M: int, op_RPQK: Tensor, level_RPQK: Tensor, levels: int, **options: Any):
-        _, _, Q, K = op_RPQK.shape
-        ops = tuple(OPS[row].name for row in op_RPQK.unique().tolist() if row >= 0)
-        super().__init__(M, Q, K, ops, levels, **options)
-        self.op_RPQK, self.level_RPQK = op_RPQK, level_RPQK
+    def __init__(self, M: int, recorded: "Recorded", **options: Any):
+        _, _, Q, K = recorded.op_RPQK.shape
+        ops = tuple(OPS[row].name for row in recorded.op_RPQK.unique().tolist() if row >= 0)
+        super().__init__(M, Q, K, ops, recorded.levels, **options)
+        self.recorded = recorded
 
     def _sample(self, generator: torch.Generator, progress: Fraction) -> None:
-        R, P = self.op_RPQK.shape[:2]
+        op_RPQK, level_RPQK, _, probability_RPQK = self.recorded
+        R, P = op_RPQK.shape[:2]
         r = min(R - 1, math.floor(progress * R))
         rounds = [torch.randperm(P, generator=generator) for _ in range(-(-self.M // P))]
         chosen_M = torch.arange(P) if P == self.M else torch.cat(rounds)[: self.M]
-        self.op_MQK, self.level_MQK = self.op_RPQK[r, chosen_M], self.level_RPQK[r, chosen_M]
+        self.op_MQK, self.level_MQK = op_RPQK[r, chosen_M], level_RPQK[r, chosen_M]
+        self.probability_MQK = None if probability_RPQK is None else probability_RPQK[r, chosen_M]
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"recorded": [self.op_RPQK, self.level_RPQK], "levels": self.levels}
+        op_RPQK, level_RPQK, levels, probability_RPQK = self.recorded
+        own = {"recorded": [op_RPQK, level_RPQK], "levels": levels}
+        return super().state_dict() | own | ({} if probability_RPQK is None else {"probability_RPQK": probability_RPQK})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the policies read when the run started. Raises ValueError if policy_from has another form now."""
-        require_same_form((self.levels, *self.op_RPQK.shape[2:]), (state["levels"], *state["recorded"][0].shape[2:]))
+        require_same_form(
+            (self.levels, *self.recorded.op_RPQK.shape[2:]), (state["levels"], *state["recorded"][0].shape[2:])
+        )
         super().load_state_dict(state)
-        self.op_RPQK, self.level_RPQK = state["recorded"]
+        self.recorded = Recorded(*state["recorded"], state["levels"], state.get("probability_RPQK"))
 
 
 class Recorded(NamedTuple):
-    """P policies of each of R intervals: rows of OPS, -1 for none, and levels, int64 (R, P, Q, K)."""
+    """P policies of each of R intervals, (R, P, Q, K): rows of OPS, -1 for none, and levels.
+
+    level_RPQK: int64 or, where one is not a whole number, float64. probability_RPQK: None where all operations are
+    always applied.
+    """
 
     op_RPQK: Tensor
     level_RPQK: Tensor
     levels: int
+    probability_RPQK: Tensor | None = None
 
 
 def read_policies(path: Path) -> Recorded:
@@ -104,28 +115,26 @@ def recorded(intervals: Sequence[Mapping[str, Any]], file: Path) -> Recorded:
     return _padded(read, levels, file)
 
 
-def _read_subpolicy(subpolicy: Any, where: str, levels: int) -> list[tuple[int, int]]:
-    """Rows of OPS and levels."""
+def _read_subpolicy(subpolicy: Any, where: str, levels: int) -> list[tuple[int, float, float]]:
+    """Rows of OPS, levels and probabilities."""
     _require(isinstance(subpolicy, list), where, subpolicy, "is no list of [operation, level]")
-    known, read = [op.name for op in OPS], []
-    for pair in subpolicy:
-        _require(isinstance(pair, list) and len(pair) == 2, where, pair, "is not [operation, level]")
-        name, level = pair
-        if name not in known:
-            raise UserError(f"{where}: {short_repr(name)} is no operation{did_you_mean(name, known)}")
-        _require(type(level) is int and 0 <= level < levels, where, level, f"is no level: 0 to {levels - 1}")
-        read.append((row_of(name), level))
-    return read
+    try:
+        return [read_operation(entry, levels) for entry in subpolicy]
+    except ValueError as error:
+        raise UserError(f"{where}: {printable(str(error))}") from None
 
 
-def _padded(read: list[list[list[list[tuple[int, int]]]]], levels: int, file: Path) -> Recorded:
+def _padded(read: list[list[list[list[tuple[int, float, float]]]]], levels: int, file: Path) -> Recorded:
     """Sub-policies padded with no operation to the length of the longest."""
     lengths = [len(sub) for policies in read for policy in policies for sub in policy]
     K = max(1, *lengths)
     if len(lengths) * K > 2 * MOST_OPERATIONS:
         raise UserError(f"{file}: its sub-policies are of too different lengths, up to {K:,} operations")
-    padded = [[[[*sub, *[(-1, 0)] * (K - len(sub))] for sub in policy] for policy in policies] for policies in read]
-    return Recorded(*torch.tensor(padded).unbind(-1), levels)
+    padded = [[[[*sub, *[(-1, 0, 1)] * (K - len(sub))] for sub in policy] for policy in policies] for policies in read]
+    op_RPQK, level_RPQK, probability_RPQK = torch.tensor(padded, dtype=torch.float64).unbind(-1)
+    whole, always = (level_RPQK == level_RPQK.floor()).all(), (probability_RPQK == 1).all()
+    levels_RPQK = level_RPQK.long() if whole else level_RPQK
+    return Recorded(op_RPQK.long(), levels_RPQK, levels, None if always else probability_RPQK)
 
 
 def _require(ok: Any, where: str | Path, value: Any, problem: str) -> None:

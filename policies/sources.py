@@ -87,12 +87,12 @@ class PolicySource:
         self.M, self.Q, self.K, self.levels = M, Q, K, levels
         self.clean_share, self.reward = clean_share, reward
         self.rows = torch.tensor([row_of(name) for name in ops], dtype=torch.long)
-        self._magnitude_OL = torch.tensor(
-            [[op.magnitude(level, levels) for level in range(levels)] for op in OPS], dtype=torch.float64
-        )
+        ranges = [(op.low, op.high) if op.low is not None else (0.0, 0.0) for op in OPS]
+        self._low_O, self._high_O = torch.tensor(ranges, dtype=torch.float64).T
         self._signed_O = torch.tensor([op.signed for op in OPS])
         self.op_MQK = torch.full((M, Q, K), -1)
         self.level_MQK = torch.zeros(M, Q, K, dtype=torch.long)
+        self.probability_MQK: Tensor | None = None  # of each operation; None: all are applied
         self.loss_sums = LossSums.empty(M)
 
     def resample(self, generator: torch.Generator, progress: Fraction = START) -> None:
@@ -159,25 +159,26 @@ class PolicySource:
             "shares": self.shares(),
         }
 
-    def by_name(self) -> list[list[list[tuple[str, int]]]]:
-        """The M policies as lists of sub-policies, each a list of (operation, level)."""
+    def by_name(self) -> list[list[list[tuple]]]:
+        """The M policies as lists of sub-policies, each a list of (operation, level[, probability])."""
+        probability_MQK = torch.ones(self.op_MQK.shape) if self.probability_MQK is None else self.probability_MQK
         return [
             [
-                [(OPS[op].name, level) for op, level in zip(ops, levels, strict=True) if op >= 0]
-                for ops, levels in zip(ops_QK, levels_QK, strict=True)
+                [(OPS[op].name, level, *([p] if p < 1 else [])) for op, level, p in zip(*sub, strict=True) if op >= 0]
+                for sub in zip(*policy, strict=True)
             ]
-            for ops_QK, levels_QK in zip(self.op_MQK.tolist(), self.level_MQK.tolist(), strict=True)
+            for policy in zip(self.op_MQK.tolist(), self.level_MQK.tolist(), probability_MQK.tolist(), strict=True)
         ]
 
     def descriptions(self) -> list[str]:
         """The M policies as texts with magnitudes, such as "Rotate ±6.67 then Invert or ..."."""
 
-        def operation(name: str, level: int) -> str:
+        def operation(name: str, level: float, probability: float = 1.0) -> str:
             op = OPS[row_of(name)]
-            sign = "±" if op.signed else ""
-            return name if op.low is None else f"{name} {sign}{op.magnitude(level, self.levels):.3g}"
+            strength = "" if op.low is None else f" {'±' if op.signed else ''}{op.magnitude(level, self.levels):.3g}"
+            return f"{name}{strength}{f' ({probability:.0%})' if probability < 1 else ''}"
 
-        def one(policy: list[list[tuple[str, int]]]) -> str:
+        def one(policy: list[list[tuple]]) -> str:
             subpolicies = (" then ".join(operation(*choice) for choice in subpolicy) for subpolicy in policy)
             return " or ".join(filter(None, subpolicies)) or "as it is"
 
@@ -188,7 +189,9 @@ class PolicySource:
         if not len(self.rows):
             return {}
         op_shares = (self.op_MQK.flatten()[:, None] == self.rows).double().mean(0).tolist()
-        level_shares = (self.level_MQK.flatten()[:, None] == torch.arange(self.levels)).double().mean(0).tolist()
+        level_shares = (
+            (self.level_MQK.round().flatten()[:, None] == torch.arange(self.levels)).double().mean(0).tolist()
+        )
         names = [OPS[row].name for row in self.rows.tolist()]
         return {"operations": dict(zip(names, op_shares, strict=True)), "levels": dict(enumerate(level_shares))}
 
@@ -199,10 +202,12 @@ class PolicySource:
 
     def state_dict(self) -> dict[str, Any]:
         """The policies in use: with `loss_sums`, all that is needed to continue an interval."""
-        return {"op_MQK": self.op_MQK, "level_MQK": self.level_MQK}
+        state = {"op_MQK": self.op_MQK, "level_MQK": self.level_MQK}
+        return state if self.probability_MQK is None else state | {"probability_MQK": self.probability_MQK}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.op_MQK, self.level_MQK = state["op_MQK"], state["level_MQK"]
+        self.probability_MQK = state.get("probability_MQK")
 
     def _sample(self, generator: torch.Generator, progress: Fraction) -> None:
         """Choose the M policies of an interval."""
@@ -214,13 +219,18 @@ class PolicySource:
         op_BK = self.op_MQK[torch.arange(M), subpolicy_NM].view(N * M, K)
         level_BK = self.level_MQK[torch.arange(M), subpolicy_NM].view(N * M, K)
         coin_BK = torch.randint(2, (N * M, K), generator=generator).bool()
-        magnitude_BK = self._magnitude_OL[op_BK, level_BK]
+        low_BK, high_BK = self._low_O[op_BK], self._high_O[op_BK]
+        magnitude_BK = low_BK + level_BK.double() / (self.levels - 1) * (high_BK - low_BK)  # as in Op.magnitude
         magnitude_BK = torch.where(coin_BK & self._signed_O[op_BK], -magnitude_BK, magnitude_BK)
         part = N // groups
         step_NMK = torch.randint(1, max(2, part), (N, M, K), generator=generator)
         n = torch.arange(N)[:, None, None]
         partner_NMK = (n - n % part + (n + step_NMK) % part) * M + torch.arange(M)[:, None]
         centre_BK2 = torch.rand(N * M, K, 2, dtype=torch.float64, generator=generator)
+        if self.probability_MQK is not None:
+            probability_BK = self.probability_MQK[torch.arange(M), subpolicy_NM].view(N * M, K)
+            applied_BK = torch.rand(N * M, K, generator=generator) < probability_BK
+            op_BK = torch.where(applied_BK, op_BK, -1)
         return Plan(op_BK, magnitude_BK, partner_NMK.view(N * M, K), centre_BK2)
 
     def _learn(self, reward_M: Tensor) -> tuple[Tensor, float]:

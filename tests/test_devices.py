@@ -5,6 +5,7 @@ tensors. `Watched` adds what torch accepts there: copies to the device for which
 """
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -23,8 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import main
+import policies
 import training.state as trainingstate
-from config import POLICIES, Config, plain_values
+from augmentations import Augment
+from config import PER_IMAGE, POLICIES, Config, plain_values
 from dataloader import Normalise
 from datasets.splits import ResidentSplit
 from evaluation.predict import predict
@@ -190,6 +193,36 @@ def test_no_step_waits_after_resuming(settings, watched):
     with watched(), NO_VALUES:
         main.train_one_epoch(state, images_on(META), manager)
     assert manager.steps == STEPS - 1
+
+
+TRANSFORMS = {
+    "random": Augment,
+    "policies": lambda **options: Augment([[("Rotate", 3, 0.5), ("Equalize", 0)], [("SamplePairing", 2)]], **options),
+    **{name: functools.partial(policies.transform, name) for name in PER_IMAGE},
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_a_transform_does_not_wait_for_its_device(name, dtype, watched):
+    transform, images_BCHW = TRANSFORMS[name](float_images="round"), torch.empty(N, 3, 16, 16, dtype=dtype, device=META)
+    with watched():
+        augmented_BCHW = transform(images_BCHW)
+    assert (augmented_BCHW.device, augmented_BCHW.dtype) == (META, dtype)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_transform_on_the_device_equals_the_cpu(name, device):
+    images_BCHW = torch.randint(256, (N, 3, 16, 16), dtype=torch.uint8)
+    alike = [TRANSFORMS[name](generator=torch.Generator().manual_seed(1)) for _ in range(2)]
+    on_cpu, on_device = alike[0](images_BCHW), images_BCHW.to(device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        augmented_BCHW = alike[1](on_device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert (augmented_BCHW.cpu().int() - on_cpu.int()).abs().max() <= (1 if name == "augmix" else 0)
 
 
 @pytest.mark.parametrize(("model", "bfloat16"), [*((model, True) for model in NETWORKS), ("wresnet10_1", False)])

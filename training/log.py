@@ -258,7 +258,7 @@ def adversary_summary(run: Path, state: TrainingState) -> str:
         return "The controller has not been updated."
     counts = Counter(dict.fromkeys(state.config.ops, 0))
     counts.update(
-        name for record in records for policy in record["policies"] for subpolicy in policy for name, _ in subpolicy
+        name for record in records for policy in record["policies"] for subpolicy in policy for name, *_ in subpolicy
     )
     last = records[-1]
     return verdict(last["entropy"] / state.policies.largest_entropy, counts, last.get("entropy_floor", 0.0))

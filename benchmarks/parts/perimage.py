@@ -68,7 +68,7 @@ class PillowPipeline(Dataset):
         levels = self.policies.levels
         self.policies_MQK = [
             [
-                [(OPS[row_of(name)], OPS[row_of(name)].magnitude(level, levels)) for name, level in subpolicy]
+                [(OPS[row_of(name)], OPS[row_of(name)].magnitude(level, levels)) for name, level, *_ in subpolicy]
                 for subpolicy in policy
             ]
             for policy in self.policies.by_name()

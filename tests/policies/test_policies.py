@@ -11,7 +11,7 @@ from conftest import same
 from augmentations import OPS, apply, row_of
 from controller import Controller
 from policies.learned import ControllerPolicies, FrozenPolicies
-from policies.recorded import RecordedPolicies
+from policies.recorded import Recorded, RecordedPolicies
 from policies.sources import PolicySource, RandomPolicies, Reward
 
 SIZE = (32, 32)
@@ -188,7 +188,7 @@ def recorded(M, P=3, R=4, levels=10):
     """Policy p of interval r is one operation, row p, at level r."""
     op_RPQK = torch.arange(P).view(1, P, 1, 1).expand(R, P, 1, 1)
     level_RPQK = torch.arange(R).view(R, 1, 1, 1).expand(R, P, 1, 1)
-    return RecordedPolicies(M, op_RPQK, level_RPQK, levels)
+    return RecordedPolicies(M, Recorded(op_RPQK, level_RPQK, levels))
 
 
 def test_a_record_is_replayed_by_share_of_the_run():

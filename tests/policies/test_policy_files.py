@@ -99,17 +99,40 @@ def test_policies_written_by_hand_are_applied(policy_file):
     }
 
 
+def test_fractional_levels_and_probabilities_are_applied(policy_file):
+    levels, content = 11, [[[["Solarize", 2.5, 0.25], ["Color", 10]], [["Invert", 0, 0]]]]
+    file = policy_file("published.json", {"policies": content, "levels": levels})
+    source = build_policies(Config(policy="recorded", policy_from=str(file), M=1))
+    source.resample(generator())
+    assert source.by_name() == [[[("Solarize", 2.5, 0.25), ("Color", 10.0)], [("Invert", 0.0, 0.0)]]]
+    assert source.descriptions() == ["Solarize 64 (25%) then Color 1.9 or Invert (0%)"]
+    plan = source.plan(4000, (8, 8), generator(1))
+    first_B = (plan.op_BK == row_of("Color"))[:, 1]
+    solarized_B = (plan.op_BK == row_of("Solarize"))[:, 0]
+    assert first_B.double().mean() == pytest.approx(0.5, abs=0.05)
+    assert solarized_B[first_B].double().mean() == pytest.approx(0.25, abs=0.04)
+    assert set(plan.magnitude_BK[solarized_B, 0].tolist()) == {2.5 / 10 * 256}
+    assert (plan.op_BK[~first_B] == -1).all()
+    other = build_policies(Config(policy="recorded", policy_from=str(file), M=1))
+    other.load_state_dict(source.state_dict())
+    assert torch.equal(other.plan(50, (8, 8), generator(2)).op_BK, source.plan(50, (8, 8), generator(2)).op_BK)
+
+
 BAD = {
     "no list": ({"policies": 5}, "5 is no list of policies"),
     "empty": ([], "is no list of policies"),
     "nothing": ("", "holds no policies"),
     "no subpolicies": ([[]], "policy 1: [] is no list of sub-policies"),
-    "no pairs": ([[["Rotate", 3]]], "sub-policy 1: 'Rotate' is not [operation, level]"),
+    "no pairs": ([[["Rotate", 3]]], "sub-policy 1: 'Rotate' is not [operation, level] or [operation, level, prob"),
     "unknown": ([[[["Rotat", 3]]]], "policy 1, sub-policy 1: 'Rotat' is no operation; did you mean Rotate?"),
     "no name": ([[[[["Rotate"], 3]]]], "is no operation"),
     "level": ([[[["Rotate", 10]]]], "10 is no level: 0 to 9"),
     "negative": ([[[["Rotate", -1]]]], "-1 is no level"),
-    "fraction": ([[[["Rotate", 1.5]]]], "1.5 is no level"),
+    "beyond": ([[[["Rotate", 9.1]]]], "9.1 is no level: 0 to 9"),
+    "no number": ([[[["Rotate", float("nan")]]]], "nan is no level"),
+    "probability": ([[[["Rotate", 1, 1.2]]]], "policy 1, sub-policy 1: 1.2 is no probability: 0 to 1"),
+    "text": ([[[["Rotate", 1, "0.5x"]]]], "'0.5x' is no probability: 0 to 1"),
+    "too much": ([[[["Rotate", 1, 1, 1]]]], "is not [operation, level] or [operation, level, probability]"),
     "truth": ([[[["Rotate", True]]]], "True is no level"),
     "uneven": ([[[["Rotate", 1]]], [[["Rotate", 1]], []]], "policy 2: 2 sub-policies, where the first policy has 1"),
     "levels": ({"policies": POLICIES, "levels": 1}, "levels: 1 is not a whole number between 2 and 1000"),

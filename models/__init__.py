@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from models.augmix import allconv, densenet, resnext
+from models.preactresnet import preactresnet
 from models.pyramidnet import pyramidnet
 from models.resnet import resnet, resnet_d
 from models.shakeshake import shakeshake
@@ -28,6 +30,12 @@ FAMILIES = (
     Family("pyramid<depth>_<alpha>", r"pyramid((?P<depth>\d+)_(?P<alpha>\d+))?", pyramidnet),
     Family("resnet<depth>", r"resnet(?P<depth>\d+)", resnet),
     Family("resnet<depth>d", r"resnet(?P<depth>\d+)d", resnet_d),
+    Family("preactresnet<depth>", r"preactresnet(?P<depth>\d+)", preactresnet),
+    Family(
+        "resnext<depth>_<cardinality>x<width>d", r"resnext(?P<depth>\d+)_(?P<cardinality>\d+)x(?P<width>\d+)d", resnext
+    ),
+    Family("densenet<depth>_<growth>", r"densenet(?P<depth>\d+)_(?P<growth>\d+)", densenet),
+    Family("allconv", r"allconv", allconv),
 )
 
 

@@ -10,7 +10,8 @@ from models.noise import scale_apart, uniform_per_image
 from models.pyramidnet import PyramidBottleneck, ShakeDrop
 from models.shakeshake import ShakeBlock, TwoPathShortcut
 
-SMALL = ("wresnet10_1", "shakeshake8_2x4d", "pyramid20_12", "resnet50", "resnet50d")
+SMALL = ("wresnet10_1", "shakeshake8_2x4d", "pyramid20_12", "resnet50", "resnet50d", "resnet18", "preactresnet18")
+SMALL += ("resnext11_2x4d", "densenet10_4", "allconv")
 
 # Totals for 10, 100 and 1000 classes that the publications, or two independent collections of networks, agree on.
 TOTALS = {
@@ -25,6 +26,8 @@ TOTALS = {
     "resnet50": (23_528_522, 23_712_932, 25_557_032),
     "resnet50d": (23_547_754, 23_732_164, 25_576_264),
     "resnet200": (62_645_322, 62_829_732, 64_673_832),
+    "preactresnet18": (11_172_170,),  # 11,171,146 without the last BatchNorm, which RobustBench's has
+    "densenet100_12": (769_162, 800_032),
 }
 
 
@@ -65,7 +68,9 @@ def test_first_activation_is_shared_with_the_shortcut():
         torch.testing.assert_close(module(x), expected)
 
 
-@pytest.mark.parametrize(("name", "fan"), [("wresnet16_4", 1), ("shakeshake8_2x32d", 0), ("pyramid47_80", 0)])
+@pytest.mark.parametrize(
+    ("name", "fan"), [("wresnet16_4", 1), ("shakeshake8_2x32d", 0), ("pyramid47_80", 0), ("allconv", 0)]
+)
 def test_initial_convolutions_have_the_published_variance(name, fan):
     """2 / (pixels of the kernel * channels), of the channels in for wide ResNets and of those out for the others."""
     torch.manual_seed(0)
@@ -266,6 +271,64 @@ def test_networks_compile_into_one_graph(name):
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
+def test_resnets_have_the_totals_of_torchvisions(depth):
+    assert (
+        count(f"resnet{depth}", 1000)
+        == torchvision.models.get_model_weights(f"resnet{depth}").DEFAULT.meta["num_params"]
+    )
+
+
+def test_allconv_follows_its_definition():
+    """Three 3x3 convolutions of 96 and three of 192 channels, a pooling after each three; one unpadded, two 1x1."""
+    convolutions = [(3, 96, 9), (96, 96, 9), (96, 96, 9), (96, 192, 9), *[(192, 192, 9)] * 3, *[(192, 192, 1)] * 2]
+    total = sum(channels_in * out * pixels + out + 2 * out for channels_in, out, pixels in convolutions)
+    assert count("allconv", 10) == total + 192 * 10 + 10
+    torch.manual_seed(0)
+    model, x = build_model("allconv", 10).eval(), torch.randn(2, 3, 32, 32)
+    before = model.features(x)
+    assert before.shape == (2, 192, 10, 10)
+    torch.testing.assert_close(model(x), model.classifier(F.avg_pool2d(before, 8).flatten(1)))
+    torch.testing.assert_close(model.features[2](x), x * torch.sigmoid(1.702 * x))
+
+
+def test_resnext_follows_its_definition():
+    """Bottlenecks of D = C * width channels, doubled in each stage, with C groups; 1x1 shortcuts where it changes."""
+
+    def total(n, C, width, classes):
+        stem_and_classifier, channels_in = 27 * 64 + 128 + 1024 * classes + classes, 64
+        blocks = 0
+        for stage in range(3):
+            D, out = C * width * 2**stage, 256 * 2**stage
+            for _ in range(n):
+                blocks += channels_in * D + D * D * 9 // C + D * out + 4 * D + 2 * out
+                blocks += channels_in * out + 2 * out if channels_in != out else 0
+                channels_in = out
+        return stem_and_classifier + blocks
+
+    assert count("resnext29_4x32d", 10) == total(3, 4, 32, 10)
+    assert count("resnext29_8x64d", 10) == total(3, 8, 64, 10) == 34_426_698
+    torch.manual_seed(0)
+    block = build_model("resnext11_2x4d", 10).eval().stage_2[0]
+    x = torch.randn(2, 256, 6, 6)
+    inside = torch.relu(block.bn_reduce(F.conv2d(x, block.conv_reduce.weight)))
+    halves = zip(inside.chunk(2, 1), block.conv_conv.weight.chunk(2), strict=True)
+    grouped = torch.cat([F.conv2d(half, weight, stride=2, padding=1) for half, weight in halves], 1)
+    residual = block.bn_expand(block.conv_expand(torch.relu(block.bn(grouped))))
+    torch.testing.assert_close(block(x), torch.relu(block.downsample(x) + residual))
+
+
+def test_preact_blocks_share_the_activation_with_the_shortcut():
+    torch.manual_seed(0)
+    model = build_model("preactresnet18", 10).eval()
+    for block, x in ((model.layer1[0], torch.randn(2, 64, 8, 8)), (model.layer2[0], torch.randn(2, 64, 8, 8))):
+        activated = torch.relu(block.bn1(x))
+        residual = block.conv2(torch.relu(block.bn2(block.conv1(activated))))
+        torch.testing.assert_close(block(x), residual + (block.shortcut(activated) if block.shortcut else x))
+    names = {name.partition(".")[0] for name in model.state_dict()}
+    assert names == {"conv1", "layer1", "layer2", "layer3", "layer4", "bn", "linear"}, "as in RobustBench"
+
+
 def test_resnet50_is_torchvisions():
     torch.manual_seed(0)
     theirs, ours = torchvision.models.resnet50().eval(), build_model("resnet50", 1000).eval()
@@ -296,7 +359,8 @@ def test_resnet_d_replaces_stem_and_shortcuts():
     [
         ("wresnet", "unknown model 'wresnet'; there are wresnet<depth>_<width>"),
         ("vgg16", "unknown model 'vgg16'; there are .*, shakeshake<depth>_2x<width>d, pyramid<depth>_<alpha>, resnet"),
-        ("resnet9000", "the depth of a ResNet is 50, 101, 152, 200, not 9000"),
+        ("resnet9000", "the depth of a ResNet is 18, 34, 50, 101, 152, 200, not 9000"),
+        ("resnet18d", "the depth of a ResNet is 50, 101, 152, 200, not 18"),
         ("resnet51d", "the depth of a ResNet is 50, 101, 152, 200, not 51"),
         ("wresnet29_10", r"6n \+ 4 .* not 29"),
         ("wresnet4_1", r"6n \+ 4 .* not 4"),
@@ -306,6 +370,11 @@ def test_resnet_d_replaces_stem_and_shortcuts():
         ("shakeshake26_2x32", "unknown model"),
         ("pyramid111_200", r"9n \+ 2 .* not 111"),
         ("pyramid272_0", "1 to 10000, not 0"),
+        ("preactresnet50", "the depth of a PreAct-ResNet is 18, 34, not 50"),
+        ("resnext30_4x32d", r"9n \+ 2 .* not 30"),
+        ("resnext29_0x32d", "the cardinality of a ResNeXt is 1 to 1000, not 0"),
+        ("densenet101_12", r"6n \+ 4 .* not 101"),
+        ("densenet100_0", "the growth of a DenseNet is 1 to 1000, not 0"),
     ],
 )
 def test_unknown_names_are_refused(name, message):
@@ -323,6 +392,8 @@ def test_options_that_a_network_does_not_have_are_refused():
 
 def test_every_form_in_the_messages_can_be_built():
     for family in FAMILIES:
-        name = family.form.replace("<depth>", "50" if "resnet<" in family.form and "w" not in family.form else "20")
-        name = name.replace("<width>", "2").replace("<alpha>", "9").replace("wresnet20", "wresnet16")
+        depths = {"wresnet": "16", "resnet": "50", "preactresnet": "18", "densenet": "16"}
+        name = family.form.replace("<depth>", depths.get(family.form.partition("<")[0], "20"))
+        for number in ("<width>", "<alpha>", "<cardinality>", "<growth>"):
+            name = name.replace(number, "2")
         check_model(name)

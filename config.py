@@ -159,6 +159,9 @@ class Config:
     milestones: tuple[int, ...] = setting((), "step schedule: epochs at whose start the learning rate drops")
     gamma: float = setting(0.2, "step schedule: factor at each milestone", above=0)
     warmup_epochs: float = setting(0.0, "epochs of linear warm-up before the schedule's full rate", low=0)
+    mixup: float = setting(0.0, "mix copies of the same policy: alpha of the Beta distribution; 0: none", low=0)
+    cutmix: float = setting(0.0, "exchange a rectangle between them, likewise; with both, a fair coin per step", low=0)
+    ema: float = setting(0.0, "also average the weights: share that a step keeps; 0: no average", low=0, high=0.9999999)
     label_smoothing: float = setting(0.0, "share of the target spread over all classes", low=0, high=0.999)
     grad_clip: float = setting(0.0, "largest norm of the gradient; 0: no clipping", low=0)
 
@@ -216,6 +219,10 @@ class Config:
         learns, floors = self.policy == "controller", (self.entropy_floor, self.entropy_floor_end or 0.0)
         for field, floor in zip(OF_CONTROLLER, floors, strict=True):
             yield learns or not floor, field, f"needs policies that learn, policy: controller, not {self.policy}"
+        for field in ("mixup", "cutmix"):
+            mixes_labels = getattr(self, field) > 0
+            yield not (mixes_labels and self.jsd), field, "does not go with jsd, which compares copies of one image"
+            yield not mixes_labels or self.batch_size > 1, field, "needs a batch_size of at least 2"
         yield self.keep is None or self.keep <= self.M, "keep", f"is more than the M = {self.M} copies of an image"
         yield self.keep is None or not self.jsd, "keep", "does not go with jsd, which compares all M copies of an image"
         yield self.keep_by != "margin" or self.reward == "teacher", "keep_by", "needs a teacher; set reward: teacher"

@@ -7,6 +7,8 @@ Shape suffixes: N distinct images of a batch, M copies of each; B = N * M, image
 n * M + m); V views that a copy is mixed from; C channels, H rows, W columns.
 """
 
+import math
+import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -18,11 +20,13 @@ from config import Config
 from datasets.loading import load_data as load_data  # for those who import it from here, as main.py does
 from datasets.loading import statistics
 from datasets.splits import Split
+from policies.answers import MixedLabels
 from policies.published import mix
 from policies.sources import PolicySource
 from utils import keyed_generator
 
-MicroBatches = Iterator[tuple[Tensor, Tensor]]  # inputs_BCHW, float32 in channels_last, and labels_B
+# inputs_BCHW, float32 in channels_last, and labels_B
+MicroBatches = Iterator[tuple[Tensor, Tensor | MixedLabels]]
 
 
 class Crops(NamedTuple):
@@ -32,6 +36,17 @@ class Crops(NamedTuple):
     flipped_B1: Tensor
 
 
+class Mixing(NamedTuple):
+    """How each copy is mixed with the same policy's copy of another image: mixup, or CutMix where there is a box.
+
+    share: of the image itself, 0 to 1. box: left, top, right and bottom of the other image's pixels, the last two
+    exclusive.
+    """
+
+    share: float
+    box: tuple[int, int, int, int] | None
+
+
 class BatchDraws(NamedTuple):
     """All random draws for the N * M copies of a step, made for the whole batch before it is split up."""
 
@@ -39,6 +54,8 @@ class BatchDraws(NamedTuple):
     plan: Plan
     weight_BV: Tensor | None  # of the views that a copy is mixed from
     centre_B2: Tensor  # of Cutout's square
+    mixing: Mixing | None
+    groups: int  # equal parts of the batch in which partners are found, for SamplePairing and for mixing
 
 
 class TrainLoader:
@@ -78,14 +95,33 @@ class TrainLoader:
 
     def micro_batches(self, images_NCHW: Tensor, labels_N: Tensor, step: int) -> MicroBatches:
         """This process's micro-batches of one step. images_NCHW: those of the batch that this process reads."""
-        M, (height, width) = self.config.M, images_NCHW.shape[-2:]
         draws = self.draw(images_NCHW, "train", step, self.config.batch_size)
         for part in self.parts:
-            copies_BCHW = self.augment(images_NCHW, draws, part, first=self._read.start)
-            centre_B2 = draws.centre_B2[part.start * M : part.stop * M]
-            kept_B1HW = cutout_mask(self.config.cutout, centre_B2, height, width, images_NCHW.device)
-            own = slice(part.start - self._read.start, part.stop - self._read.start)
-            yield self.normalise(copies_BCHW, kept_B1HW), labels_N[own].repeat_interleave(M)
+            yield (self.mixed if draws.mixing else self.inputs)(images_NCHW, labels_N, draws, part)
+
+    def inputs(self, images_NCHW: Tensor, labels_N: Tensor, draws: BatchDraws, part: range) -> tuple[Tensor, Tensor]:
+        """The network's inputs for the images of `part`, before they are mixed, and their labels."""
+        M, (height, width), first = self.config.M, images_NCHW.shape[-2:], self._read.start
+        copies_BCHW = self.augment(images_NCHW, draws, part, first)
+        centre_B2 = draws.centre_B2[part.start * M : part.stop * M]
+        kept_B1HW = cutout_mask(self.config.cutout, centre_B2, height, width, images_NCHW.device)
+        labels_B = labels_N[part.start - first : part.stop - first].repeat_interleave(M)
+        return self.normalise(copies_BCHW, kept_B1HW), labels_B
+
+    def mixed(
+        self, images_NCHW: Tensor, labels_N: Tensor, draws: BatchDraws, part: range
+    ) -> tuple[Tensor, MixedLabels]:
+        """The same after each image's copies are mixed with those of the image before it in its group."""
+        M, size = self.config.M, self.config.batch_size // draws.groups
+        partners = [n - n % size + (n - 1) % size for n in part]
+        outside = sorted(set(partners) - set(part))  # two at most
+        made = [self.inputs(images_NCHW, labels_N, draws, one) for one in (part, *(range(n, n + 1) for n in outside))]
+        inputs_BCHW, labels_B = (torch.cat(parts) for parts in zip(*made, strict=True))
+        place = {n: number for number, n in enumerate([*part, *outside])}
+        index_N1 = torch.tensor([place[n] for n in partners])[:, None]
+        index_B = upload((index_N1 * M + torch.arange(M)).flatten(), labels_B.device)
+        mixed_BCHW = mix_inputs(made[0][0], inputs_BCHW.index_select(0, index_B), draws.mixing)
+        return mixed_BCHW, MixedLabels(made[0][1], labels_B.index_select(0, index_B), draws.mixing.share)
 
     def preview(self, indices: Tensor, epoch: int) -> Tensor:
         """The chosen training images under each policy in use, before normalisation, uint8 (M, images, C, H, W)."""
@@ -98,11 +134,14 @@ class TrainLoader:
         """Draws for a batch of N images, keyed by purpose and step. images_NCHW: all of it, or this process's part."""
         height, width = images_NCHW.shape[-2:]
         crop_draws, plan_draws = (self.generator(purpose, what, step) for what in ("crop", "plan"))
+        groups = self._pairing_groups(N, len(images_NCHW))
         return BatchDraws(
             draw_crops(N, self.config, crop_draws),
-            self.policies.plan(N, (height, width), plan_draws, groups=self._pairing_groups(N, len(images_NCHW))),
+            self.policies.plan(N, (height, width), plan_draws, groups),
             self.policies.weights(N, plan_draws),
             draw_centres(N * self.config.M, height, width, self.generator("cutout", step)),
+            draw_mixing(self.config, height, width, self.generator("mixing", step).initial_seed()),
+            groups,
         )
 
     def _pairing_groups(self, N: int, part: int) -> int:
@@ -189,6 +228,36 @@ class Normalise:
             values = images_BCHW[part].to(torch.float32, copy=True).div_(255).sub_(self.mean_C11).div_(self.std_C11)
             inputs_BCHW[part] = values if kept_B1HW is None else values.mul_(kept_B1HW[part])
         return inputs_BCHW
+
+
+def draw_mixing(config: Config, height: int, width: int, seed: int) -> Mixing | None:
+    """mixup (Zhang et al., 2018) or CutMix (Yun et al., 2019) for all copies of a step, as the config says."""
+    alphas = [(name, alpha) for name, alpha in (("mixup", config.mixup), ("cutmix", config.cutmix)) if alpha]
+    if not alphas:
+        return None
+    draws = random.Random(seed)
+    name, alpha = draws.choice(alphas)
+    share = draws.betavariate(alpha, alpha)
+    if name == "mixup":
+        return Mixing(share, None)
+    return cutmix(share, draws.randrange(width), draws.randrange(height), height, width)
+
+
+def cutmix(share: float, x: int, y: int, height: int, width: int) -> Mixing:
+    """The other image's box around pixel (x, y), of 1 - share of the image's area, cut off at its border."""
+    half = 0.5 * math.sqrt(1 - share)
+    across, down = int(half * width), int(half * height)
+    left, top, right, bottom = max(0, x - across), max(0, y - down), min(width, x + across), min(height, y + down)
+    return Mixing(1 - (right - left) * (bottom - top) / (width * height), (left, top, right, bottom))
+
+
+def mix_inputs(inputs_BCHW: Tensor, partner_BCHW: Tensor, mixing: Mixing) -> Tensor:
+    """As torchvision.transforms.v2's MixUp and CutMix. Overwrites both."""
+    if mixing.box is None:
+        return inputs_BCHW.mul_(mixing.share).add_(partner_BCHW.mul_(1 - mixing.share))
+    left, top, right, bottom = mixing.box
+    inputs_BCHW[..., top:bottom, left:right] = partner_BCHW[..., top:bottom, left:right]
+    return inputs_BCHW
 
 
 def draw_centres(B: int, height: int, width: int, generator: torch.Generator) -> Tensor:

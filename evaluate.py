@@ -3,6 +3,7 @@
     python evaluate.py                                                  # the run that a plain `python main.py` made
     python evaluate.py --load_conf confs/cifar10/wresnet28x10_cifar10.yaml --logdir ./logs --seed 0 1 2
     python evaluate.py --checkpoint logs/demo_0 --benchmarks clean generated-c     # any run directory or model.pt
+    python evaluate.py --checkpoint logs/demo_0 --ema                              # its averaged weights alone
     python evaluate.py --model wresnet40_2 --weights FILE --benchmarks cifar10-c   # a state dict of another program
     torchrun --nproc_per_node 8 evaluate.py ...                         # the same numbers from several processes
     python evaluate.py --compare logs/*/results.json                    # a table beside the published numbers
@@ -11,6 +12,7 @@
 
 Without --checkpoint, a run is found by the arguments it was trained with. results.json is written beside the checkpoint
 after every subset (a test set, or a corruption at a severity): an interrupted evaluation continues with the rest.
+Averaged weights (the setting ema) have their own, results-ema.json.
 """
 
 if __name__ == "__main__":
@@ -139,7 +141,8 @@ def open_benchmarks(names: list[str], request: EvalRequest) -> list[Benchmark]:
 
 def results_file(classifier: Classifier, args: argparse.Namespace) -> Path:
     name = "results.json" if classifier.file.name == "model.pt" else f"{classifier.file.name}.results.json"
-    return args.output or classifier.file.parent / name
+    file = args.output or classifier.file.parent / name
+    return file.with_name(f"{file.stem}-ema.json") if classifier.averaged else file
 
 
 def start_results(
@@ -156,7 +159,8 @@ def start_results(
         "epoch": classifier.epoch,
         "classes": classifier.classes and list(classifier.classes),
         "precision": "bfloat16" if args.bfloat16 else "float32",
-        "scored_with": {name: plain_values(classifier.config)[name] for name in SCORING},
+        "scored_with": {name: plain_values(classifier.config)[name] for name in SCORING}
+        | ({"weights": "averaged"} if classifier.averaged else {}),
         "config": trained_with and plain_values(trained_with),
     }
     results = Results(file, head, environment(world.device), writes=world.is_main)
@@ -188,7 +192,7 @@ def data_settings(args: argparse.Namespace) -> tuple[Config, tuple[str, ...] | N
     overrides = overrides_from(own_args)
     if not args.checkpoint:
         return load_config(args.load_conf or DEFAULT_CONF, overrides), None, False
-    (classifier,) = load_classifiers(args)
+    classifier = next(load_classifiers(args))
     seed = load_config(None, {field: value for field, value in overrides.items() if field == "seed"}).seed
     return dataclasses.replace(classifier.config, seed=seed), classifier.classes, classifier.only_checkpoint
 
@@ -216,7 +220,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--checkpoint", type=Path, nargs="+", metavar="PATH", help="run directories, or model.pt files")
     add("--model", metavar="NAME", help="network of the --weights")
     add("--weights", type=Path, nargs="+", metavar="FILE", help="state dicts of other programs")
-    add("--ema", action="store_true", help="score the averaged weights, where --weights hold raw and averaged ones")
+    ema = "score the averaged weights, or not (default: both of a run that keeps an average; raw ones of --weights)"
+    add("--ema", action=argparse.BooleanOptionalAction, help=ema)
     names = ", ".join(spec.name for spec in BENCHMARKS)
     add("--benchmarks", nargs="+", default=["clean"], metavar="NAME", help=f"{names}, or all that fit (default: clean)")
     add("--amp", action="store_true", dest="bfloat16", help="score in bfloat16 (default: float32); results record it")
@@ -244,7 +249,6 @@ def parse_arguments() -> argparse.Namespace:
         (args.images is not None and args.images < 1, f"--images: {args.images} must be at least 1"),
         ((args.model is None) != (args.weights is None), "--model and --weights go together"),
         (args.weights and args.checkpoint, "--weights and --checkpoint exclude each other"),
-        (args.ema and not args.weights, "--ema: needs --weights, whose file may hold averaged weights"),
         (seeds > 1 and (args.checkpoint or args.weights or args.name),
          "--seed: several seeds find runs by their conf; leave out --checkpoint, --weights and --name"),
         (args.batch_size is not None and args.batch_size < 1, f"--batch_size: {args.batch_size} must be at least 1"),

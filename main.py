@@ -41,7 +41,7 @@ from datasets.loading import Data
 from datasets.splits import Split
 from evaluation.predict import score
 from models import build_model
-from policies.answers import Answers
+from policies.answers import Answers, MixedLabels
 from policies.published import augmix_loss
 from policies.selection import chosen_copies
 from training.distributed import World, gradients_synchronised, join
@@ -104,6 +104,8 @@ def run_epoch(state: TrainingState, data: Data, manager: RunManager) -> None:
     manager.lap("other")
     metrics = train_one_epoch(state, data.train, manager)
     state.world.average_batchnorm(state.model)
+    if state.ema:
+        state.world.average_batchnorm(state.ema.model)
     manager.lap("train")
     if (state.epoch + 1) % state.config.eval_every == 0 or state.epoch + 1 == state.config.epochs:
         metrics |= score_for_the_log(state, data, manager)
@@ -158,20 +160,21 @@ def take_step(state: TrainingState, micro_batches: MicroBatches, lr: float) -> T
                 answers = judge(state, state.trained, inputs_BCHW, labels_B)
                 losses = (loss_B.view(-1, M) for loss_B in (answers.loss_B, *by_teacher[number:]))
                 kept_B = chosen_copies(state.config.keep_by, state.config.keep, draws[number], *losses)
-                learn(state, inputs_BCHW[kept_B], labels_B[kept_B])
+                kept_labels_B = labels_B.select(kept_B) if isinstance(labels_B, MixedLabels) else labels_B[kept_B]
+                learn(state, inputs_BCHW[kept_B], kept_labels_B)
         loss_and_correct += torch.stack((answers.loss_B.sum(), answers.right_B.sum()))
         seen.append(answers)
     loss_NM, reward_NM, _ = (torch.cat(parts).view(-1, M) for parts in zip(*seen, strict=True))
     state.policies.observe(loss_NM, torch.cat(by_teacher).view(-1, M) if by_teacher else None, reward_NM)  # L^_m
     gradient_norm = descend(state, lr)  # w <- w - lr * grad (1/(M N)) sum_m sum_n loss_mn
-    if state.teacher:
-        state.teacher.follow(state.model)
+    for average in state.averages.values():
+        average.follow(state.model)
     loss_sum_M = state.policies.loss_sums.loss_sum_M
     state.monitor.observe(state.step, loss_sum_M, gradient_norm, scaled=state.scaler.is_enabled())
     return loss_and_correct
 
 
-def learn(state: TrainingState, inputs_BCHW: Tensor, labels_B: Tensor) -> Answers:
+def learn(state: TrainingState, inputs_BCHW: Tensor, labels_B: Tensor | MixedLabels) -> Answers:
     """Forward and backward for a micro-batch, or for the copies selected from one."""
     config = state.config
     with state.precision():
@@ -183,7 +186,7 @@ def learn(state: TrainingState, inputs_BCHW: Tensor, labels_B: Tensor) -> Answer
 
 
 @torch.no_grad()
-def judge(state: TrainingState, network: nn.Module, inputs_BCHW: Tensor, labels_B: Tensor) -> Answers:
+def judge(state: TrainingState, network: nn.Module, inputs_BCHW: Tensor, labels_B: Tensor | MixedLabels) -> Answers:
     """The answers of a network in training mode, whose running statistics stay as they are."""
     with state.precision(), batch_statistics(network):
         logits_BC = network(inputs_BCHW).float()
@@ -217,10 +220,13 @@ def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
 def score_for_the_log(state: TrainingState, data: Data, manager: RunManager) -> dict[str, float]:
     """Loss and accuracy on the held-out part or, without one, on the test set. Nothing is chosen by them."""
     name, split = ("test", data.test) if data.valid is None else ("valid", data.valid)
-    scores = score(state.model, split, len(data.classes), state.normalise, state.world, manager.is_stop_requested)
+    how = split, len(data.classes), state.normalise, state.world, manager.is_stop_requested
+    scores = score(state.model, *how)
+    averaged = score(state.ema.model, *how) if state.ema else None
     manager.stop_if_requested()
     state.best = max(state.best, scores.top1)
-    return {f"{name}_loss": scores.loss, f"{name}_top1": scores.top1, f"{name}_top1_best_seen": state.best}
+    metrics = {f"{name}_loss": scores.loss, f"{name}_top1": scores.top1, f"{name}_top1_best_seen": state.best}
+    return metrics | ({f"{name}_ema_loss": averaged.loss, f"{name}_ema_top1": averaged.top1} if averaged else {})
 
 
 def parse_arguments() -> argparse.Namespace:

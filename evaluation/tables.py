@@ -64,16 +64,22 @@ TRANSFERRED = {  # the same, with the policies that ResNet-50 has learned on Ima
     ("clean", "imagenet", "resnet200"): Published("19.05 +- 0.10"),
 }
 # Settings that say how a run is computed, not what; besides those that may change in a resumed run.
-FREE = ("seed", "amp", "amp_dtype", "tf32", "deterministic", "accumulate", "eval_every")
+FREE = ("seed", "amp", "amp_dtype", "tf32", "deterministic", "accumulate", "eval_every", "ema")
 
 
 def report(results: Sequence[Result], form: str) -> str:
-    """Scores of one checkpoint in full, or of several side by side with mean and standard deviation."""
+    """Scores of one checkpoint in full, or of several side by side with mean and standard deviation.
+
+    Those of averaged weights come after the others, in tables of their own.
+    """
     if form == "json":
         return json.dumps(results[0] if len(results) == 1 else list(results), indent=2)
     if form == "csv":
         return _csv(*_all_cells(results))
-    tables = _full_tables(results[0]) if len(results) == 1 else [_side_by_side(results)]
+    tables = []
+    for of_averages in (False, True):
+        own = [result for result in results if _is_average(result) == of_averages]
+        tables += _full_tables(own[0]) if len(own) == 1 else [_side_by_side(own)] if own else []
     return "\n\n".join(render(table, form) for table in tables)
 
 
@@ -129,7 +135,8 @@ def headline(summary: Mapping[str, Any]) -> tuple[str, float]:
 
 def _full_tables(result: Result) -> list[Table]:
     trained = f", after epoch {result['epoch']} of {result['config']['epochs']}" if result["config"] else ""
-    title = f"{result['checkpoint']}: {result['model']}{trained}, scored in {result['precision']}"
+    averaged = ", averaged weights" if _is_average(result) else ""
+    title = f"{result['checkpoint']}: {result['model']}{trained}{averaged}, scored in {result['precision']}"
     rows, tables = [], []
     for name, record in result["benchmarks"].items():
         if record["kind"] == "test set":
@@ -208,7 +215,8 @@ def _side_by_side(results: Sequence[Result]) -> Table:
     notes = [f"run {i}: {result['checkpoint']}" for i, result in enumerate(results, start=1)]
     notes += dict.fromkeys(itertools.chain.from_iterable(map(_all_notes, results)))
     header = ("per cent", *(f"run {i}" for i in range(1, len(results) + 1)), "mean +- std")
-    return Table(f"{len(results)} checkpoints, scored in {results[0]['precision']}", header, rows, notes)
+    what = "checkpoints, averaged weights" if _is_average(results[0]) else "checkpoints"
+    return Table(f"{len(results)} {what}, scored in {results[0]['precision']}", header, rows, notes)
 
 
 def _quantities(result: Result) -> dict[tuple[str, str], float]:
@@ -288,9 +296,15 @@ def _differences(result: Result, conf: Config) -> list[str]:
     pairs = {key: (found.get(key), expected[key]) for key in differing}
     scored = {key: value for key, value in result["scored_with"].items() if key in expected}
     pairs |= {key: (value, expected[key]) for key, value in scored.items() if value != expected[key]}
+    if _is_average(result):
+        pairs["weights"] = "averaged", "last"
     if result["epoch"] != found["epochs"]:
         pairs["epoch"] = result["epoch"], found["epochs"]
     return [f"{key} {_brief(ours)} instead of {_brief(theirs)}" for key, (ours, theirs) in pairs.items()]
+
+
+def _is_average(result: Result) -> bool:
+    return result["scored_with"].get("weights") == "averaged"
 
 
 def _brief(value: Any) -> str:
@@ -304,7 +318,8 @@ def _row(results: Sequence[Result], name: str, records: Sequence[Mapping[str, An
     quantity, _ = headline(records[0]["summary"])
     return (
         f"{name} ({trained_on}), {result['model']}: {quantity}",
-        re.sub(r"_\d+$", "", Path(result["checkpoint"]).parent.name) if config else result["checkpoint"],
+        (re.sub(r"_\d+$", "", Path(result["checkpoint"]).parent.name) if config else result["checkpoint"])
+        + (" (averaged weights)" if _is_average(result) else ""),
         _policy_name(config) if config else "-",
         f"{records[0]['source']}, {records[0]['cells'][0]['images']:,}",
         *published,
@@ -348,7 +363,13 @@ def _percent(share: float) -> str:
 def _all_cells(results: Sequence[Result]) -> tuple[list[str], list[list[Any]]]:
     """Header and rows: a row for each cell, a column for each plain number."""
     cells = [
-        {"checkpoint": result["checkpoint"], "benchmark": name, "source": record["source"], **cell}
+        {
+            "checkpoint": result["checkpoint"],
+            "weights": result["scored_with"].get("weights", "last"),
+            "benchmark": name,
+            "source": record["source"],
+            **cell,
+        }
         for result in results
         for name, record in result["benchmarks"].items()
         for cell in record["cells"]

@@ -44,7 +44,8 @@ class Classifier:
     """Weights to score, with the network and the data set they are for.
 
     config: the settings to score with. trained_with: those of the training; like epoch and classes it is None for a
-    file that was not written by main.py. only_checkpoint: only the file names config.dataroot, and it is outside the
+    file that was not written by main.py. averaged: whether the weights are the average that a run keeps beside its
+    own (the setting `ema`). only_checkpoint: only the file names config.dataroot, and it is outside the
     working directory: nothing may be written there.
     """
 
@@ -56,6 +57,7 @@ class Classifier:
     classes: tuple[str, ...] | None = None
     trained_with: Config | None = None
     epoch: int | None = None
+    averaged: bool = False
     only_checkpoint: bool = False
 
     def build(self) -> nn.Module:
@@ -82,17 +84,23 @@ class Classifier:
 
 
 def load_classifiers(args: argparse.Namespace) -> Iterator[Classifier]:
-    """Every classifier that the command line names: by files, or by the arguments of runs. Raises UserError."""
+    """Every classifier that the command line names: by files, or by the arguments of runs. Raises UserError.
+
+    Of a run that keeps an average of its weights, both are scored, or the one that --ema or --no-ema picks.
+    """
     for file in dict.fromkeys(args.checkpoint or args.weights or [None]):
         for seed in dict.fromkeys(args.seed or [None]):
             own_args = argparse.Namespace(**vars(args) | {"seed": seed})
-            yield load_state_dict(own_args, file) if args.weights else load_checkpoint(own_args, file)
+            if args.weights:
+                yield load_state_dict(own_args, file)
+            else:
+                yield from load_checkpoint(own_args, file)
 
 
-def load_checkpoint(args: argparse.Namespace, file: Path | None) -> Classifier:
-    """The model.pt of main.py at `file`, which may be its run directory; None: that of the run of these arguments.
+def load_checkpoint(args: argparse.Namespace, file: Path | None) -> Iterator[Classifier]:
+    """The weights in the model.pt of main.py at `file`, which may be its run directory, and their average.
 
-    Raises UserError.
+    file: None for that of the run of these arguments. Raises UserError.
     """
     overrides = overrides_from(args)
     requested = load_config(args.load_conf or DEFAULT_CONF, overrides) if args.load_conf or not file else None
@@ -117,9 +125,15 @@ def load_checkpoint(args: argparse.Namespace, file: Path | None) -> Classifier:
         )
     classes = tuple(content["classes"])
     only_checkpoint = "dataroot" not in overrides and not stays_below(config.dataroot)
-    return Classifier(
-        file, sha256, content["model"], config, len(classes), classes, trained_with, content["epoch"], only_checkpoint
-    )
+    has_average = _is_state_dict(content.get("ema"))
+    if args.ema and not has_average:
+        raise UserError(f"--ema: {file} holds no averaged weights; leave it out, or train with --set ema=0.999")
+    for averaged in (False, True) if has_average else (False,):
+        if args.ema in (None, averaged) or not has_average:
+            weights, epoch = content["ema" if averaged else "model"], content["epoch"]
+            yield Classifier(
+                file, sha256, weights, config, len(classes), classes, trained_with, epoch, averaged, only_checkpoint
+            )
 
 
 def load_state_dict(args: argparse.Namespace, file: Path) -> Classifier:
@@ -133,19 +147,28 @@ def load_state_dict(args: argparse.Namespace, file: Path) -> Classifier:
         overrides = {"dataset": ("--benchmarks", families.pop())} | overrides
     if conf is None:
         overrides = {"crop_padding": ("--benchmarks", 0)} | overrides  # for training; not every data set allows it
-    config = load_config(conf, overrides)
+    classifier, mean_and_std = read_state_dict(file, load_config(conf, overrides), averaged=bool(args.ema))
+    own = {name: value for name, value in mean_and_std.items() if name not in overrides}
+    if not own:
+        return classifier
+    values = " and ".join(f"{name} {[round(v, 4) for v in value]}" for name, value in own.items())
+    warn(f"{file}: its own normalisation is used, {values}")
+    return dataclasses.replace(classifier, config=dataclasses.replace(classifier.config, **own))
+
+
+def read_state_dict(
+    file: Path, config: Config, *, averaged: bool = False
+) -> tuple[Classifier, dict[str, tuple[float, ...]]]:
+    """A file's weights for the network of the config, and mean and std where the file has them. Raises UserError."""
     content, sha256 = _load(file)
     options = config.model_options()
     with torch.device("meta"):
         two, three = (build_model(config.model, classes, **options).state_dict() for classes in (2, 3))
-    weights, mean_and_std = _unwrapped(_choose(_state_dicts(content), file, averaged=args.ema), two)
-    if own := {name: value for name, value in mean_and_std.items() if name not in overrides}:
-        values = " and ".join(f"{name} {[round(v, 4) for v in value]}" for name, value in own.items())
-        warn(f"{file}: its own normalisation is used, {values}")
-        config = dataclasses.replace(config, **own)
+    weights, mean_and_std = _unwrapped(_choose(_state_dicts(content), file, averaged=averaged), two)
     # The bias that grows with the number of classes; where it is missing, `build` says so.
     bias = weights.get(next(name for name in two if two[name].shape != three[name].shape and two[name].ndim == 1))
-    return Classifier(file, sha256, weights, config, len(bias) if bias is not None and bias.ndim == 1 else 10)
+    classes = len(bias) if bias is not None and bias.ndim == 1 else 10
+    return Classifier(file, sha256, weights, config, classes), mean_and_std
 
 
 def _state_dicts(content: Any, where: str = "", depth: int = 0) -> dict[str, dict[str, Tensor]]:

@@ -45,7 +45,13 @@ PUBLISHED = {
     "resnet50d": ("imagenet", "resnet50d", 2048, 0.8, 1e-4, "cosine", 120),
     "resnet200": ("imagenet", "resnet200", 2048, 0.8, 1e-4, "cosine", 120),
 }
-AUGMIX = "augmix_wresnet40x2_cifar10"
+# The confs of AugMix's CIFAR-10-C table: network, epochs and weight decay of its authors' code.
+AUGMIX = {
+    "augmix_wresnet40x2_cifar10": ("wresnet40_2", 100, 5e-4),
+    "augmix_allconv_cifar10": ("allconv", 100, 5e-4),
+    "augmix_resnext29_cifar10": ("resnext29_4x32d", 200, 5e-4),
+    "augmix_densenet100_cifar10": ("densenet100_12", 200, 1e-4),
+}
 TRANSFER = ("wresnet28x10_cifar10", "wresnet28x10_cifar100", "resnet50d", "resnet200")
 PUBLISHED |= {f"{name}_transfer": PUBLISHED[name] for name in TRANSFER}
 # The published test errors (top-1, and top-5 for ImageNet) of the paper, and of a re-implementation.
@@ -126,18 +132,16 @@ def test_confs_are_the_published_settings(name):
 
 
 def test_there_is_one_conf_for_every_published_cell():
-    assert {path.stem for path in published_confs()} == PUBLISHED.keys() | {AUGMIX}
-    assert {path.stem for path in CONFS} == PUBLISHED.keys() | {AUGMIX, "demo", "folder"}
+    assert {path.stem for path in published_confs()} == PUBLISHED.keys() | AUGMIX.keys()
+    assert {path.stem for path in CONFS} == PUBLISHED.keys() | AUGMIX.keys() | {"demo", "folder"}
 
 
-def test_the_conf_of_augmix_is_the_published_recipe():
-    c = load_config(ROOT / "confs" / "cifar10" / f"{AUGMIX}.yaml", {})
-    assert (c.dataset, c.model, c.policy, c.jsd, c.M, c.batch_size, c.epochs) == (
-        "cifar10", "wresnet40_2", "augmix", 12, 3, 128, 100
-    )  # fmt: skip
-    assert (c.lr, c.weight_decay, c.momentum, c.nesterov, c.schedule, c.warmup_epochs) == (
-        0.1, 5e-4, 0.9, True, "cosine", 0
-    )  # fmt: skip
+@pytest.mark.parametrize("name", AUGMIX)
+def test_the_confs_of_augmix_are_the_published_recipes(name):
+    c = load_config(ROOT / "confs" / "cifar10" / f"{name}.yaml", {})
+    assert (c.model, c.epochs, c.weight_decay) == AUGMIX[name]
+    assert (c.dataset, c.policy, c.jsd, c.M, c.batch_size) == ("cifar10", "augmix", 12, 3, 128)
+    assert (c.lr, c.momentum, c.nesterov, c.schedule, c.warmup_epochs) == (0.1, 0.9, True, "cosine", 0)
     assert not c.crop_per_copy, "the copies that are compared have one crop and flip"
     assert (c.mean, c.std, c.flip, c.crop_padding, c.cutout, c.dropout) == ((0.5,) * 3, (0.5,) * 3, True, 4, 0, 0)
 
@@ -220,6 +224,11 @@ def test_a_written_config_reads_back_equal(conf, config):
         ("keep: 0", ["keep: 0 must be at least 1, or null"]),
         ("keep: 2\npolicy: augmix\njsd: 12\ncrop_per_copy: false", ["keep: 2 does not go with jsd"]),
         ("keep: 2\nkeep_by: margin", ["keep_by: 'margin' needs a teacher", "set reward: teacher"]),
+        ("ema: 1", ["ema: 1.0 is not between 0 and 0.9999999"]),
+        ("mixup: 0.2\njsd: 12\npolicy: augmix\ncrop_per_copy: false", ["mixup: 0.2 does not go with jsd"]),
+        ("cutmix: 1\njsd: 12\npolicy: augmix\ncrop_per_copy: false", ["cutmix: 1.0 does not go with jsd"]),
+        ("cutmix: -1", ["cutmix: -1.0 must be at least 0"]),
+        ("mixup: 1\nbatch_size: 1", ["mixup: 1.0 needs a batch_size of at least 2"]),
         ("keep_by: hardest", ["keep_by: 'hardest' is not one of loss, weighted, random, margin"]),
         ("reward_loss: hinge", ["reward_loss: 'hinge' is not one of cross_entropy, nonsaturating"]),
         ("- a list", ["a conf file holds lines of the form 'setting: value'"]),

@@ -1,13 +1,16 @@
 """The fixed part of the augmentation and the order of the images, against Pillow, torchvision and NumPy."""
 
 import itertools
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision.transforms as T
 from PIL import Image
+from torchvision.transforms import v2
 
 from augmentations import row_of
 from config import Config
@@ -15,14 +18,17 @@ from dataloader import (
     Normalise,
     TrainLoader,
     crop_and_flip,
+    cutmix,
     cutout_mask,
     draw_centres,
     draw_crops,
+    draw_mixing,
     epoch_batches,
     make_copies,
 )
 from datasets.splits import ResidentSplit
 from policies import build_policies
+from policies.answers import Answers, MixedLabels
 from policies.sources import PolicySource, RandomPolicies
 from utils import keyed_generator
 
@@ -182,3 +188,108 @@ def test_partners_of_streamed_images_do_not_depend_on_processes(images, size):
     assert (image != partner).all()
     part = images // size
     assert torch.equal(image.expand_as(partner) // part, partner // part)
+
+
+# mixup and CutMix
+
+
+def loaded(parts, split, policies, **settings):
+    """The inputs and labels of a step, a pair for each part."""
+    config = Config(M=3, batch_size=12, policy="random", **settings)
+    loader = TrainLoader(split, config, policies, Normalise(config, CPU), parts, keyed_generator)
+    ((_, micro_batches),) = loader.steps(0)
+    return list(micro_batches)
+
+
+@pytest.fixture
+def random_policies():
+    policies = build_policies(Config(M=3, policy="random"))
+    policies.resample(generator())
+    return policies
+
+
+@pytest.mark.parametrize(("settings", "theirs"), [({"mixup": 0.4}, v2.MixUp), ({"cutmix": 1.0}, v2.CutMix)])
+def test_mixing_equals_torchvisions_for_each_policy(settings, theirs, random_policies, monkeypatch):
+    split = ResidentSplit(noise(12, 16, 16), torch.arange(12) % 10)
+    ((plain_BCHW, labels_B),) = loaded([range(12)], split, random_policies)
+    ((mixed_BCHW, mixed_labels),) = loaded([range(12)], split, random_policies, **settings)
+    mixing = draw_mixing(Config(**settings), 16, 16, keyed_generator("mixing", 0).initial_seed())
+    assert mixed_labels.share == mixing.share
+    transform = theirs(num_classes=10)
+    drawn = {"lam": mixing.share, "box": mixing.box, "lam_adjusted": mixing.share, "batch_size": 12}
+    monkeypatch.setattr(transform, "make_params", lambda _: drawn)
+    logits_BC = torch.randn(36, 10, generator=generator())
+    answers = Answers.of(logits_BC, mixed_labels, Config(label_smoothing=0.1))
+    for m in range(3):
+        expected_BCHW, targets_BC = transform(plain_BCHW[m::3], labels_B[m::3])
+        assert torch.equal(mixed_BCHW[m::3], expected_BCHW)
+        loss_B = F.cross_entropy(logits_BC[m::3], targets_BC, reduction="none", label_smoothing=0.1)
+        torch.testing.assert_close(answers.loss_B[m::3], loss_B)
+        torch.testing.assert_close(answers.reward_B[m::3], loss_B)
+        assert torch.equal(answers.right_B[m::3], logits_BC[m::3].argmax(1) == targets_BC.argmax(1))
+
+
+def test_the_nonsaturating_reward_of_mixed_labels_is_their_mean():
+    logits_BC, labels = torch.randn(6, 4), MixedLabels(torch.arange(6) % 4, torch.arange(6) % 3, 0.3)
+    reward_B = Answers.of(logits_BC, labels, Config(reward_loss="nonsaturating")).reward_B
+    p_BC, b = logits_BC.softmax(1), torch.arange(6)
+    expected_B = 0.3 * torch.log1p(-p_BC[b, labels.first_B]) + 0.7 * torch.log1p(-p_BC[b, labels.second_B])
+    torch.testing.assert_close(reward_B, expected_B)
+
+
+def test_boxes_equal_torchvisions(monkeypatch):
+    """For the same share and pixel, in corners and in the middle, on an image that is not square."""
+
+    class Scripted:
+        """torch, as torchvision's module sees it, whose randint returns the pixel."""
+
+        def __getattr__(self, name):
+            return getattr(torch, name)
+
+        def randint(self, *_, **__):
+            return torch.tensor([next(pixel)])
+
+    monkeypatch.setattr(sys.modules[v2.CutMix.__module__], "torch", Scripted())
+    transform = v2.CutMix(num_classes=2)
+    for share, x, y in itertools.product((0.0, 0.01, 0.37, 0.9, 1.0), (0, 11, 19), (0, 5, 11)):
+        transform._dist, pixel = SimpleNamespace(sample=lambda _, share=share: share), iter((x, y))
+        theirs = transform.make_params([noise(2, 12, 20)])
+        assert cutmix(share, x, y, 12, 20) == (pytest.approx(theirs["lam_adjusted"]), theirs["box"])
+
+
+@pytest.mark.parametrize("settings", [{"mixup": 0.4}, {"cutmix": 1.0}])
+def test_parts_are_mixed_as_the_whole_batch(settings, random_policies):
+    split = ResidentSplit(noise(12, 16, 16), torch.arange(12) % 10)
+    ((whole_BCHW, whole),) = loaded([range(12)], split, random_policies, **settings)
+    for cuts in ((0, 5, 12), (0, 1, 2, 12)):
+        parts = loaded([range(*pair) for pair in itertools.pairwise(cuts)], split, random_policies, **settings)
+        assert torch.equal(torch.cat([inputs for inputs, _ in parts]), whole_BCHW)
+        assert torch.equal(torch.cat([labels.second_B for _, labels in parts]), whole.second_B)
+        assert torch.equal(torch.cat([labels.first_B for _, labels in parts]), whole.first_B)
+
+
+def test_streamed_images_are_mixed_within_their_groups(random_policies):
+    """Groups of six of twelve: the first image of a group is mixed with its last, in any part."""
+
+    class Streamed(ResidentSplit):
+        resident = False
+
+    split = Streamed(noise(12, 16, 16), torch.arange(12))
+    for parts in ([range(12)], [range(6), range(6, 12)], [range(3), range(3, 9), range(9, 12)]):
+        labels = [labels for _, labels in loaded(parts, split, random_policies, mixup=1.0)]
+        own, partner = (torch.cat([one[k] for one in labels])[::3] for k in (0, 1))
+        order = own.tolist()
+        assert partner.tolist() == [order[n // 6 * 6 + (n - 1) % 6] for n in range(12)]
+
+
+def test_shares_follow_the_beta_distribution_of_alpha():
+    """Mean 1/2 and variance 1 / (4 (2 alpha + 1)); with both settings, every other step has a box."""
+    for alpha in (0.2, 1.0, 5.0):
+        config = Config(mixup=alpha)
+        shares = torch.tensor([draw_mixing(config, 32, 32, seed).share for seed in range(4000)])
+        assert shares.mean().item() == pytest.approx(0.5, abs=0.03)
+        assert shares.var().item() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.08)
+    config = Config(mixup=1.0, cutmix=1.0)
+    without_a_box = sum(draw_mixing(config, 32, 32, seed).box is None for seed in range(1000))
+    assert without_a_box == pytest.approx(500, abs=60)
+    assert draw_mixing(Config(), 32, 32, 0) is None

@@ -37,6 +37,8 @@ CHARTS = {
     "train_top1": "accuracy/train", "test_top1": "accuracy/test", "valid_top1": "accuracy/valid",
     "test_top1_best_seen": "accuracy/test_best_seen", "valid_top1_best_seen": "accuracy/valid_best_seen",
     "train_loss": "loss/train", "test_loss": "loss/test", "valid_loss": "loss/valid",
+    "test_ema_top1": "accuracy/test_ema", "valid_ema_top1": "accuracy/valid_ema",
+    "test_ema_loss": "loss/test_ema", "valid_ema_loss": "loss/valid_ema",
 }  # fmt: skip
 
 
@@ -218,6 +220,8 @@ def epoch_line(state: TrainingState, metrics: dict[str, float], times: dict[str,
     for name in ("test", "valid"):
         if f"{name}_top1" in metrics:
             parts += [f"{name} loss {metrics[f'{name}_loss']:.3f}", f"{name} accuracy {metrics[f'{name}_top1']:.1%}"]
+        if f"{name}_ema_top1" in metrics:
+            parts.append(f"{name} accuracy of the averaged weights {metrics[f'{name}_ema_top1']:.1%}")
     if state.policies.learns and "entropy" in metrics:
         parts.append(f"entropy {metrics['entropy'] / state.policies.largest_entropy:.1%}")
     if metrics.get("skipped_steps"):

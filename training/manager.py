@@ -305,6 +305,8 @@ def save_model(path: Path, state: TrainingState, classes: tuple[str, ...]) -> No
         "epoch": state.epoch,
         "config": plain_values(state.config),
     }
+    if state.ema:
+        content["ema"] = state.ema.model.state_dict()
     if state.policies.learns:
         content["controller"] = state.policies.controller.state_dict()
     save_tensors(path, content)

@@ -1,4 +1,4 @@
-"""Everything that changes during training, saved and restored together; and the teacher, which is part of it."""
+"""Everything that changes during training, saved and restored together; and averages of the weights, a part of it."""
 
 import contextlib
 import copy
@@ -38,14 +38,17 @@ class EpochTotals:
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "other": 0.0})  # wall-clock time
 
 
-class Teacher:
-    """The moving average of the network's weights and BatchNorm statistics, without gradient.
+class WeightAverage:
+    """A moving average of the network's weights and BatchNorm statistics, without gradient: to be scored (the setting
+    `ema`), or as a teacher (`reward`, `keep_by`). Where their rates are equal, one object is both.
 
     Rewarded for the network's loss alone, an adversary may find operations that leave nothing to recognise. The teacher
     loses on those as much as the network does: its loss, subtracted from the reward, makes them worthless (Suzuki,
-    "TeachAugment", CVPR 2022). Like the network it judges in training mode, by the statistics of the batch: otherwise
-    most of the difference between the two would be BatchNorm's. torch.optim.swa_utils.AveragedModel averages as well,
-    but uploads its step count at every update, for which the host waits.
+    "TeachAugment", CVPR 2022). Like the network a teacher judges in training mode, by the statistics of the batch:
+    otherwise most of the difference between the two would be BatchNorm's.
+
+    torch.optim.swa_utils.AveragedModel averages as well, but uploads its step count at every update, for which the host
+    waits.
 
     model: the average; network: the same as called, on all devices of this process.
 
@@ -97,7 +100,8 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     policies: PolicySource
-    teacher: Teacher | None
+    teacher: WeightAverage | None
+    ema: WeightAverage | None
     normalise: Normalise
     monitor: FiniteMonitor
     epoch_totals: EpochTotals
@@ -112,7 +116,10 @@ class TrainingState:
     def start(cls, config: Config, world: World, model: nn.Module) -> "TrainingState":
         optimizer = build_optimizer(model, config, fused=world.device.type != "cpu")
         amp_dtype = getattr(torch, config.amp_dtype)
-        teacher = Teacher(model, config.teacher_rate, world, amp_dtype) if config.has_teacher else None
+        teacher = WeightAverage(model, config.teacher_rate, world, amp_dtype) if config.has_teacher else None
+        ema = teacher if teacher and config.ema == teacher.rate else None
+        if config.ema and not ema:
+            ema = WeightAverage(model, config.ema, world, amp_dtype)
         scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp and config.amp_dtype == "float16")
         policies, normalise = build_policies(config), Normalise(config, world.device)
         trained = world.wrap(model, amp_dtype, config.image_size)
@@ -121,8 +128,14 @@ class TrainingState:
         totals = EpochTotals(torch.zeros(2, dtype=torch.float64, device=world.device))
         monitor, parts = FiniteMonitor(world.device), world.split_batch(config.batch_size, config.accumulate)
         return cls(
-            config, world, model, trained, optimizer, scaler, policies, teacher, normalise, monitor, totals, parts
+            config, world, model, trained, optimizer, scaler, policies, teacher, ema, normalise, monitor, totals, parts
         )
+
+    @property
+    def averages(self) -> dict[str, WeightAverage]:
+        """The different averages of the weights, by the name under which they are saved."""
+        own_ema = None if self.ema is self.teacher else self.ema
+        return {name: average for name, average in (("teacher", self.teacher), ("ema", own_ema)) if average}
 
     @property
     def micro_batches(self) -> int:
@@ -165,9 +178,9 @@ class TrainingState:
         self.require_finite()
         where = f"after epoch {self.epoch}, step {self.step}"
         self.world.require_equal(f"{where}: the weights", lambda: digest(list(self.model.parameters())))
-        if self.teacher:
-            averages = list(self.teacher.model.parameters())
-            self.world.require_equal(f"{where}: the teacher", lambda: digest(averages))
+        for name, average in self.averages.items():
+            parameters = list(average.model.parameters())
+            self.world.require_equal(f"{where}: the {name}", lambda parameters=parameters: digest(parameters))
         self.world.require_equal(f"{where}: the policies", lambda: digest(self.policies.state_dict()))
         loss_sums = self.policies.loss_sums
         own = {
@@ -178,7 +191,8 @@ class TrainingState:
             "teacher_sum_M": loss_sums.teacher_sum_M.cpu(),
             "reward_sum_M": loss_sums.reward_sum_M.cpu(),
             "images": loss_sums.images,
-            "teacher_buffers": self.teacher.buffers() if self.teacher else {},
+            "teacher_buffers": {},
+            **{f"{name}_buffers": average.buffers() for name, average in self.averages.items()},
             "loss_and_correct": self.epoch_totals.loss_and_correct.cpu(),
             "copies": self.epoch_totals.copies,
             "skipped": int(self.monitor.skipped),
@@ -195,7 +209,8 @@ class TrainingState:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "policies": self.policies.state_dict(),
-            "teacher": self.teacher and self.teacher.state_dict(),
+            "teacher": None,
+            **{name: average.state_dict() for name, average in self.averages.items()},
             "ranks": self.world.gather(own),
         }
 
@@ -219,9 +234,8 @@ class TrainingState:
             self.scaler.load_state_dict(saved["scaler"])
             self.policies.load_state_dict(saved["policies"])
             self.policies.loss_sums = LossSums(*(own[name] for name in LossSums._fields))
-            of_teacher = saved["teacher"], own["teacher_buffers"]
-            if self.teacher:
-                self.teacher.load_state_dict(*of_teacher)
+            for name, average in self.averages.items():
+                average.load_state_dict(saved[name], own.get(f"{name}_buffers", {}))
             sums = own["loss_and_correct"].to(self.world.device)
             self.epoch_totals = EpochTotals(sums, own["copies"], **saved["epoch_totals"])
             self.monitor.reset(own["skipped"])
@@ -245,7 +259,6 @@ class TrainingState:
             "teacher_sum_M": sum(rank["teacher_sum_M"] for rank in ranks) / size,
             "reward_sum_M": sum(rank["reward_sum_M"] for rank in ranks) / size,
             "images": sum(rank["images"] for rank in ranks) / size,
-            "teacher_buffers": {},
             "loss_and_correct": torch.zeros(2, dtype=torch.float64),
             "copies": 0,
             "skipped": 0,

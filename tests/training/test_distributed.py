@@ -168,7 +168,7 @@ def train_ranks(tmp_path):
 
 
 def test_two_processes_train_as_one_with_two_micro_batches(train, train_ranks):
-    settings = ("policy_interval=3", "controller_lr=0.05")
+    settings = ("policy_interval=3", "controller_lr=0.05", "mixup=0.4", "cutmix=1", "ema=0.9")
     one, two = train("one", "accumulate=2", *settings), train_ranks(2, "two", *settings)
     for ours, theirs in zip(lines(two / "metrics.jsonl"), lines(one / "metrics.jsonl"), strict=True):
         for name in ("train_loss", "train_top1", "lr", "entropy"):
@@ -176,16 +176,17 @@ def test_two_processes_train_as_one_with_two_micro_batches(train, train_ranks):
     for ours, theirs in zip(lines(two / "policies.jsonl"), lines(one / "policies.jsonl"), strict=True):
         assert ours["policies"] == theirs["policies"]
         assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-5)
-    weights, expected = (load_tensors(run / "model.pt")["model"] for run in (two, one))
-    assert weights.keys() == expected.keys()
-    for name in weights:
-        if "running" not in name and "tracked" not in name:  # each process has statistics of its own images
-            torch.testing.assert_close(weights[name], expected[name], atol=1e-5, rtol=1e-4)
+    for kind in ("model", "ema"):
+        weights, expected = (load_tensors(run / "model.pt")[kind] for run in (two, one))
+        assert weights.keys() == expected.keys()
+        for name in weights:
+            if "running" not in name and "tracked" not in name:  # each process has statistics of its own images
+                torch.testing.assert_close(weights[name], expected[name], atol=1e-5, rtol=1e-4)
     assert len(list(two.glob("events*"))) == 1
 
 
 # Noise in the network, and intervals that end in the middle of epochs: state that each process has of its own.
-DEMANDING = ("dropout=0.1", "policy_interval=3", "controller_lr=0.05")
+DEMANDING = ("dropout=0.1", "policy_interval=3", "controller_lr=0.05", "mixup=0.4", "cutmix=1", "ema=0.9")
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
@@ -228,8 +229,8 @@ PHOTOGRAPHS = ("dataset=imagenet", "image_size=32", "eval_view=[36,32]", "crop_p
 
 @pytest.mark.slow
 def test_two_processes_stream_the_images_that_one_does(script, photographs, tmp_path):
-    """With all operations, so that images are paired; without a resumption, and with one."""
-    said = ("--dataroot", photographs, "--logdir", tmp_path, "--set", *TINY, *PHOTOGRAPHS)
+    """With all operations, so that images are paired, and mixed; without a resumption, and with one."""
+    said = ("--dataroot", photographs, "--logdir", tmp_path, "--set", *TINY, *PHOTOGRAPHS, "mixup=0.4", "cutmix=1")
     assert script("main.py", "--name", "one", *said, "accumulate=2").status == 0
     all_well(scripts_on_ranks(2, "main.py", "--name", "two", *said))
     all_well(scripts_on_ranks(2, "main.py", "--name", "parts", "--stop_epoch", 1, *said))

@@ -1,19 +1,34 @@
-"""The teacher: an average of the network, its say in the reward, and the collapse that it prevents."""
+"""Averages of the network's weights: scored, or as a teacher, its say in the reward and the collapse it prevents."""
 
 import copy
 import itertools
+import json
 from collections import Counter
 
 import pytest
 import torch
-from conftest import ALONE, LITTLE, TINY, Unkept, files, final_state, lines, little_network, same, scripts_on_ranks
+from conftest import (
+    ALONE,
+    LITTLE,
+    TINY,
+    Unkept,
+    assert_refused,
+    files,
+    final_state,
+    lines,
+    little_network,
+    same,
+    scripts_on_ranks,
+)
 from torch import nn
 
+import evaluation.weights as weights
 import main
 from config import Config
 from datasets.splits import ResidentSplit
 from policies.sources import RandomPolicies, Reward
-from training.state import Teacher, TrainingState
+from training.state import TrainingState, WeightAverage
+from utils import load_tensors
 
 
 def network():
@@ -24,7 +39,7 @@ def network():
 def test_the_teacher_averages_weights_and_statistics(rate):
     torch.manual_seed(0)
     model = network()
-    teacher, expected = Teacher(model, rate, ALONE), copy.deepcopy(model.state_dict())
+    teacher, expected = WeightAverage(model, rate, ALONE), copy.deepcopy(model.state_dict())
     for step in range(1, 30):
         with torch.no_grad():
             for value in model.state_dict().values():
@@ -100,6 +115,9 @@ def test_a_resumed_run_with_a_teacher_is_the_uninterrupted_one(train, monkeypatc
         "keep_by=margin",
         "entropy_floor=0.99",
         "entropy_floor_end=0.8",
+        "ema=0.9",
+        "mixup=0.4",
+        "cutmix=1",
     )
     whole = train("whole", *demanding)
     train("parts", *demanding, "--stop_epoch=1")
@@ -112,6 +130,51 @@ def test_a_resumed_run_with_a_teacher_is_the_uninterrupted_one(train, monkeypatc
     plain = train("plain", *demanding[1 : 4 + len(LITTLE)])
     assert "teacher_losses" not in lines(plain / "policies.jsonl")[0]
     assert files(plain, "policies.jsonl") != files(whole, "policies.jsonl")
+
+
+def test_the_average_is_the_teacher_where_their_rates_agree():
+    def averages(**settings):
+        config = Config(model="wresnet10_1", policy="controller", **settings)
+        state = TrainingState.start(config, ALONE, batchnorm_network())
+        return state.teacher, state.ema, list(state.averages)
+
+    teacher, ema, saved = averages(reward="teacher", teacher_rate=0.99, ema=0.99)
+    assert teacher is ema
+    assert saved == ["teacher"]
+    teacher, ema, saved = averages(reward="teacher", teacher_rate=0.99, ema=0.9)
+    assert (teacher.rate, ema.rate, saved) == (0.99, 0.9, ["teacher", "ema"])
+    assert averages(ema=0.9)[0] is None
+    assert averages() == (None, None, [])
+
+
+@pytest.mark.parametrize("settings", [(), ("reward=teacher", "teacher_rate=0.7")])
+def test_averaged_weights_are_logged_saved_and_scored(train, script, monkeypatch, settings):
+    """And change nothing else: neither the weights nor the policies."""
+    monkeypatch.setattr(main, "build_model", little_network)
+    run = train("averaged", "ema=0.7", "eval_every=1", *LITTLE[1:], *settings)
+    plain = train("plain", "eval_every=1", *LITTLE[1:], *settings)
+    content, before = load_tensors(run / "model.pt"), load_tensors(plain / "model.pt")
+    assert same(content["model"], before["model"])
+    assert files(run, "policies.jsonl") == files(plain, "policies.jsonl")
+    assert "ema" not in before
+    state = final_state(run)
+    assert same(content["ema"], state["teacher" if settings else "ema"]["model"])
+    assert not same(content["ema"], content["model"])
+    monkeypatch.setattr(weights, "build_model", little_network)
+    done = script("evaluate.py", "--checkpoint", run)
+    assert done.status == 0, done.err
+    assert "averaged weights" in done.out
+    last = lines(run / "metrics.jsonl")[-1]
+    for name, key in (("results.json", "test_top1"), ("results-ema.json", "test_ema_top1")):
+        (cell,) = json.loads((run / name).read_text())["benchmarks"]["clean"]["cells"]
+        assert cell["top1"] == last[key]
+        (run / name).unlink()
+    assert script("evaluate.py", "--checkpoint", run, "--ema").status == 0
+    assert (run / "results-ema.json").exists()
+    assert not (run / "results.json").exists()
+    assert script("evaluate.py", "--checkpoint", run, "--no-ema", "--output", run / "other.json").status == 0
+    assert not (run / "other-ema.json").exists()
+    assert_refused(script("evaluate.py", "--checkpoint", plain, "--ema"), "holds no averaged weights; leave it out")
 
 
 def test_two_processes_with_a_teacher_resume_exactly(tmp_path, monkeypatch):

@@ -255,7 +255,7 @@ def _new_scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tenso
         if len(views) == MOST_VIEWS or len(flat.get(name, ())) < size:
             views.clear()  # they would keep what is too small now
         if name not in flat or len(flat[name]) < size:
-            flat[name] = torch.empty(size, dtype=dtype)
+            flat[name] = torch.empty(size + size // 4, dtype=dtype)  # groups vary in size
         return views.setdefault((name, shape), flat[name][:size].view(shape))
 
 

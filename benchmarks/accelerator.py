@@ -378,7 +378,7 @@ def rates(work: augment.Work, side: int, way: str, repeats: int) -> tuple[str, d
     ways = {name: ways[name] for name in (augment.OURS, augment.PILLOW, way)}
     copies = len(work.copies_BCHW)
     rows = augment.measure(side, "operations", ways, copies, repeats, work.copies_BCHW.device)
-    measured = {row.way: {"copies_per_second": row.images_per_second, "to_pillow": row.to_pillow} for row in rows}
+    measured = {row.way: {"copies_per_second": row.images_per_second, "to_pillow": row.to_reference} for row in rows}
     words = "; ".join(f"{row.way} {row.images_per_second.median:,.0f}/s" for row in rows)
     return words, {"side": side, "copies": copies, "ways": measured}
 

@@ -13,6 +13,12 @@ and normalised      the same, to normalised float32 in the channels_last memory 
 all, shared crops   from N images: draws, copies, crop and flip (the same for all copies of an image), operations,
                     normalisation, Cutout
 all, own crops      the same, with a crop and flip for each copy
+transforms          for other training loops (parts/transforms.py): `Augment`, which draws a plan for each batch,
+                    compared with `apply` on plans that are ready; RandAugment from here, from torchvision in a
+                    DataLoader's worker processes, and from kornia
+
+All of it runs in a process with the system's own allocator, as other people's programs do; main.py's processes keep
+freed memory, which makes large results cheaper.
 
 The images are the embedded shapes, enlarged where needed; policies and draws are random, as in training.
 """
@@ -23,9 +29,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from measuring import Spread, count, in_turn, parse, parser, publish, ratios
+from measuring import Spread, count, count_or_none, in_turn, parse, parser, publish, ratios
 from parts import libraries
 from parts.perimage import Operation, PillowPipeline, run
+from parts.transforms import READY, transforms
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as on_pillow
@@ -59,13 +66,16 @@ class Work(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One way to do some work on images of this size: its rate, also as a multiple of Pillow's."""
+    """One way to do some work on images of this size: its rate, and that as a multiple of the reference's.
+
+    The reference is Pillow or, among transforms, `apply` with a plan that is ready.
+    """
 
     size: int
     work: str
     way: str
     images_per_second: Spread
-    to_pillow: Spread
+    to_reference: Spread
 
 
 def main() -> None:
@@ -73,13 +83,14 @@ def main() -> None:
     arguments.add_argument("--sizes", type=count, nargs="+", default=[32, 224], help="sides of the images, in pixels")
     arguments.add_argument("--images", type=count, nargs="+", default=[128, 32], help="N for each of the sizes")
     arguments.add_argument("--M", type=count, default=8)
+    arguments.add_argument("--workers", type=count_or_none, default=2, help="of the DataLoader with torchvision's")
     arguments.set_defaults(threads=1)
     args = parse(arguments)
     if len(args.sizes) != len(args.images) or len(set(args.sizes)) < len(args.sizes):
         raise UserError(f"--images: needs a number for each of --sizes, {args.sizes}, all of them different")
     if max(args.images) > COUNTS["train"]:
         raise UserError(f"--images: {max(args.images)} is more than the {COUNTS['train']} shapes there are")
-    with join(args.device) as world:
+    with join(args.device, keep_memory=False) as world:
         measure_all(args, world.device)
 
 
@@ -94,8 +105,10 @@ def measure_all(args: argparse.Namespace, device: torch.device) -> None:
         group = min(N * args.M, max(2, N * args.M // len(OPS)))  # about as many as share an operation in a plan
         for name in PAPER_OPS:
             alone += measure(size, name, of_one(work, name, group), group, *how)
+        transformed = measure(size, "transforms", transforms(work.copies_BCHW, device, args.workers), N * args.M, *how)
         tables += [works_table(size, N, args.M, rows), operations_table(size, group, alone)]
-        measured["rows"] += [row._asdict() for row in rows + alone]
+        tables.append(transforms_table(size, N * args.M, transformed))
+        measured["rows"] += [row._asdict() for row in rows + alone + transformed]
     publish(args, tables, measured)
 
 
@@ -261,19 +274,29 @@ def of_one(work: Work, name: str, group: int) -> Ways:
 
 def measure(size: int, work: str, ways: Ways, images: int, repeats: int, device: torch.device) -> list[Row]:
     seconds = in_turn(ways, repeats, device)
+    reference = PILLOW if PILLOW in seconds else READY
     return [
-        Row(size, work, way, Spread.of(took).per_second(images), ratios(seconds[PILLOW], took))
+        Row(size, work, way, Spread.of(took).per_second(images), ratios(seconds[reference], took))
         for way, took in seconds.items()
     ]
 
 
 def works_table(size: int, N: int, M: int, rows: list[Row]) -> Table:
     cells = []
-    for _, work, way, rate, to_pillow in rows:
+    for _, work, way, rate, to_reference in rows:
         microseconds = f"{1e6 / rate.median:,.1f}"
-        cells.append((work, way, rate.describe(), microseconds, to_pillow.describe(".2f")))
+        cells.append((work, way, rate.describe(), microseconds, to_reference.describe(".2f")))
     title = f"{size}x{size}, N = {N} images, M = {M}: copies per second; medians (lowest to highest)"
     return Table(title, ("work", "way", "images/s", "us/image", "times Pillow's"), cells)
+
+
+def transforms_table(size: int, B: int, rows: list[Row]) -> Table:
+    cells = [
+        (way, rate.describe(), f"{1e6 / rate.median:,.1f}", f"{1 / speed.median:.3f}")
+        for _, _, way, rate, speed in rows
+    ]
+    header = ("transform", "images/s", "us/image", "time, of a ready plan's")
+    return Table(f"{size}x{size}, {B:,} images at a time: transforms for other training loops", header, cells)
 
 
 def operations_table(size: int, group: int, rows: list[Row]) -> Table:

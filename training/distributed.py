@@ -187,14 +187,17 @@ class AsyncMax:
 
 
 @contextlib.contextmanager
-def join(device_name: str | None) -> Iterator[World]:
-    """Connect to the other processes of the run, if there are any, each on its own device. Raises UserError."""
+def join(device_name: str | None, *, keep_memory: bool = True) -> Iterator[World]:
+    """Connect to the other processes of the run, if there are any, each on its own device. Raises UserError.
+
+    keep_memory: on the CPU, see `keep_freed_memory`.
+    """
     size = _number("WORLD_SIZE", 1)
     local_rank = _number("LOCAL_RANK", 0)
     devices = _devices(device_name, local_rank, alone="LOCAL_RANK" not in os.environ)
     if devices[0].type == "cuda":
         torch.cuda.set_device(devices[0])
-    else:
+    elif keep_memory:
         keep_freed_memory()
     if size == 1 and not dist.is_torchelastic_launched():
         yield World(devices)

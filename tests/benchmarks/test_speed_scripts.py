@@ -77,21 +77,24 @@ def test_scoring_is_measured(benchmark):
 
 
 def test_augmentation_is_compared_with_others(benchmark):
-    few = ("--sizes", 32, 80, "--images", 4, 2, "--M", 2, "--repeats", 2)
+    few = ("--sizes", 32, 80, "--images", 4, 2, "--M", 2, "--repeats", 2, "--workers", 0)
     table, measured = benchmark(augment, *few)
     assert measured["N"] == {"32": 4, "80": 2}
     ours, pillow, torchvision = "batched, here", "per image, Pillow", "groups, torchvision"
     works = ["operations", "and normalised", "all, shared crops", "all, own crops", *(op.name for op in OPS[:16])]
     for size, expected in ((32, works), (80, works[:2] + works[4:])):
         rows = {(row["work"], row["way"]): row for row in measured["rows"] if row["size"] == size}
-        assert {work for work, _ in rows} == set(expected)
+        assert {work for work, _ in rows} == {*expected, "transforms"}
+        assert rows["transforms", "apply, the plan is ready"]["to_reference"] == [1.0, 1.0, 1.0]
+        transforms = {way for work, way in rows if work == "transforms"}
+        assert {"Augment", "RandAugment: torchvision, image by image, no workers"} < transforms
         for work in expected:
-            assert rows[work, pillow]["to_pillow"] == [1.0, 1.0, 1.0]
+            assert rows[work, pillow]["to_reference"] == [1.0, 1.0, 1.0]
             rates = {way: rows[work, way]["images_per_second"][0] for way in (ours, pillow)}
             assert min(rates.values()) > 0
-            low, high = rows[work, ours]["to_pillow"][1:]
-            assert low <= rows[work, ours]["to_pillow"][0] <= high
-            assert work.startswith("all") or rows[work, torchvision]["to_pillow"][0] > 0
+            low, high = rows[work, ours]["to_reference"][1:]
+            assert low <= rows[work, ours]["to_reference"][0] <= high
+            assert work.startswith("all") or rows[work, torchvision]["to_reference"][0] > 0
             if work in works[:4]:
                 shown = [row for row in rows_of(table, work, ours) if row[2].split()[0] == f"{rates[ours]:,.0f}"]
                 assert shown, (work, rates)

@@ -1,22 +1,33 @@
 """What the README and the pages of docs/ show works, and what they name exists."""
 
+import math
 import re
 
 import pytest
 import torch
 from conftest import ROOT
 
+from augmentations import OPS, Augment, read_operation
 from benchmarks.cost import published_confs
 from config import Config
+from dataloader import Normalise
+from models import build_model
 from policies import build_policies
+from utils import load_tensors
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = {path.name: path.read_text(encoding="utf-8") for path in PAGES}
 
 
+def example(page, words):
+    """The one block of Python on the page that contains the words."""
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", TEXT[page], re.DOTALL) if words in code]
+    return code
+
+
 def test_the_operations_work_in_the_training_loop_shown():
-    (code,) = re.findall(r"```python\n(.*?)```", TEXT["README.md"], re.DOTALL)
+    code = example("README.md", "Augment()")
     torch.manual_seed(0)
     images = torch.randint(256, (32, 3, 16, 16), dtype=torch.uint8)
     labels = torch.arange(32) % 2
@@ -29,6 +40,60 @@ def test_the_operations_work_in_the_training_loop_shown():
     assert torch.isfinite(scope["loss"])
     assert scope["images"].dtype == torch.uint8
     assert not torch.equal(scope["images"], images)
+
+
+def test_published_lists_are_converted_as_their_projects_apply_them(tmp_path, monkeypatch):
+    code = example("policies.md", "def from_autoaugment")
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(code, scope)
+    assert len(Augment.from_file("theirs.json").plan(4, (8, 8)).op_BK) == 4
+    numbers = dict.fromkeys(("AutoContrast", "Invert", "Equalize"), 0)
+    for m in (0, 1, 2, 4, 6.5):  # AutoAugment: a share of the largest value, whole pixels, degrees and thresholds
+        expected = dict.fromkeys(("ShearX", "ShearY"), 0.03 * m)
+        expected |= {name: int(m) / 32 for name in ("TranslateX", "TranslateY")}
+        expected |= dict.fromkeys(("Contrast", "Color", "Brightness", "Sharpness"), 0.1 + 0.18 * m) | numbers
+        expected |= {"Rotate": int(3 * m), "Cutout": int(2 * m) / 32 if m <= 3 else None}
+        for name, magnitude in expected.items():
+            if magnitude is not None:
+                assert converted(scope["from_autoaugment"], name, m) == pytest.approx(magnitude, abs=1e-9), (name, m)
+        assert math.ceil(converted(scope["from_autoaugment"], "Solarize", m)) == 256 - int(25.6 * m)
+    for m in (0, 1, 2):
+        assert int(converted(scope["from_autoaugment"], "Posterize", m)) == 4 - int(0.4 * m)
+    for m in (0, 0.2, 0.5, 0.83, 1):  # Fast AutoAugment: low + m (high - low)
+        for name, low, high in (
+            *((name, -0.3, 0.3) for name in ("ShearX", "ShearY")),
+            *((name, -0.45, 0.45) for name in ("TranslateX", "TranslateY")),
+            *((name, 0.1, 1.9) for name in ("Contrast", "Color", "Brightness", "Sharpness")),
+            *(("Rotate", -30, 30), ("Solarize", 0, 256), ("Posterize", 4, 8), ("Cutout", 0, 0.2)),
+        ):
+            theirs = low + m * (high - low)
+            assert converted(scope["from_fast_autoaugment"], name, m) == pytest.approx(abs(theirs), abs=1e-9), (name, m)
+
+
+def converted(convert, name, magnitude):
+    """The strength that a converted operation has here, without its sign."""
+    file = convert([[(name, 0.25, magnitude)]])
+    ((((row, level, probability),),),) = [
+        [[read_operation(one, file["levels"]) for one in sub] for sub in policy] for policy in file["policies"]
+    ]
+    assert (OPS[row].name, probability) == (name, 0.25)
+    return OPS[row].magnitude(level, file["levels"])
+
+
+def test_a_model_is_wrapped_for_robustbench_as_shown(train):
+    code = example("robustness.md", "torch.hub")
+    assert len(code.splitlines()) <= 15
+    run = train("wrapped", "mean=[0.4, 0.5, 0.6]", "epochs=1", "eval_every=1")
+    scope = {}
+    exec(code.replace("logs/wresnet40x2_cifar10_0", str(run)).replace('load("."', f"load({str(ROOT)!r}"), scope)
+    images = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8)
+    normalise = Normalise(Config(dataset="shapes", image_size=16, mean=(0.4, 0.5, 0.6)), torch.device("cpu"))
+    network = build_model("wresnet10_1", 10).eval()
+    network.load_state_dict(load_tensors(run / "model.pt")["model"])
+    with torch.no_grad():
+        expected, ours = network(normalise(images)), scope["model"](images / 255)
+    torch.testing.assert_close(ours, expected)
 
 
 def test_the_file_of_policies_shown_can_be_used(tmp_path):

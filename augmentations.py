@@ -64,6 +64,20 @@ class Plan(NamedTuple):
     bilinear: bool = False
 
 
+def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Plans are made and read on the CPU, also where torch.set_default_device names another device."""
+
+    @functools.wraps(function)
+    def with_cpu_as_default(*args: Any, **options: Any) -> Any:
+        if torch.get_default_device().type == "cpu":
+            return function(*args, **options)
+        with torch.device("cpu"):
+            return function(*args, **options)
+
+    return with_cpu_as_default
+
+
+@_on_cpu
 def apply(images_BCHW: Tensor, plan: Plan, others: Tensor | None = None) -> Tensor:
     """Execute `plan` on a uint8 batch; returns a new uint8 batch of the same shape on the same device.
 
@@ -924,6 +938,7 @@ class Augment(nn.Module):
     PIL images are refused, because Pillow is not needed here; `v2.PILToTensor()` converts them. Raises ValueError.
     """
 
+    @_on_cpu
     def __init__(
         self,
         policies: Sequence[Any] | None = None,
@@ -974,10 +989,9 @@ class Augment(nn.Module):
     def forward(self, images: Tensor, *others: Any) -> Any:
         """The augmented images, like `images`; with `others`, a tuple of them and the others."""
         if not isinstance(images, Tensor):
-            raise ValueError(
-                f"Augment takes tensors, not {type(images).__name__}; put torchvision.transforms.v2.PILToTensor() "
-                "before it"
-            )
+            is_pillow = type(images).__module__.startswith("PIL.")
+            remedy = "put torchvision.transforms.v2.PILToTensor() before it" if is_pillow else "call it on the images"
+            raise ValueError(f"Augment takes tensors, not {type(images).__name__}; {remedy}")
         for other in others:
             if isinstance(other, Tensor) and type(other) is not Tensor:
                 raise ValueError(
@@ -988,6 +1002,7 @@ class Augment(nn.Module):
             result = result.as_subclass(type(images))
         return (result, *others) if others else result
 
+    @_on_cpu
     def plan(self, B: int, size: tuple[int, int]) -> Plan:
         """Draws the operations on B images of (H, W)."""
         draws = self._generator()
@@ -1032,10 +1047,10 @@ class Augment(nn.Module):
                 f"Augment takes uint8 images, not {images.dtype}; put it before ToDtype, or for floats in 0..1 set "
                 "float_images='round'"
             )
-        bytes_BCHW = (images.float() * 255).round_()
-        if images.device.type == "cpu" and not ((bytes_BCHW >= 0) & (bytes_BCHW <= 255)).all():
+        rounded_BCHW = (images.float() * 255).round_()
+        if images.device.type == "cpu" and not ((rounded_BCHW >= 0) & (rounded_BCHW <= 255)).all():
             raise ValueError("Augment takes floats in 0..1; divide bytes by 255, and normalise afterwards")
-        return (self.transform(bytes_BCHW.clamp_(0, 255).to(torch.uint8)) / 255).to(images.dtype)
+        return (self.transform(rounded_BCHW.clamp_(0, 255).to(torch.uint8)) / 255).to(images.dtype)
 
 
 class _SubPolicies(NamedTuple):

@@ -96,6 +96,14 @@ def test_a_batch_in_compose_keeps_its_labels():
         Augment()(images(), tv_tensors.Mask(images()[:, 0]))
 
 
+def test_a_default_device_changes_nothing():
+    expected = Augment(SUBPOLICIES, generator=seeded())(images())
+    batch = images()
+    with torch.device("meta"):
+        augmented = Augment(SUBPOLICIES, generator=seeded())(batch)
+    assert torch.equal(augmented, expected)
+
+
 class Augmented(Dataset):
     def __init__(self, transform):
         self.transform = transform
@@ -140,6 +148,7 @@ def test_floats_are_rounded_to_bytes_and_returned_as_floats(dtype):
 
 
 BAD_IMAGES = {
+    "a sample": ({}, {"image": images()}, "takes tensors, not dict; call it on the images"),
     "floats": ({}, images().float() / 255, "set float_images='round'"),
     "floats of bytes": ({"float_images": "round"}, images().float(), "takes floats in 0..1; divide bytes by 255"),
     "not a number": ({"float_images": "round"}, torch.full((2, 3, 8, 8), torch.nan), "takes floats in 0..1"),

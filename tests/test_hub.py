@@ -1,11 +1,10 @@
 """torch.hub's entry points, loaded from this folder as torch.hub loads them."""
 
 import http.server
-import inspect
-import subprocess
 import sys
 import threading
 from functools import partial
+from types import ModuleType
 
 import pytest
 import torch
@@ -42,8 +41,9 @@ def test_every_network_is_listed_and_built():
     assert set(hubconf.NETWORKS) <= set(dir(hubconf)), "torch.hub.list lists what dir does"
     for name in hubconf.NETWORKS:
         with torch.device("meta"):
-            ours, expected = load(name, num_classes=3).state_dict(), build_model(name, 3).state_dict()
-        assert {key: value.shape for key, value in ours.items()} == {key: v.shape for key, v in expected.items()}
+            *_, last = load(name, num_classes=3).parameters()
+        assert last.shape == (3,)
+    assert [p.shape for p in load("allconv").parameters()] == [p.shape for p in build_model("allconv", 10).parameters()]
 
 
 def test_weights_are_read_from_a_file(saved):
@@ -92,18 +92,10 @@ def test_mistakes_are_named(saved, tmp_path):
         load("wresnet28_11")
 
 
-def test_modules_of_another_project_are_not_taken_for_ours(tmp_path):
-    (tmp_path / "models.py").write_text("theirs = 1\n")
-    program = """
-        import sys, torch, models
-        repo = sys.argv[1]
-        torch.hub.load(repo, "augment", source="local")
-        try:
-            torch.hub.load(repo, "allconv", source="local")
-        except ValueError as error:
-            print(error)
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", inspect.cleandoc(program), str(ROOT)], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert "models.py is in use as 'models', a name that this project needs" in done.stdout, done.stderr
+def test_modules_of_another_project_are_not_taken_for_ours(monkeypatch):
+    theirs = ModuleType("models")
+    theirs.__file__ = "/elsewhere/models.py"
+    monkeypatch.setitem(sys.modules, "models", theirs)
+    assert type(load("augment")) is Augment, "it needs one module only"
+    with pytest.raises(ValueError, match=r"models\.py is in use as 'models', a name that this project needs"):
+        load("allconv")

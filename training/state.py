@@ -234,8 +234,9 @@ class TrainingState:
             self.scaler.load_state_dict(saved["scaler"])
             self.policies.load_state_dict(saved["policies"])
             self.policies.loss_sums = LossSums(*(own[name] for name in LossSums._fields))
+            averages = {"teacher": saved["teacher"], "ema": saved.get("ema")}
             for name, average in self.averages.items():
-                average.load_state_dict(saved[name], own.get(f"{name}_buffers", {}))
+                average.load_state_dict(averages[name], own.get(f"{name}_buffers", {}))
             sums = own["loss_and_correct"].to(self.world.device)
             self.epoch_totals = EpochTotals(sums, own["copies"], **saved["epoch_totals"])
             self.monitor.reset(own["skipped"])

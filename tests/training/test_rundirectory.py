@@ -30,7 +30,7 @@ from utils import environment
         (["--resume", "--overwrite"], ["--resume and --overwrite exclude each other"]),
         (["--resume"], ["there is no run to resume"]),
         (["--set", "dataset=folder", "--dataroot", "/nowhere"], ["/nowhere: holds no folder train"]),
-        (["--set", "model=resnet9000"], ["--set: model: the depth of a ResNet is 50,", "not 9000"]),
+        (["--set", "model=resnet9000"], ["--set: model: the depth of a ResNet is 18,", "not 9000"]),
         (["--logdir", "caf\udce9"], ["--logdir 'caf\\udce9': is not encoded in UTF-8; choose another name"]),
         (["--set", "compile=true", "--device", "cpu"], ["compile: needs a C++ compiler, and there is no g+++"]),
         (["--set", "model=resnet50", "batch_size=1", "M=1"], ["resnet50: at 16 pixels", "two copies"]),

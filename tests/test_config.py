@@ -106,9 +106,11 @@ def test_the_network_of_every_conf_takes_a_step(path):
     before = [p.detach().clone() for p in model.parameters()]
     F.cross_entropy(model(torch.randn(2, 3, side, side)), torch.arange(2)).backward()
     torch.optim.SGD(model.parameters(), lr=0.01).step()
+    # BatchNorm takes away what the biases before it add: they have no gradient, up to rounding.
+    biases = {f"{name}.bias" for name, module in model.named_modules() if isinstance(module, torch.nn.Conv2d)}
     for (key, parameter), old in zip(model.named_parameters(), before, strict=True):
         assert parameter.isfinite().all(), key
-        assert not torch.equal(parameter, old), key
+        assert key in biases or not torch.equal(parameter, old), key
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -335,7 +335,7 @@ def test_a_launched_run_that_is_stopped_continues_exactly(tmp_path, whole, numbe
     """torchrun hands on what it gets; from a terminal Ctrl-C reaches all its processes as well."""
     arguments = said(tmp_path, "stopped")
     process = launch("torchrun", free_port(), tmp_path / "strict", *arguments)
-    wait_for(tmp_path / "stopped" / "metrics.jsonl")
+    wait_for(tmp_path / "stopped" / "checkpoints")  # once all processes respond to signals
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
     _, err = process.communicate(timeout=300)
     assert process.returncode != 0

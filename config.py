@@ -220,9 +220,11 @@ class Config:
         for field, floor in zip(OF_CONTROLLER, floors, strict=True):
             yield learns or not floor, field, f"needs policies that learn, policy: controller, not {self.policy}"
         for field in ("mixup", "cutmix"):
-            mixes_labels = getattr(self, field) > 0
-            yield not (mixes_labels and self.jsd), field, "does not go with jsd, which compares copies of one image"
-            yield not mixes_labels or self.batch_size > 1, field, "needs a batch_size of at least 2"
+            yield (
+                not (getattr(self, field) and self.jsd),
+                field,
+                "does not go with jsd, which compares copies of one image",
+            )
         yield self.keep is None or self.keep <= self.M, "keep", f"is more than the M = {self.M} copies of an image"
         yield self.keep is None or not self.jsd, "keep", "does not go with jsd, which compares all M copies of an image"
         yield self.keep_by != "margin" or self.reward == "teacher", "keep_by", "needs a teacher; set reward: teacher"

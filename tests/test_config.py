@@ -230,7 +230,6 @@ def test_a_written_config_reads_back_equal(conf, config):
         ("mixup: 0.2\njsd: 12\npolicy: augmix\ncrop_per_copy: false", ["mixup: 0.2 does not go with jsd"]),
         ("cutmix: 1\njsd: 12\npolicy: augmix\ncrop_per_copy: false", ["cutmix: 1.0 does not go with jsd"]),
         ("cutmix: -1", ["cutmix: -1.0 must be at least 0"]),
-        ("mixup: 1\nbatch_size: 1", ["mixup: 1.0 needs a batch_size of at least 2"]),
         ("keep_by: hardest", ["keep_by: 'hardest' is not one of loss, weighted, random, margin"]),
         ("reward_loss: hinge", ["reward_loss: 'hinge' is not one of cross_entropy, nonsaturating"]),
         ("- a list", ["a conf file holds lines of the form 'setting: value'"]),

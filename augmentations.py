@@ -986,6 +986,7 @@ class Augment(nn.Module):
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
 
+    @_on_cpu
     def forward(self, images: Tensor, *others: Any) -> Any:
         """The augmented images, like `images`; with `others`, a tuple of them and the others."""
         if not isinstance(images, Tensor):

@@ -116,7 +116,7 @@ class TrainLoader:
         partners = [n - n % size + (n - 1) % size for n in part]
         outside = sorted(set(partners) - set(part))  # two at most
         made = [self.inputs(images_NCHW, labels_N, draws, one) for one in (part, *(range(n, n + 1) for n in outside))]
-        inputs_BCHW, labels_B = (torch.cat(parts) for parts in zip(*made, strict=True))
+        inputs_BCHW, labels_B = map(torch.cat, zip(*made, strict=True)) if outside else made[0]
         place = {n: number for number, n in enumerate([*part, *outside])}
         index_N1 = torch.tensor([place[n] for n in partners])[:, None]
         index_B = upload((index_N1 * M + torch.arange(M)).flatten(), labels_B.device)

@@ -56,8 +56,8 @@ def transform(
     Raises ValueError for an unknown name, UserError for a wrong setting.
     """
     if name not in PER_IMAGE:
-        raise ValueError(
-            f"{name!r} is no published augmentation{did_you_mean(name, PER_IMAGE)}: {', '.join(PER_IMAGE)}"
-        )
+        hint = did_you_mean(name, PER_IMAGE) or f"; there are {', '.join(PER_IMAGE)}"
+        raise ValueError(f"{name!r} is no published augmentation{hint}")
     config = Config(**{"policy": name, "M": 1, "crop_padding": 0} | settings)
-    return PublishedTransform(build_policies(config), float_images=float_images, generator=generator)
+    with torch.device("cpu"):  # plans are made there, whatever the default device
+        return PublishedTransform(build_policies(config), float_images=float_images, generator=generator)

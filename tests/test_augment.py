@@ -96,12 +96,18 @@ def test_a_batch_in_compose_keeps_its_labels():
         Augment()(images(), tv_tensors.Mask(images()[:, 0]))
 
 
-def test_a_default_device_changes_nothing():
-    expected = Augment(SUBPOLICIES, generator=seeded())(images())
-    batch = images()
+@pytest.mark.parametrize("name", [None, "randaugment", "augmix"])
+def test_a_default_device_changes_nothing(name):
+    def augmented(batch):
+        transform = Augment(SUBPOLICIES) if name is None else policies.transform(name)
+        transform.generator = draws
+        return transform(batch)
+
+    batch, draws = images(), seeded()
+    expected = augmented(batch)
+    draws = seeded()
     with torch.device("meta"):
-        augmented = Augment(SUBPOLICIES, generator=seeded())(batch)
-    assert torch.equal(augmented, expected)
+        assert torch.equal(augmented(batch), expected)
 
 
 class Augmented(Dataset):
@@ -243,7 +249,9 @@ def test_settings_of_a_published_augmentation_are_its_configs():
     transform = policies.transform("randaugment", randaugment_n=4, randaugment_m=30)
     assert transform.plan(5, (8, 8)).op_BK.shape == (5, 4)
     assert policies.transform("augmix", dataset="imagenet").source.severity == 1
-    with pytest.raises(ValueError, match=r"'trivial' is no published augmentation.*trivialaugment, randaugment"):
+    with pytest.raises(ValueError, match="'trivial' is no published augmentation; did you mean trivialaugment"):
         policies.transform("trivial")
+    with pytest.raises(ValueError, match="'fast' is no published augmentation; there are trivialaugment, randaugment"):
+        policies.transform("fast")
     with pytest.raises(Exception, match="randaugment_m: 31 is not between 0 and 30"):
         policies.transform("randaugment", randaugment_m=31)

@@ -86,6 +86,19 @@ def device(request):
     return torch.device(name or "cuda")
 
 
+@contextlib.contextmanager
+def no_waits(device):
+    """On a GPU, waiting for it raises RuntimeError; the CPU has nothing to wait for."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
     """Plots take half a second each: only tests that ask for `with_axes` draw them."""

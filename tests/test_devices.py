@@ -17,7 +17,7 @@ from subprocess import DEVNULL, PIPE
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LAUNCHERS, ROOT, TINY, Unkept, files, final_state, lines, little_network, same
+from conftest import LAUNCHERS, ROOT, TINY, Unkept, files, final_state, lines, little_network, no_waits, same
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -217,11 +217,8 @@ def test_a_transform_on_the_device_equals_the_cpu(name, device):
     images_BCHW = torch.randint(256, (N, 3, 16, 16), dtype=torch.uint8)
     alike = [TRANSFORMS[name](generator=torch.Generator().manual_seed(1)) for _ in range(2)]
     on_cpu, on_device = alike[0](images_BCHW), images_BCHW.to(device)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits(device):
         augmented_BCHW = alike[1](on_device)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert (augmented_BCHW.cpu().int() - on_cpu.int()).abs().max() <= (1 if name == "augmix" else 0)
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import ALONE, LITTLE, TINY, Unkept, files, final_state, lines, little_network, on_ranks, same
+from conftest import ALONE, LITTLE, TINY, Unkept, files, final_state, lines, little_network, no_waits, on_ranks, same
 from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -96,15 +96,10 @@ def test_a_look_does_not_wait_and_sees_it_in_the_end(device):
     if device.type == "cuda":
         torch.cuda.synchronize()
     assert seen or monitor.look()
-    if device.type != "cuda":
-        return
     note(monitor, 2, 1.0, 1.0)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits(device):
         for _ in range(3):
             monitor.look()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_policies_with_a_bad_loss_are_named():

@@ -231,8 +231,8 @@ class Config:
         yield bool(self.ops), "ops", "must name at least one operation; for none at all, set policy: none"
         yield len(set(self.ops)) == len(self.ops), "ops", "names an operation twice"
         for name in self.ops:
-            unknown = f"names an unknown operation {short_repr(name)}{did_you_mean(name, known)}"
-            yield name in known, "ops", unknown
+            if name not in known:
+                yield False, "ops", f"names an unknown operation {short_repr(name)}{did_you_mean(name, known)}"
 
     def _schedule_rules(self) -> Iterator[tuple[bool, str, str]]:
         """As `_data_rules`, about the optimisation."""

@@ -1,12 +1,14 @@
 """Networks by name: `build_model("wresnet28_10", num_classes=10)`. A new one is a file here and a row of FAMILIES."""
 
+import functools
 import inspect
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from models.augmix import allconv, densenet, resnext
 from models.preactresnet import preactresnet
@@ -55,7 +57,18 @@ def build_model(name: str, num_classes: int, **options) -> nn.Module:
     raise ValueError(f"unknown model {name!r}; there are {', '.join(family.form for family in FAMILIES)}")
 
 
+@functools.cache
 def check_model(name: str, **options) -> None:
-    """Raise what `build_model` would raise for this name and these options, without allocating memory."""
-    with torch.device("meta"):
+    """Raise what `build_model` would raise for this name and these options, without allocating memory.
+
+    Remembered, since a script checks the same network several times, which takes up to half a second.
+    """
+    with torch.device("meta"), _NoDraws():
         build_model(name, num_classes=2, **options)
+
+
+class _NoDraws(TorchFunctionMode):
+    """Leaves weights undrawn: on the meta device they have no values, and drawing them loads hundreds of modules."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None) -> Any:
+        return args[0] if function is Tensor.normal_ else function(*args, **(kwargs or {}))

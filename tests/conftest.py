@@ -46,7 +46,7 @@ DRAW_PLOTS = evaluate.draw_plots
 ALONE = World((torch.device("cpu"),))
 # The smallest run that still has several steps, policies and epochs, with what the demo leaves out.
 TINY = ("model=wresnet10_1", "train_size=40", "batch_size=10", "M=2", "epochs=3", "eval_every=3", "workers=0")
-TINY += ("image_size=16", "crop_padding=4", "cutout=8", "optimizer=sgd", "lr=0.1", "entropy_floor=0")
+TINY += ("image_size=8", "crop_padding=2", "cutout=4", "optimizer=sgd", "lr=0.1", "entropy_floor=0")
 
 # With main.build_model replaced by little_network, a run that is smaller still: 4 steps an epoch, scored on 10 images.
 LITTLE = ("valid_size=10", "dropout=0.1")

@@ -128,14 +128,14 @@ def test_a_single_policy_takes_no_step():
     assert all(torch.equal(value, before[name]) for name, value in controller.state_dict().items())
 
 
-@pytest.mark.parametrize("recurrence", ["policy", pytest.param("subpolicy", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("recurrence", ["policy", "subpolicy"])
 def test_a_rewarded_operation_becomes_dominant(recurrence):
     torch.manual_seed(0)
-    controller = Controller(16, recurrence=recurrence)
-    optimizer = torch.optim.Adam(controller.parameters(), lr=0.005)
+    controller = Controller(16, Q=2, recurrence=recurrence)
+    optimizer = torch.optim.Adam(controller.parameters(), lr=0.01)
     generator = torch.Generator().manual_seed(0)
     rewarded = 3
-    for _ in range(300):
+    for _ in range(150):
         op, level, _, _ = controller.sample(8, generator)
         loss_M = (op == rewarded).float().mean((1, 2))
         reinforce(controller, optimizer, op, level, loss_M, entropy_bonus=1e-5)
@@ -146,7 +146,7 @@ def test_a_rewarded_operation_becomes_dominant(recurrence):
 def test_bounded_logits_bound_every_probability():
     """As above, but no probability leaves what a bound of 1 allows: e^1 / (e^1 + 15 e^-1) at most."""
     torch.manual_seed(0)
-    controller, generator = Controller(16, logit_bound=1.0), torch.Generator().manual_seed(0)
+    controller, generator = Controller(16, Q=2, logit_bound=1.0), torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(controller.parameters(), lr=0.005)
     for _ in range(200):
         op, level, _, _ = controller.sample(8, generator)
@@ -154,7 +154,7 @@ def test_bounded_logits_bound_every_probability():
     op, _, _, entropy = controller.sample(400, generator)
     share, most = (op == 3).float().mean().item(), math.e / (math.e + 15 / math.e)
     assert 0.2 < share < most + 0.03
-    bound = 10 * min_entropy(16, most) + 10 * min_entropy(10, math.e / (math.e + 9 / math.e))
+    bound = 4 * min_entropy(16, most) + 4 * min_entropy(10, math.e / (math.e + 9 / math.e))
     assert entropy.mean() > bound
 
 

@@ -128,7 +128,7 @@ def images_on(device, steps=STEPS):
     return ResidentSplit(images, torch.arange(steps * N) % 10)
 
 
-NETWORKS = ("wresnet10_1", "shakeshake26_2x32d", "pyramid20_12", "resnet50", "resnet50d")
+NETWORKS = ("wresnet10_1", "shakeshake8_2x4d", "pyramid20_12", "resnet18", "resnet50d")
 FLOAT16 = {"amp": True, "amp_dtype": "float16"}
 SETTINGS = [
     *({"policy": policy} for policy in POLICIES),

@@ -145,7 +145,7 @@ def test_state_dicts_of_other_programs_are_scored(script, run, tmp_path, wrap):
     weights = load_tensors(run / "model.pt")["model"]
     torch.save(wrap(weights), tmp_path / "theirs.pth")
     of_demo = ("--load_conf", "confs/demo.yaml")
-    done = script("evaluate.py", "--model", "wresnet10_1", "--weights", tmp_path / "theirs.pth", *of_demo)
+    as_trained = ("--load_conf", "confs/demo.yaml", "--set", "image_size=8")
     assert done.status == 0, done.err
     results = json.loads((tmp_path / "theirs.pth.results.json").read_text())
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
@@ -254,14 +254,14 @@ def corrupted(script, tmp_path, run):
     """A generated corruption set of the embedded test images, cut down to ten of them."""
     folder = tmp_path / "data" / "generated-c-shapes"
     folder.mkdir(parents=True)
-    split, classes = load_test(Config(dataset="shapes", image_size=16), CPU)
+    split, classes = load_test(Config(dataset="shapes", image_size=8), CPU)
     rng = np.random.default_rng(0)
     np.save(folder / "labels.npy", np.tile(split.labels[:10].numpy(), 5))
     for row in CORRUPTIONS:
-        noise = rng.integers(0, 60, (50, 16, 16, 3), dtype=np.uint8)
+        noise = rng.integers(0, 60, (50, 8, 8, 3), dtype=np.uint8)
         np.save(folder / f"{row.name}.npy", noise + 150)
     files = {path.name: sha256_of(path) for path in folder.glob("*.npy")}
-    made = {"test_set": split.fingerprint(), "classes": list(classes), "side": 16, "files": files}
+    made = {"test_set": split.fingerprint(), "classes": list(classes), "side": 8, "files": files}
     (folder / "generated.json").write_text(json.dumps(made))
     return ("evaluate.py", "--checkpoint", run / "model.pt", "--dataroot", folder.parent, "--benchmarks", "generated-c")
 

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import functools
 import io
 import json
 import os
@@ -104,14 +103,6 @@ def test_huge_networks_are_checked_without_their_memory(conf, name):
     assert load_config(conf(f"model: {name}"), {}).model == name
 
 
-@pytest.fixture(scope="module")
-def cached_models():
-    """Most examples name the same few networks: each is checked once."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(config, "check_model", functools.cache(config.check_model))
-        yield
-
-
 def quoted(text):
     return json.dumps(text)  # whose escapes are YAML's
 
@@ -164,7 +155,6 @@ def read_conf(path):
         lambda pairs: "\n".join(map(": ".join, pairs)).encode("utf-8", "surrogatepass")
     )
 )
-@pytest.mark.usefixtures("cached_models")
 def test_random_confs_are_read_or_refused(content):
     write_and_read(content, "a.yaml", read_conf)
 
@@ -176,14 +166,12 @@ PLAIN_CONFS = [config.to_yaml(Config()).encode(), *(yaml.safe_dump(yaml.safe_loa
 
 @settings(max_examples=100)
 @given(st.sampled_from(PLAIN_CONFS), EDITS)
-@pytest.mark.usefixtures("cached_models")
 def test_damaged_confs_are_read_or_refused(content, edits):
     write_and_read(edited(content, edits), "a.yaml", read_conf)
 
 
 @settings(max_examples=100)
 @given(st.lists(PAIRS.map("=".join) | st.text(string.printable, max_size=30), max_size=3))
-@pytest.mark.usefixtures("cached_models")
 def test_random_overrides_are_read_or_refused(words):
     args = argparse.Namespace(set=words, load_conf=None)
     refusal(lambda: load_config(None, overrides_from(args)))
@@ -242,7 +230,6 @@ def test_damaged_files_of_values_are_refused(tmp_path, name, content):
 
 @settings(max_examples=100)
 @given(st.sampled_from(sorted(READERS)), EDITS)
-@pytest.mark.usefixtures("cached_models")
 def test_random_damage_to_values_is_read_or_refused(name, edits):
     read, accepted = READERS[name]
     write_and_read(edited(accepted, edits), name, read)

@@ -1,9 +1,13 @@
 """Networks: parameter totals, formulas and noise against their definitions, and what may not be asked for."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import ROOT
 
 from models import FAMILIES, build_model, check_model
 from models.noise import scale_apart, uniform_per_image
@@ -381,6 +385,13 @@ def test_unknown_names_are_refused(name, message):
     for build in (lambda: build_model(name, 10), lambda: check_model(name)):
         with pytest.raises(ValueError, match=message):
             build()
+
+
+@pytest.mark.slow
+def test_checking_a_network_does_not_load_the_compiler():
+    """Which would double the time that a command takes to start."""
+    code = "import sys, models; models.check_model('wresnet28_10'); print('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).stdout == b"False\n"
 
 
 def test_options_that_a_network_does_not_have_are_refused():

@@ -144,8 +144,8 @@ def test_the_three_arguments_of_training_find_the_run(script, tmp_path):
 def test_state_dicts_of_other_programs_are_scored(script, run, tmp_path, wrap):
     weights = load_tensors(run / "model.pt")["model"]
     torch.save(wrap(weights), tmp_path / "theirs.pth")
-    of_demo = ("--load_conf", "confs/demo.yaml")
     as_trained = ("--load_conf", "confs/demo.yaml", "--set", "image_size=8")
+    done = script("evaluate.py", "--model", "wresnet10_1", "--weights", tmp_path / "theirs.pth", *as_trained)
     assert done.status == 0, done.err
     results = json.loads((tmp_path / "theirs.pth.results.json").read_text())
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
@@ -182,7 +182,6 @@ def test_a_batch_equals_its_images_one_at_a_time(op):
 
 @WAYS
 @pytest.mark.parametrize("op", [op for op in COMPARED if op.low is not None], ids=lambda op: op.name)
-@settings(max_examples=50)
 @given(data=st.data())
 def test_equals_pillow_at_any_magnitude_and_size(op, run, data):
     height, width = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))

@@ -219,12 +219,9 @@ class Config:
         learns, floors = self.policy == "controller", (self.entropy_floor, self.entropy_floor_end or 0.0)
         for field, floor in zip(OF_CONTROLLER, floors, strict=True):
             yield learns or not floor, field, f"needs policies that learn, policy: controller, not {self.policy}"
-        for field in ("mixup", "cutmix"):
-            yield (
-                not (getattr(self, field) and self.jsd),
-                field,
-                "does not go with jsd, which compares copies of one image",
-            )
+        unmixed = "does not go with jsd, which compares copies of one image"
+        yield not (self.mixup and self.jsd), "mixup", unmixed
+        yield not (self.cutmix and self.jsd), "cutmix", unmixed
         yield self.keep is None or self.keep <= self.M, "keep", f"is more than the M = {self.M} copies of an image"
         yield self.keep is None or not self.jsd, "keep", "does not go with jsd, which compares all M copies of an image"
         yield self.keep_by != "margin" or self.reward == "teacher", "keep_by", "needs a teacher; set reward: teacher"
